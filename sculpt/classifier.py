@@ -1,0 +1,492 @@
+r"""The classifier: p(y_1 | s) and p(y_2 ... y_n | s, y_1) along the way, p(y | x) at the end.
+
+Notation: ``b`` batch, ``m`` base models, ``n`` observations, ``k`` unordered sets of n-1 labels. A state s is what the
+family's network takes: ``(z, s)`` for diffusion, the state tensor for GFlowNets. With a finished sample x alone the
+network gives the features of the end of a trajectory.
+
+.. math:: h(s) = p(y_2, \dots, y_n \mid s, y_1), \qquad p_v(i \mid x) = \frac{v_i \, p(i \mid x)}{\sum_j v_j \, p(j \mid x)}
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import copy
+import importlib
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sculpt.base import BaseModel
+from sculpt.files import load_folder, save_folder
+from sculpt.formula import Posterior, label_sets
+
+__all__ = ["Guide", "Classifier", "Replay", "Batch", "fit"]
+
+
+class Guide(abc.ABC):
+    """What guided sampling asks of a classifier, learned or exact. Labels count in the order of ``keys``."""
+
+    m: int
+    observations: int
+    keys: tuple[str, ...] | None = None
+    """The base models' keys in the order of the labels; ``None`` takes the models in whatever order they come."""
+
+    @abc.abstractmethod
+    def marginal(self, *state: Tensor) -> Float[Tensor, "b m"]:
+        r""":math:`\log p(y_1 = i \mid s)`"""
+
+    @abc.abstractmethod
+    def log_h(self, *state: Tensor, labels: Sequence[int], odds: Sequence[float] | None = None) -> Float[Tensor, "b"]:
+        r""":math:`\log h(s) = \log p(y_2 = i_2, \dots, y_n = i_n \mid s, y_1 = i_1)`, the labels in this order"""
+
+    @abc.abstractmethod
+    def terminal(self, x: Tensor) -> Float[Tensor, "b m"]:
+        r""":math:`\log p(y = i \mid x)`, without odds"""
+
+    def log_h_terminal(self, x: Tensor, *, labels: Sequence[int], odds: Sequence[float] | None = None) -> Float[Tensor, "b"]:
+        r""":math:`\sum_{k \ge 2} \log p_v(i_k \mid x)`: at the end the labels are independent"""
+        log_p = with_odds(self.terminal(x), odds)
+        return log_p[:, list(labels[1:])].sum(-1)
+
+    def align(self, posterior: Posterior, models: Sequence[BaseModel]) -> tuple[Posterior, list[BaseModel]]:
+        """The posterior and its models in this classifier's order; refuses models and labels it was not made for."""
+        names = ", ".join(str(model) for model in models)
+        if len(models) != self.m:
+            raise ValueError(
+                f"This classifier knows {self.m} base models, the composition has {len(models)} ({names}). "
+                "Fit one for exactly these models, or write the composition as sculpt.posterior over all the classifier's models."
+            )
+        if len(posterior.labels) > self.observations:
+            raise ValueError(
+                f"Cannot condition on labels {posterior.labels}: this classifier was trained for {self.observations} observations "
+                f"of {self.m} models (0 to {self.m - 1}). Fit one with observations={len(posterior.labels)}, "
+                f"or pass {self.observations} labels."
+            )
+        if self.keys is None:
+            return posterior, list(models)
+        position = []
+        for model in models:
+            if model.key not in self.keys:
+                raise ValueError(
+                    f"The classifier was fitted for other base models: {model} (key {model.key[:12]}) is not among its keys "
+                    f"{', '.join(key[:12] for key in self.keys)}. Weights, configuration or condition differ; "
+                    "run sculpt.fit on these models. (A callable without weights needs the same name= as when it was fitted.)"
+                )
+            position.append(self.keys.index(model.key))
+        order = sorted(range(self.m), key=position.__getitem__)
+        aligned = Posterior(self.m, [position[i] for i in posterior.labels], [posterior.odds[i] for i in order])
+        return aligned, [models[i] for i in order]
+
+
+def with_odds(log_p: Float[Tensor, "b m"], odds: Sequence[float] | None) -> Float[Tensor, "b m"]:
+    r""":math:`\log p_v(i \mid x)` from :math:`\log p(i \mid x)`"""
+    if odds is None or len(set(odds)) == 1:
+        return log_p
+    return torch.log_softmax(log_p + torch.tensor(odds, dtype=torch.float64).log().to(log_p), dim=-1)
+
+
+class SetHead(nn.Module):
+    r"""Features to :math:`\log p(y_2, \dots, y_n \mid s, y_1 = i)`: a row per anchor i, a column per unordered label set.
+
+    With ``children`` it scores that many successors of s in one pass. With ``odds`` it takes the log-odds as an input.
+    """
+
+    def __init__(self, width: int, m: int, n: int, odds: bool = False, children: int = 1):
+        super().__init__()
+        self.m, self.n, self.odds, self.n_children = m, n, odds, children
+        self.sets = label_sets(m, n - 1)
+        orderings = [math.factorial(n - 1) / math.prod(map(math.factorial, collections.Counter(s).values())) for s in self.sets]
+        self.register_buffer("log_orderings", torch.tensor(orderings).log(), persistent=False)
+        counts = [[labels.count(i) for i in range(m)] for labels in self.sets]
+        self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32), persistent=False)
+        self.hidden = nn.Linear(width + m * odds, width)
+        self.out = nn.Linear(width, children * m * len(self.sets))
+
+    def forward(self, features: Float[Tensor, "b w"], log_odds: Float[Tensor, "b m"] | None = None) -> Float[Tensor, "b c m k"]:
+        if self.odds:
+            features = torch.cat([features, log_odds - log_odds.mean(-1, keepdim=True)], dim=-1)
+        logits = rearrange(self.out(F.silu(self.hidden(features))), "b (c m k) -> b c m k", m=self.m, c=self.n_children)
+        # A set stands for all its orderings, so each column counts that often in the total.
+        return torch.log_softmax(logits.float() + self.log_orderings, dim=-1) - self.log_orderings
+
+    def target(self, log_p: Float[Tensor, "b m"]) -> Float[Tensor, "b k"]:
+        r"""The weight of each set: all its orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
+        return (log_p @ self.counts.T + self.log_orderings).exp()
+
+    def column(self, labels: Sequence[int]) -> int:
+        return self.sets.index(tuple(sorted(labels)))
+
+
+class Classifier(Guide, nn.Module):
+    """Heads over a backbone ``network(*state) -> (b, width)``; ``network(x)`` alone sees a finished sample.
+
+    Made by ``sculpt.fit``. It is in evaluation mode from then on and needs no gradient of its weights.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        keys: Sequence[str],
+        observations: int = 2,
+        odds: bool = False,
+        *,
+        children: int = 1,
+        names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        if observations < 2:
+            raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
+        if len(set(keys)) != len(keys) or len(keys) < 2:
+            raise ValueError(f"A classifier tells two or more different base models apart, got keys {[key[:12] for key in keys]}.")
+        self.m, self.observations, self.odds, self.n_children = len(keys), observations, odds, children
+        self.keys, self.names = tuple(keys), tuple(names or (f"p{i}" for i in range(len(keys))))
+        self.network = network
+        width = network.width
+        self.marginal_head = nn.Linear(width, self.m)
+        self.terminal_head = nn.Linear(width, self.m)
+        self.set_head = SetHead(width, self.m, observations, odds, children)
+        self.history: list[dict[str, float]] = []
+
+    def marginal(self, *state):
+        return torch.log_softmax(self.marginal_head(self.network(*state)).float(), dim=-1)
+
+    def terminal(self, x):
+        return torch.log_softmax(self.terminal_head(self.network(x)).float(), dim=-1)
+
+    def log_h(self, *state, labels, odds=None):
+        return self.select(self.joint(*state, odds=odds)[:, 0], labels)
+
+    def joint(self, *state: Tensor, odds: Sequence[float] | None = None) -> Float[Tensor, "b c m k"]:
+        r""":math:`\log p(y_2 \dots y_n \mid s', y_1 = i)` for the state itself or, with children, for each of them"""
+        features = self.network(*state)
+        return self.set_head(features, self._log_odds(odds, features))
+
+    def select(self, joint: Float[Tensor, "*b m k"], labels: Sequence[int]) -> Float[Tensor, "*b"]:
+        """The entry of these labels; observations that were not made are summed out."""
+        rest, missing = tuple(labels[1:]), self.observations - len(labels)
+        columns = [self.set_head.column(rest + more) for more in itertools.product(range(self.m), repeat=missing)]
+        return joint[..., labels[0], columns].logsumexp(-1)
+
+    def _log_odds(self, odds: Sequence[float] | None, features: Tensor) -> Tensor | None:
+        if not self.odds:
+            if odds is not None and len(set(odds)) > 1:
+                raise ValueError(f"Odds {tuple(odds)} need a classifier that takes them, this one does not: sculpt.fit(models, odds=True).")
+            return None
+        odds = [1.0] * self.m if odds is None else odds
+        return torch.tensor(odds, dtype=torch.float64).log().to(features).expand(len(features), -1)
+
+    def losses(self, batch: Batch, teacher: Classifier, log_odds: Tensor | None = None) -> dict[str, Tensor]:
+        """Cross-entropies of the terminal head, the label's marginal and the label sets, in nats."""
+        y = batch.y[batch.owner]
+        with torch.no_grad():
+            log_p = teacher.terminal(batch.x)[batch.owner]
+            if log_odds is not None:
+                log_p = torch.log_softmax(log_p + log_odds, dim=-1)
+            target = self.set_head.target(log_p)
+        features = self.network(*batch.states)
+        joint = self.set_head(features, log_odds)
+        rows = torch.arange(len(y), device=y.device)
+        joint = joint[rows, batch.child if batch.child is not None else 0, y]
+        return {
+            "terminal": F.nll_loss(self.terminal(batch.x), batch.y),
+            "marginal": F.cross_entropy(self.marginal_head(features).float(), y),
+            "joint": -(target * joint).sum(-1).mean(),
+        }
+
+    @property
+    def config(self) -> dict:
+        network = type(self.network)
+        return {
+            "kind": "classifier",
+            "keys": list(self.keys),
+            "names": list(self.names),
+            "observations": self.observations,
+            "odds": self.odds,
+            "children": self.n_children,
+            "network": {"class": f"{network.__module__}.{network.__qualname__}", "config": getattr(self.network, "config", None)},
+            "history": self.history,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        save_folder(folder, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, network: nn.Module | None = None, *, device: torch.device | str | None = None) -> Classifier:
+        """Read a saved classifier. One with a backbone of your own needs that backbone: ``network=``."""
+        config, weights = load_folder(folder, kind="classifier")
+        if network is None:
+            network = _own_network(config["network"], folder)
+        classifier = cls(
+            network, config["keys"], config["observations"], config["odds"], children=config["children"], names=config["names"]
+        )
+        try:
+            classifier.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"The weights in {folder} do not fit the classifier that its config.json describes: {error}") from None
+        classifier.history = config["history"]
+        return classifier.eval().requires_grad_(False).to(device or "cpu")
+
+    def extra_repr(self) -> str:
+        return f"models={', '.join(self.names)}, observations={self.observations}, odds={self.odds}"
+
+
+def _own_network(description: dict, folder: str | Path) -> nn.Module:
+    module, _, name = description["class"].rpartition(".")
+    if not module.startswith("sculpt.") or description["config"] is None:
+        raise ValueError(
+            f"The classifier in {folder} has a backbone of its user's own ({description['class']}). "
+            "Build it and pass it: Classifier.from_pretrained(folder, network=...)."
+        )
+    return getattr(importlib.import_module(module), name)(**description["config"])
+
+
+@dataclass
+class Batch:
+    """Finished samples with their labels, and states of the trajectories that ended in them."""
+
+    x: Tensor
+    """finished samples, first axis ``b``"""
+    y: Int[Tensor, "b"]
+    """index of the base model that made each x"""
+    states: tuple[Tensor, ...]
+    """states on the way, first axis ``c``: what the network takes"""
+    owner: Int[Tensor, "c"]
+    """row of x in which each state's trajectory ended"""
+    child: Int[Tensor, "c"] | None = None
+    """with a head over children: which child of the state the trajectory went to"""
+
+
+class Replay(abc.ABC):
+    """A bounded store of base-model samples, drawn once, and the training batches made from it."""
+
+    @abc.abstractmethod
+    def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:
+        """A batch of about ``size`` finished samples per model, from the training or from the held-out part."""
+
+    @abc.abstractmethod
+    def default_network(self) -> nn.Module:
+        """A backbone for these states, with ``width`` and, so that it can be saved, a JSON ``config``."""
+
+    @property
+    def children(self) -> int:
+        """How many children a state's features score in one pass; 1 for the state itself."""
+        return 1
+
+
+def fit(
+    models: Sequence[BaseModel],
+    observations: int = 2,
+    odds: bool | float = False,
+    *,
+    network: nn.Module | None = None,
+    steps: int = 4000,
+    batch_size: int = 256,
+    learning_rate: float = 2e-3,
+    patience: int = 10,
+    checkpoint: str | Path | None = None,
+    device: torch.device | str | None = None,
+    mixed_precision: bool | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **replay_options,
+) -> Classifier:
+    r"""Train a classifier for a set of base models: once, for all label sets, odds (``odds=True``) and compositions of them.
+
+    Args:
+        models: the base models; their order fixes the labels, their keys are saved.
+        observations: n, how many labels one sample may be conditioned on; fewer are fine later.
+        odds: whether odds are an input. A number r draws log-odds from U[-r, r] (``True``: 3.5).
+        network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``.
+        batch_size: finished samples per model and step.
+        patience: stop early after so many of the 40 held-out evaluations without improvement.
+        checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
+        mixed_precision: bfloat16 autocast; by default on a GPU only.
+        replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
+            cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``.
+
+    Returns the averaged weights with the best held-out loss; ``classifier.history`` is the training curve.
+    """
+    models = list(models)
+    if len(models) < 2:
+        raise ValueError(f"A classifier tells base models apart, got {len(models)}. Pass two or more.")
+    for model in models[1:]:
+        models[0].check_composable(model)
+    for p, q in itertools.combinations(models, 2):
+        if p.key == q.key:
+            raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
+    if observations < 2:
+        raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    device = torch.device(device or models[0].device)
+    mixed_precision = device.type == "cuda" if mixed_precision is None else mixed_precision
+    replay = models[0].replay(models, seed=seed, progress=progress, checkpoint=checkpoint, **replay_options)
+
+    torch.manual_seed(seed)
+    classifier = Classifier(
+        network or replay.default_network(),
+        [model.key for model in models],
+        observations,
+        bool(odds),
+        children=replay.children,
+        names=[str(model) for model in models],
+    ).to(device)
+    run = _Training(classifier, steps, learning_rate, seed, checkpoint)
+    log_odds_range = 3.5 if odds is True else float(odds)
+
+    def evaluate(held_out_batches: int = 8) -> dict[str, float]:
+        # The same held-out states and odds every time, so that the curve has no noise of its own.
+        generator = torch.Generator().manual_seed(seed + 1)
+        totals = collections.defaultdict(float)
+        with torch.no_grad():
+            for _ in range(held_out_batches):
+                batch, log_odds = _draw(replay, classifier, batch_size, generator, log_odds_range, device, held_out=True)
+                for name, loss in run.average.losses(batch, run.average, log_odds).items():
+                    totals[f"held_out_{name}"] += float(loss) / held_out_batches
+        return dict(totals)
+
+    from tqdm.auto import tqdm
+
+    every = max(1, steps // 40)
+    bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2)
+    with bar:
+        while run.step < steps and run.stale < patience:
+            generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
+            batch, log_odds = _draw(replay, classifier, batch_size, generator, log_odds_range, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+                losses = classifier.losses(batch, run.average, log_odds)
+            # The targets come from a terminal head that knows nothing at first: the second loss is ramped in.
+            ramp = min(1.0, run.step / (0.1 * steps))
+            run.update(losses["terminal"] + losses["marginal"] + ramp * losses["joint"])
+            bar.update()
+            if run.step % every == 0 or run.step == steps:
+                run.record({**{name: float(loss) for name, loss in losses.items()}, **evaluate()})
+                bar.set_postfix(held_out=f"{run.history[-1]['held_out_joint']:.4f}", best=f"{run.best:.4f}")
+    return run.finish()
+
+
+def _seed_of_step(seed: int, step: int) -> int:
+    """Every step has its own seed, so a resumed run draws what the uninterrupted one would have."""
+    return (seed + 1) * 1_000_003 + step
+
+
+def _draw(replay, classifier, size, generator, log_odds_range, device, held_out=False):
+    batch = replay.draw(size, generator, held_out)
+    moved = Batch(
+        batch.x.to(device),
+        batch.y.to(device),
+        tuple(part.to(device) for part in batch.states),
+        batch.owner.to(device),
+        None if batch.child is None else batch.child.to(device),
+    )
+    if not classifier.odds:
+        return moved, None
+    u = torch.rand(len(batch.owner), classifier.m, generator=generator)
+    # Two models: the difference of the two is what counts, and it covers [-r, r] evenly.
+    log_odds = (u - 0.5) * log_odds_range * 2
+    if classifier.m == 2:
+        log_odds = torch.stack([log_odds[:, 0] / 2, -log_odds[:, 0] / 2], -1)
+    return moved, log_odds.to(device)
+
+
+class _Training:
+    """Weights, their average, the optimiser and the curve; saved as one and resumed as one."""
+
+    def __init__(self, classifier: Classifier, steps: int, learning_rate: float, seed: int, checkpoint: str | Path | None):
+        self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
+        self.best_weights = copy.deepcopy(self.average.state_dict())
+        self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-4)
+        warm_up = max(1, steps // 20)
+
+        def rate(step: int) -> float:
+            return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
+        self.rate, self.learning_rate, self.steps = rate, learning_rate, steps
+        self.step, self.best, self.stale, self.history = 0, float("inf"), 0, []
+        self.folder = None if checkpoint is None else Path(checkpoint)
+        self.identity = {"kind": "training", "steps": steps, "seed": seed, "learning_rate": learning_rate}
+        self.identity["classifier"] = {key: value for key, value in classifier.config.items() if key not in ("history", "names")}
+        self.started = self.saved = time.monotonic()
+        if self.folder is not None and (self.folder / "training" / "config.json").exists():
+            self.resume()
+
+    def update(self, loss: Tensor) -> None:
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The classifier's loss is {float(loss)} at step {self.step}. Lower learning_rate, or look for NaN in the base samples."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * self.rate(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        # Short memory at first, then a window of about a tenth of the steps so far.
+        decay = min(0.999, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for mean, value in zip(self.average.state_dict().values(), self.classifier.state_dict().values(), strict=True):
+                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+
+    def record(self, row: dict[str, float]) -> None:
+        self.history.append({"step": self.step, **row})
+        held_out = sum(row[f"held_out_{name}"] for name in ("terminal", "marginal", "joint"))
+        # While the ramp is on, the targets themselves still move: no judgement yet.
+        ramping = self.step < 0.15 * self.steps
+        if held_out < self.best or ramping:
+            self.best, self.stale = held_out, 0
+            self.best_weights = copy.deepcopy(self.average.state_dict())
+        else:
+            self.stale += 1
+        if self.folder is not None and (time.monotonic() - self.saved > 30 or self.step >= self.steps or self.stale):
+            self.save()
+
+    def save(self) -> None:
+        tensors = {f"weights.{name}": value for name, value in self.classifier.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
+        progress = {"step": self.step, "best": self.best, "stale": self.stale, "history": self.history}
+        save_folder(self.folder / "training", {**self.identity, **progress}, tensors)
+        self.saved = time.monotonic()
+
+    def resume(self) -> None:
+        config, tensors = load_folder(self.folder / "training", kind="training")
+        if wrong := [key for key, value in self.identity.items() if config.get(key) != value]:
+            raise ValueError(
+                f"{self.folder} holds the training of another classifier: {', '.join(wrong)} differ. "
+                "Call fit with the same arguments to continue it, or give another checkpoint folder."
+            )
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.classifier.load_state_dict(part("weights."))
+        self.average.load_state_dict(part("average."))
+        self.best_weights = {name: value.to(self.average.state_dict()[name].device) for name, value in part("best.").items()}
+        state = collections.defaultdict(dict)
+        for name, value in part("optimizer.").items():
+            i, _, key = name.partition(".")
+            state[int(i)][key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(state)})
+        self.step, self.best, self.stale, self.history = (config[key] for key in ("step", "best", "stale", "history"))
+
+    def finish(self) -> Classifier:
+        self.average.load_state_dict(self.best_weights)
+        self.average.history = self.history
+        if self.folder is not None:
+            self.save()
+            self.average.save_pretrained(self.folder)
+        return self.average.eval()

@@ -1,0 +1,1 @@
+"""Diffusion models as base models: adapter, schedule, classifier networks, samplers."""

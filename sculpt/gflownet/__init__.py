@@ -1,0 +1,1 @@
+"""The GFlowNet family: policies on a shared DAG, stepped through torchgfn environments."""

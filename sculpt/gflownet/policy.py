@@ -1,0 +1,126 @@
+r"""The composed policy: base models guided by a classifier, as a torchgfn estimator.
+
+Notation: :math:`P_i(s'|s)` policy of base model i, :math:`h(s) = p(y_2 \dots y_n \mid s, y_1)` with :math:`y_1` the anchor's label,
+:math:`p_v(i|x)` the terminal head under the odds v. Children s' are named by the action a that leads there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from sculpt.classifier import Classifier, Guide
+from sculpt.formula import Posterior
+from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
+from sculpt.gflownet.network import LogProbPolicy
+
+__all__ = ["ComposedPolicy", "guide"]
+
+
+class ComposedPolicy(LogProbPolicy):
+    r"""The posterior of base models under n observations, one action at a time.
+
+    .. math::
+        \text{anchored}\quad P(s'|s, y) &\propto P_{y_1}(s'|s) \, h(s') \\
+        \text{mixture}\quad P(s'|s, y) &\propto \sum_i p(y_1 = i|s) \, P_i(s'|s) \; p(y|s')
+
+    At the exit the terminal head stands in for h: :math:`h(x) = \prod_{k \ge 2} p_v(y_k|x)`.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        models: Sequence[GFlowNet],
+        classifier: Guide,
+        *,
+        anchor: int = 0,
+        form: str = "anchored",
+        chunk: int = 2**16,
+    ):
+        if form not in ("anchored", "mixture"):
+            raise ValueError(f"Got form={form!r}, expected 'anchored' or 'mixture'.")
+        if not 0 <= anchor < len(posterior.labels):
+            raise ValueError(f"anchor={anchor} is no position among the {len(posterior.labels)} labels {posterior.labels}.")
+        parts = [model.policy for model in models] + ([classifier] if isinstance(classifier, nn.Module) else [])
+        super().__init__(nn.ModuleList(parts), models[0].env.n_actions)
+        # The labels are exchangeable but for a factor, so the anchor may be any of them.
+        first, rest = posterior.labels[anchor], posterior.labels[:anchor] + posterior.labels[anchor + 1 :]
+        self.labels = (first, *rest)
+        self.odds = None if len(set(posterior.odds)) == 1 else posterior.odds
+        self.models, self.classifier, self.form, self.chunk = tuple(models), classifier, form, chunk
+        self.anchor = models[first]
+        # A head over the children leaves their marginals out, which the mixture form wants.
+        self.one_pass = form == "anchored" and isinstance(classifier, Classifier) and classifier.successors > 1
+
+    def log_h(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"]:
+        """log h(s), in the mixture form log p(y|s)."""
+        log_h = torch.zeros(len(states), dtype=torch.float64, device=states.device)
+        if len(self.labels) > 1:
+            log_h = self.classifier.log_h(states, labels=self.labels, odds=self.odds).double()
+        if self.form == "mixture":
+            log_h = log_h + self.classifier.marginal(states)[:, self.labels[0]]
+        return log_h
+
+    def log_h_end(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"]:
+        """The same where the trajectory ends, by the terminal head."""
+        log_h = self.classifier.log_h_terminal(x, labels=self.labels, odds=self.odds).double()
+        return log_h + self.classifier.terminal(x)[:, self.labels[0]] if self.form == "mixture" else log_h
+
+    def proposal(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
+        """What the classifier is to reweight: the anchor's policy, or the mixture of all."""
+        if self.form == "anchored":
+            return self.anchor.log_pf(states)
+        log_p = torch.stack([model.log_pf(states) for model in self.models], dim=1)
+        return torch.logsumexp(self.classifier.marginal(states).double()[..., None] + log_p, dim=1)
+
+    def children_log_h(self, states: Shaped[Tensor, "b *s"], allowed: Tensor) -> Float[Tensor, "b a"]:
+        """log h of every allowed child: by one pass where the classifier has a head over actions, else by visiting the children."""
+        out = torch.full(allowed.shape, NEG_INF, dtype=torch.float64, device=states.device)
+        if self.one_pass and len(self.labels) > 1:
+            # Column 0 is the state itself, column 1 + a its child by a.
+            scores = self.classifier.select(self.classifier.joint(states, odds=self.odds), self.labels)
+            out[:, :-1] = torch.where(allowed[:, :-1], scores[:, 1:].double(), NEG_INF)
+        else:
+            few = max(1, self.chunk // allowed.shape[1])
+            for first in range(0, len(states), few):
+                rows, actions, children = self.anchor.children(states[first : first + few], allowed[first : first + few])
+                unique, index = distinct(children)
+                out[first + rows, actions] = self.log_h(unique)[index] if len(rows) else 0.0
+        stop = allowed[:, -1]
+        if stop.any():
+            out[stop, -1] = self.log_h_end(states[stop])
+        return out
+
+    def scores(self, states: Shaped[Tensor, "b *s"]) -> tuple[Float[Tensor, "b a"], Float[Tensor, "b a"]]:
+        r""":math:`\log P(s'|s)` of the proposal and :math:`\log h(s')`."""
+        log_p = self.proposal(states)
+        log_h = self.children_log_h(states, log_p > NEG_INF)
+        if (bad := log_h.isnan().any(-1) | ((log_p + log_h) == NEG_INF).all(-1)).any():
+            why = "the classifier's output is not a number" if log_h.isnan().any() else "no action leads to where all labels are possible"
+            raise ValueError(f"The composition of {', '.join(map(str, self.models))} with labels {self.labels}: {why}, state {states[bad][0].tolist()}.")
+        return log_p, log_h
+
+    def log_pf(self, states):
+        unique, rows = distinct(states)
+        log_p, log_h = self.scores(unique)
+        # With the exact classifier the sum over children is already h(s). A learned one drifts, so we normalise by the
+        # sum instead of evaluating h(s).
+        return torch.log_softmax(log_p + log_h, dim=-1)[rows]
+
+
+def guide(
+    posterior: Posterior, models: Sequence[GFlowNet], classifier: Guide, *, anchor: int = 0, form: str = "anchored"
+) -> GFlowNet:
+    """The composition as a base model of the family: it samples, composes again, and is a torchgfn estimator.
+
+    Conditioning a chain on an observation of its end leaves its backward policy as it is, so the anchor's goes on.
+    """
+    policy = ComposedPolicy(posterior, models, classifier, anchor=anchor, form=form)
+    parts = [repr(posterior), anchor, form, *(model.key for model in models), getattr(classifier, "key", id(classifier))]
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
+    return GFlowNet(policy.anchor.env, policy, policy.anchor.backward, condition=policy.anchor.condition, name=name, key=key)

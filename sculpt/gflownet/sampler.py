@@ -1,0 +1,256 @@
+r"""Rollouts: many trajectories at once, without torchgfn's ``Trajectories``.
+
+Only active trajectories are touched, equal states are evaluated once, and all randomness is one inverse-cdf draw per step
+from ``generator``. torchgfn's own ``Sampler`` takes the same policies through ``as_estimator``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from sculpt.formula import Formula, Nested
+from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
+from sculpt.gflownet.policy import ComposedPolicy
+from sculpt.particles import Diagnostics, Population, Samples, systematic
+
+__all__ = ["correct", "path_ratios", "rollout", "sample", "track"]
+
+
+def draw(
+    log_p: Float[Tensor, "u a"], rows: Int[Tensor, "b"], generator: torch.Generator | None = None
+) -> Int[Tensor, "b"]:
+    """One action for each of ``rows``, by inverse cdf. Actions of probability zero are never drawn."""
+    cdf = log_p.exp().cumsum(-1)
+    device = log_p.device if generator is None else generator.device
+    u = torch.rand(len(rows), generator=generator, dtype=torch.float64, device=device).to(log_p.device)
+    # A hair under the last value of the cdf, where rounding would leave the list of actions.
+    u = u * cdf[rows, -1] * (1 - 2.0**-50)
+    return (cdf[rows] <= u[:, None]).sum(-1)
+
+
+@torch.no_grad()
+def rollout(model: GFlowNet, n: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """n trajectories, step by step: which of them are still going, their states, and the actions they take."""
+    states, index = _starts(model, n), torch.arange(n, device=model.device)
+    while len(index):
+        unique, rows = distinct(states)
+        actions = draw(model.log_pf(unique), rows, generator)
+        yield index, states, actions
+        go = actions != model.env.n_actions - 1
+        index, states = index[go], model.step(states[go], actions[go])
+
+
+@torch.no_grad()
+def sample(model: GFlowNet, n: int, *, generator: torch.Generator | None = None, batch_size: int | None = None) -> Samples:
+    """n terminal states of a base model or a guided composition."""
+    x, steps = _starts(model, n), 0
+    for chunk in torch.arange(n, device=model.device).split(batch_size or _batch(model)):
+        for t, (index, states, actions) in enumerate(rollout(model, len(chunk), generator), 1):
+            stop = actions == model.env.n_actions - 1
+            x[chunk[index[stop]]] = states[stop]
+        steps = max(steps, t)
+    road = "classifier" if isinstance(model.policy, ComposedPolicy) else "base model"
+    return Samples(x, diagnostics=Diagnostics(road=road, formula=str(model), steps=steps), decoder=_decoder(model))
+
+
+@torch.no_grad()
+def correct(
+    guided: GFlowNet,
+    n: int,
+    *,
+    particles: int | None = None,
+    threshold: float = 0.5,
+    resample: bool = True,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> Samples:
+    r"""Weights that make a guided composition exact for its terminal head, whatever h is in between.
+
+    .. math::
+        \log w_0 = \log h(s_0), \qquad
+        \log w \mathrel{+}= \log h(s') - \log h(s) + \log P_{y_1}(s'|s) - \log P(s'|s)
+
+    With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` the step is :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
+    """
+    policy = guided.policy
+    if not isinstance(policy, ComposedPolicy) or policy.form != "anchored":
+        raise ValueError(f"Only the anchored form of a guided composition can be corrected, got {guided}. Pass form='anchored'.")
+
+    def propose(states, log_h):
+        unique, rows = distinct(states)
+        log_p, log_h_next = policy.scores(unique)
+        log_N = torch.logsumexp(log_p + log_h_next, dim=-1)
+        actions = draw(log_p + log_h_next - log_N[:, None], rows, generator)
+        return log_N[rows] - log_h[:, 0], actions, log_h_next[rows, actions, None]
+
+    log_h = policy.log_h(_starts(guided, 1)).expand(particles or n)
+    diagnostics = Diagnostics(road="classifier, corrected", formula=str(guided))
+    return _particles(
+        guided, n, propose, log_h, log_h[:, None].clone(), diagnostics, threshold, resample, generator, batch_size or _batch(guided)
+    )
+
+
+@torch.no_grad()
+def track(
+    formula: Formula,
+    models: Sequence[GFlowNet],
+    n: int,
+    *,
+    particles: int | None = None,
+    threshold: float = 0.5,
+    resample: bool = True,
+    generator: torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> Samples:
+    r"""Any formula of the base models' densities, which each trajectory carries along: nothing is trained.
+
+    .. math::
+        \ell_i(s') = \ell_i(s) + \log P_i(s'|s) - \log P_B^i(s|s'), \qquad \pi(s'|s) \propto e^{\Phi(\ell(s'))} P_B(s|s'), \qquad
+        \log w \mathrel{+}= \log \textstyle\sum_{s'} e^{\Phi(\ell(s'))} P_B(s|s') - \Phi(\ell(s))
+    """
+    first = models[0]
+    shared = len({model.backward_key for model in models}) == 1
+    # A common P_B only shifts the log-densities, and a formula of degree one takes a shift out of itself: then it cancels
+    # in proposal and weight, and the children need not be visited.
+    cancels = shared and _degree_one(formula)
+
+    def propose(states, ell):
+        unique, rows = distinct(states)
+        log_p = torch.stack([model.log_pf(unique) for model in models], dim=-1)
+        log_b = torch.zeros_like(log_p[..., 0]) if cancels else _children_log_pb(first, unique, log_p)
+        if not (cancels or shared):
+            log_b_i = torch.stack([log_b] + [_children_log_pb(model, unique, log_p) for model in models[1:]], dim=-1)
+        else:
+            log_b_i = log_b[..., None]
+        ell_next = ell[:, None] + (log_p - log_b_i)[rows]
+        phi = torch.where((log_p > NEG_INF).any(-1)[rows], formula.value(ell_next) + log_b[rows], NEG_INF)
+        log_N = torch.logsumexp(phi, dim=-1)
+        every = torch.arange(len(states), device=states.device)
+        # Where nothing is left to go on with, any way out will do: the weight is zero.
+        dead = log_N == NEG_INF
+        phi = torch.where(dead[:, None], log_p[rows].logsumexp(-1), phi - torch.where(dead, 0.0, log_N)[:, None])
+        actions = draw(phi, every, generator)
+        return log_N - formula.value(ell), actions, ell_next[every, actions]
+
+    ell = torch.zeros(particles or n, len(models), dtype=torch.float64, device=first.device)
+    diagnostics = Diagnostics(road="tracked densities", formula=formula.write([str(model) for model in models]))
+    batch_size = batch_size or max(1, _batch(first) // len(models))
+    samples = _particles(first, n, propose, formula.value(ell), ell, diagnostics, threshold, resample, generator, batch_size)
+    if (note := _disagreement(models, samples.x[:: max(1, len(samples.x) // 64)][:64], generator)) is not None:
+        diagnostics.notes.append(note)
+    return samples
+
+
+def _particles(
+    model: GFlowNet,
+    n: int,
+    propose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    log_w: Float[Tensor, "p"],
+    carry: Float[Tensor, "p k"],
+    diagnostics: Diagnostics,
+    threshold: float,
+    resample: bool,
+    generator: torch.Generator | None,
+    batch_size: int,
+) -> Samples:
+    """One population, stepped in chunks. Finished particles keep their place and their weight among those still going.
+
+    ``propose(states, carry)`` gives the log-weight increments, the actions, and what to carry on.
+    """
+    states = _starts(model, len(log_w))
+    going = torch.ones(len(log_w), dtype=torch.bool, device=model.device)
+    population = Population(len(log_w), threshold=threshold, generator=generator, device=model.device)
+    population.reweight(log_w)
+    while going.any():
+        increment = torch.zeros_like(population.log_w)
+        for chunk in going.nonzero()[:, 0].split(batch_size):
+            increment[chunk], actions, carry[chunk] = propose(states[chunk], carry[chunk])
+            go = actions != model.env.n_actions - 1
+            states[chunk[go]] = model.step(states[chunk[go]], actions[go])
+            going[chunk[~go]] = False
+        population.reweight(increment)
+        diagnostics.steps += 1
+        if (survivors := population.resample()) is not None:
+            states, going, carry = states[survivors], going[survivors], carry[survivors]
+    diagnostics.particles, diagnostics.ess, diagnostics.ancestors = population.n, population.ess, population.ancestors
+    diagnostics.log_z, diagnostics.log_z_error = population.log_z, population.log_z_error
+    if population.lost:
+        diagnostics.notes.append(f"{population.lost} weights were not numbers and count as zero.")
+    if not resample:
+        return Samples(states, torch.log_softmax(population.log_w, 0), diagnostics, _decoder(model))
+    survivors = systematic(population.log_w, n, generator)
+    device = model.device if generator is None else generator.device
+    # Copies of one particle lie side by side; shuffled, any part of the samples is a sample.
+    shuffle = torch.randperm(n, generator=generator, device=device).to(survivors.device)
+    return Samples(states[survivors[shuffle]], None, diagnostics, _decoder(model))
+
+
+@torch.no_grad()
+def path_ratios(models: Sequence[GFlowNet], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None) -> Float[Tensor, "b m"]:
+    r""":math:`\log u_i(x) = \sum \log P_i(s'|s) - \log P_B^i(s|s')` along one backward path from each x, drawn by the first model's :math:`P_B`.
+
+    The terminal log-probabilities of base models whose flows balance; otherwise they depend on the path.
+    """
+    first = models[0]
+    s0 = _starts(first, 1)
+    ell = torch.stack([model.log_pf(x)[:, -1] for model in models], dim=-1)
+    index, states = torch.arange(len(x), device=x.device), x
+    while True:
+        inside = (states != s0).flatten(1).any(-1)
+        index, states = index[inside], states[inside]
+        if not len(index):
+            return ell
+        actions = draw(first.log_pb(states), torch.arange(len(index), device=x.device), generator)
+        wrapped = first.env.states_from_tensor(states.clone())
+        parents = first.env.backward_step(wrapped, first.env.actions_from_tensor(actions[:, None])).tensor
+        every = torch.arange(len(index), device=x.device)
+        ratio = [model.log_pf(parents)[every, actions] - model.log_pb(states)[every, actions] for model in models]
+        ell[index] += torch.stack(ratio, dim=-1)
+        states = parents
+
+
+def _disagreement(models: Sequence[GFlowNet], x: Tensor, generator: torch.Generator | None, paths: int = 4) -> str | None:
+    """How far the ratios of several paths to one state are apart: zero for converged base models."""
+    try:
+        ell = torch.stack([path_ratios(models, x, generator) for _ in range(paths)])
+    except NotImplementedError:
+        return None  # the environment cannot walk backwards
+    spread = ell.std(0).mean(0).tolist()
+    if max(spread) < 1e-9:
+        return None
+    parts = ", ".join(f"{model} {s:.2g}" for model, s in zip(models, spread, strict=True))
+    verdict = "" if max(spread) < 0.2 else " An unconverged base model: expect an error of this size in the log-density."
+    return f"path ratios to one state differ by (standard deviation, nats): {parts}.{verdict}"
+
+
+def _children_log_pb(model: GFlowNet, states: Tensor, log_p: Tensor) -> Float[Tensor, "b a"]:
+    """log P_B(s|s') per action; zero for the exit, which nothing else leads to."""
+    out = torch.zeros_like(log_p[..., 0])
+    rows, actions, children = model.children(states, (log_p > NEG_INF).any(-1))
+    if len(rows):
+        unique, index = distinct(children)
+        out[rows, actions] = model.log_pb(unique)[index, actions]
+    return out
+
+
+def _degree_one(formula: Formula) -> bool:
+    if isinstance(formula, Nested):
+        return all(_degree_one(part) for part in (formula.outer, *formula.parts))
+    return abs(formula.degree - 1) < 1e-12
+
+
+def _starts(model: GFlowNet, n: int) -> Tensor:
+    return model.env.s0.expand(n, *model.env.state_shape).clone()
+
+
+def _batch(model: GFlowNet) -> int:
+    """How many trajectories at a time: at most 2²⁶ float64 numbers per table over actions."""
+    return max(1, 2**26 // model.env.n_actions)
+
+
+def _decoder(model: GFlowNet):
+    return getattr(model.env, "decode", None)

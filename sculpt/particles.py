@@ -1,0 +1,188 @@
+r"""Particles: a population of states with log-weights, and the samples that come out of it.
+
+Weights are unnormalised, in log space and in float64. After K resamplings
+:math:`\hat Z = \prod_k \tfrac1N \sum_j w_k^j` is an unbiased estimate of the target's normaliser.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["Population", "Samples", "Diagnostics", "effective_sample_size", "systematic"]
+
+
+def effective_sample_size(log_w: Float[Tensor, "n"]) -> float:
+    r""":math:`(\sum w)^2 / \sum w^2`"""
+    if not (log_w > float("-inf")).any():
+        return 0.0
+    return float((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
+
+
+def systematic(log_w: Float[Tensor, "p"], n: int, generator: torch.Generator | None = None) -> Int[Tensor, "n"]:
+    """Indices of n survivors: one uniform offset and n equal strides through the cumulated weights.
+
+    Every particle survives ``floor(n w)`` or ``ceil(n w)`` times. The order is kept; shuffle before splitting.
+    """
+    w = torch.softmax(log_w.double().cpu(), dim=0)
+    device = "cpu" if generator is None else generator.device
+    u = torch.rand((), generator=generator, dtype=torch.float64, device=device).cpu()
+    strides = (torch.arange(n, dtype=torch.float64) + u) / n
+    # Rounding may leave the last cumulated weight a little under one: the last particle *with weight* takes the rest.
+    last = int(w.nonzero()[-1])
+    return torch.searchsorted(w.cumsum(0), strides, right=True).clamp_(max=last).to(log_w.device)
+
+
+class Population:
+    """Log-weights of N particles along the way, their ancestors at the start, and the estimate of log Z.
+
+    ``reweight`` adds increments; ``resample`` returns the survivors' indices once the effective sample size falls under
+    ``threshold`` × N, and ``None`` otherwise. Whoever holds states applies the same indices to all of them.
+    """
+
+    def __init__(self, n: int, *, threshold: float = 0.5, generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
+        self.n, self.threshold, self.generator = n, threshold, generator
+        self.log_w = torch.zeros(n, dtype=torch.float64, device=device)
+        self.roots = torch.arange(n, device=device)
+        self.resamplings = 0
+        self.ess: list[float] = []
+        self.lost = 0
+        self._log_z = 0.0
+
+    def reweight(self, increment: Float[Tensor, "n"]) -> None:
+        """Multiply the weights. A particle whose weight is not a number gets weight zero, for good, and is counted."""
+        log_w = self.log_w + increment.detach().to(self.log_w)
+        nan = log_w.isnan()
+        self.lost += int(nan.sum())
+        self.log_w = torch.where(nan, float("-inf"), log_w)
+        self.ess.append(effective_sample_size(self.log_w))
+        if self.ess[-1] == 0.0:
+            raise FloatingPointError(
+                f"All {self.n} particles have weight zero ({self.lost} of them were not a number): none is left to go on from. "
+                "The composition asks for a region that no particle reached: use more particles or steps, or check sculpt.overlap(models)."
+            )
+
+    def resample(self) -> Int[Tensor, "n"] | None:
+        if self.ess[-1] >= self.threshold * self.n:
+            return None
+        index = systematic(self.log_w, self.n, self.generator)
+        self._log_z += float(self.log_w.logsumexp(0)) - math.log(self.n)
+        self.log_w = torch.zeros_like(self.log_w)
+        self.roots = self.roots[index]
+        self.resamplings += 1
+        return index
+
+    @property
+    def log_z(self) -> float:
+        return self._log_z + float(self.log_w.logsumexp(0)) - math.log(self.n)
+
+    @property
+    def log_z_error(self) -> float:
+        """Standard error of log Z from this one run: the spread of weight over the particles' roots (Lee & Whiteley 2018)."""
+        share = torch.zeros(self.n, dtype=torch.float64, device=self.log_w.device)
+        share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
+        square = float((share**2).sum())
+        variance = 1 - (self.n / max(self.n - 1, 1)) ** (self.resamplings + 1) * (1 - square)
+        # With few surviving roots the estimator saturates at one: it then means "at least".
+        return math.sqrt(max(variance, 0.0))
+
+    @property
+    def ancestors(self) -> int:
+        """How many particles of the start still have descendants with weight."""
+        return int(self.roots[self.log_w > float("-inf")].unique().numel())
+
+    def samples(self, x: Tensor, n: int, diagnostics: Diagnostics, decoder: Callable | None = None, resample: bool = True) -> Samples:
+        """n equally weighted survivors of the particles x in random order, or all of them with their weights."""
+        if not resample:
+            return Samples(x, torch.log_softmax(self.log_w, dim=0), diagnostics, decoder)
+        index = systematic(self.log_w, n, self.generator)
+        device = "cpu" if self.generator is None else self.generator.device
+        order = torch.randperm(n, generator=self.generator, device=device).to(index.device)
+        return Samples(x[index[order]], None, diagnostics, decoder)
+
+
+@dataclass
+class Diagnostics:
+    """What one run tells about itself. ``print`` it; the verdict is the last line."""
+
+    road: str
+    formula: str = ""
+    steps: int = 0
+    particles: int | None = None
+    ess: list[float] = field(default_factory=list)
+    log_z: float | None = None
+    log_z_error: float | None = None
+    ancestors: int | None = None
+    acceptance: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def observe(self, population: Population, acceptance: float | None = None) -> None:
+        """Take down what a population knows about itself."""
+        self.particles, self.ess, self.ancestors = population.n, list(population.ess), population.ancestors
+        self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: may the samples be trusted as draws from the target?"""
+        if self.particles and self.ess:
+            least, last = min(self.ess) / self.particles, self.ess[-1] / self.particles
+            roots = self.ancestors or 0
+            if roots < 10 or last < 0.01:
+                return (
+                    f"COLLAPSED: the {self.particles} particles descend from {roots} of the start (least effective share {least:.1%}). "
+                    "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
+                )
+            if roots < 0.05 * self.particles or last < 0.1:
+                return f"strained: {roots} of {self.particles} starting particles have descendants. More particles would help."
+            return f"sound: {roots} of {self.particles} starting particles have descendants, least effective share {least:.0%}."
+        if self.acceptance is not None and self.acceptance < 1e-3:
+            return f"hard: about {self.acceptance:.1e} of the base samples satisfy the composition; the base models hardly overlap there."
+        return "; ".join(self.notes) or "nothing unusual."
+
+    def __str__(self) -> str:
+        rows = [("road", self.road), ("formula", self.formula), ("steps", self.steps or None)]
+        if self.particles and self.ess:
+            rows.append(("particles", self.particles))
+            rows.append(("effective share", f"least {min(self.ess) / self.particles:.1%}, last {self.ess[-1] / self.particles:.1%}"))
+            rows.append(("ancestors", self.ancestors))
+        if self.log_z is not None:
+            error = "" if self.log_z_error is None else f" ± {self.log_z_error:.2g}"
+            rows.append(("log Z", f"{self.log_z:.3f}{error}"))
+        if self.acceptance is not None:
+            rows.append(("acceptance", f"{self.acceptance:.3g}"))
+        rows += [("note", note) for note in self.notes] + [("verdict", self.verdict)]
+        return "\n".join(f"{name:>16}  {value}" for name, value in rows if value not in (None, ""))
+
+
+@dataclass
+class Samples:
+    """n samples and what is known about them.
+
+    ``x`` holds the samples first; ``log_weights`` is ``None`` for equally weighted samples (the default everywhere) and
+    the particles' normalised log-weights with ``resample=False``.
+    """
+
+    x: Tensor
+    log_weights: Tensor | None = None
+    diagnostics: Diagnostics = field(default_factory=lambda: Diagnostics(road=""))
+    decoder: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def log_z(self) -> float | None:
+        return self.diagnostics.log_z
+
+    def decode(self):
+        """What a person looks at: images in [0, 1] for pixel models, decoded latents, molecules."""
+        return self.x if self.decoder is None else self.decoder(self.x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        weighted = "equally weighted" if self.log_weights is None else "weighted"
+        return f"Samples({len(self)} × {tuple(self.x.shape[1:])}, {weighted})\n{self.diagnostics}"

@@ -1,0 +1,126 @@
+"""Exact answers: Gaussian mixtures in closed form at every noise level, their compositions on a grid, and distances."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sculpt.formula import Formula, Posterior
+
+
+class GaussianMixture(nn.Module):
+    r""":math:`p(x) = \sum_k w_k \mathcal N(x; \mu_k, \Sigma_k)`; noised to variance v it is the mixture with :math:`\Sigma_k + v I`.
+
+    Everything in float64 inside. The covariances are kept as eigenvectors U and eigenvalues, so a noise level costs nothing.
+    """
+
+    def __init__(self, means, covariances, weights=None):
+        super().__init__()
+        means = torch.as_tensor(means, dtype=torch.float64)
+        K, d = means.shape
+        covariances = torch.as_tensor(covariances, dtype=torch.float64)
+        if covariances.ndim == 0:
+            covariances = covariances * torch.eye(d, dtype=torch.float64)
+        covariances = covariances.expand(K, d, d)
+        weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
+        eigenvalues, U = torch.linalg.eigh(covariances)
+        for name, value in (("means", means), ("U", U), ("eigenvalues", eigenvalues), ("weights", weights.double() / weights.sum())):
+            self.register_buffer(name, value)
+        self.d = d
+
+    def components(self, z: Tensor, v) -> tuple[Tensor, Tensor, Tensor]:
+        """Per component: log w N(z), the coordinates U'(z - mu), and the variances."""
+        y = torch.einsum("kij,bki->bkj", self.U, z[:, None].double() - self.means)
+        variance = self.eigenvalues + torch.as_tensor(v, dtype=torch.float64)
+        log_n = -0.5 * (y**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
+        return self.weights.log() + log_n, y, variance
+
+    def log_prob(self, z: Tensor, v=0.0) -> Tensor:
+        return self.components(z, v)[0].logsumexp(-1)
+
+    def score(self, z: Tensor, v=0.0) -> Tensor:
+        log_n, y, variance = self.components(z, v)
+        return torch.einsum("bk,kij,bkj->bi", log_n.softmax(-1), self.U, -y / variance)
+
+    def denoise(self, z: Tensor, s) -> Tensor:
+        v = torch.as_tensor(s, dtype=torch.float64) ** 2
+        return (z + v * self.score(z, v)).to(z.dtype)
+
+    def draw(self, n: int, generator=None, v=0.0) -> Tensor:
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        xi = torch.randn(n, self.d, dtype=torch.float64, generator=generator)
+        return self.means[k] + torch.einsum("bij,bj->bi", self.U[k], (self.eigenvalues[k] + v).sqrt() * xi)
+
+
+def ring(n, radius, variance, centre=(0.0, 0.0), phase=0.0, weights=None) -> GaussianMixture:
+    angles = torch.arange(n, dtype=torch.float64) * 2 * math.pi / n + phase
+    means = torch.stack([angles.cos(), angles.sin()], -1) * radius + torch.tensor(centre, dtype=torch.float64)
+    return GaussianMixture(means, torch.tensor(variance), weights)
+
+
+class Grid:
+    """A square cut into n × n cells; masses by the midpoint rule with ``refine``² points a cell."""
+
+    def __init__(self, half_width: float, n: int = 28, refine: int = 16):
+        self.half_width, self.n, self.refine = half_width, n, refine
+        fine = n * refine
+        axis = (torch.arange(fine, dtype=torch.float64) + 0.5) / fine * 2 * half_width - half_width
+        self.points = torch.cartesian_prod(axis, axis)
+        self.area = (2 * half_width / fine) ** 2
+
+    def log_densities(self, models) -> Tensor:
+        return torch.stack([model.log_prob(self.points) for model in models], -1)
+
+    def exact(self, formula: Formula, models) -> tuple[Tensor, float]:
+        """Cell masses of the normalised target, and its log Z."""
+        log_p = formula.value(self.log_densities(models)) + math.log(self.area)
+        log_z = float(log_p.logsumexp(0))
+        n, r = self.n, self.refine
+        return (log_p - log_z).exp().view(n, r, n, r).sum((1, 3)).flatten(), log_z
+
+    def histogram(self, x: Tensor) -> Tensor:
+        """Cell shares, with what falls outside as the last entry."""
+        cells = ((x.double() + self.half_width) / (2 * self.half_width) * self.n).floor().long()
+        inside = ((cells >= 0) & (cells < self.n)).all(-1)
+        index = torch.where(inside, cells[:, 0] * self.n + cells[:, 1], self.n**2)
+        return torch.bincount(index, minlength=self.n**2 + 1).double() / len(x)
+
+    def total_variation(self, x: Tensor, masses: Tensor) -> float:
+        return 0.5 * float((self.histogram(x) - torch.cat([masses, masses.new_zeros(1)])).abs().sum())
+
+    def floor(self, masses: Tensor, n: int, repeats: int = 20, seed: int = 0) -> float:
+        """The mean total variation of n draws from an exact sampler."""
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.multinomial(masses.expand(repeats, -1), n, replacement=True, generator=generator)
+        shares = torch.stack([torch.bincount(row, minlength=self.n**2) for row in draws]).double() / n
+        return 0.5 * float((shares - masses).abs().sum(-1).mean())
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """2 E|X−Y| − E|X−X'| − E|Y−Y'|, unbiased."""
+    x, y = x.double(), y.double()
+
+    def within(a):
+        return float(torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)))
+
+    return 2 * float(torch.cdist(x, y).mean()) - within(x) - within(y)
+
+
+def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200, seed: int = 0) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.randn(x.shape[1], directions, dtype=torch.float64, generator=generator)
+    u = u / u.norm(dim=0)
+    return float(((x.double() @ u).sort(0).values - (y.double() @ u).sort(0).values).abs().mean())
+
+
+def draw_posterior(formula: Posterior, models, n: int, generator=None) -> Tensor:
+    """Exact draws by rejection from the model of the first label, with exact densities."""
+    kept, count = [], 0
+    while count < n:
+        x = models[formula.labels[0]].draw(4 * n, generator)
+        ell = torch.stack([model.log_prob(x) for model in models], -1)
+        accept = formula.value(ell) - ell[:, formula.labels[0]]
+        x = x[torch.rand(len(x), generator=generator, dtype=torch.float64).log() < accept]
+        kept.append(x)
+        count += len(x)
+    return torch.cat(kept)[:n]

@@ -121,7 +121,8 @@ class SetHead(nn.Module):
 
     def target(self, log_p: Float[Tensor, "b m"]) -> Float[Tensor, "b k"]:
         r"""The weight of each set: all its orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
-        return (log_p @ self.counts.T + self.log_orderings).exp()
+        # Clamped: a label of no probability, not observed, has to be 0 · log 0 = 0.
+        return (log_p.clamp(min=-1e4) @ self.counts.T.to(log_p) + self.log_orderings.to(log_p)).exp()
 
     def column(self, labels: Sequence[int]) -> int:
         return self.sets.index(tuple(sorted(labels)))
@@ -248,7 +249,10 @@ def _own_network(description: dict, folder: str | Path) -> nn.Module:
             f"The classifier in {folder} has a backbone of its user's own ({description['class']}). "
             "Build it and pass it: Classifier.from_pretrained(folder, network=...)."
         )
-    return getattr(importlib.import_module(module), name)(**description["config"])
+    network = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(network, type) and issubclass(network, nn.Module)):
+        raise ValueError(f"The classifier in {folder} names {description['class']} as its network, which this sculpt does not have. Update sculpt.")
+    return network(**description["config"])
 
 
 @dataclass
@@ -284,6 +288,7 @@ class Replay(abc.ABC):
         return 1
 
 
+@torch.random.fork_rng(devices=[])
 def fit(
     models: Sequence[BaseModel],
     observations: int = 2,
@@ -293,7 +298,7 @@ def fit(
     steps: int = 4000,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
-    patience: int = 10,
+    patience: int = 20,
     checkpoint: str | Path | None = None,
     device: torch.device | str | None = None,
     mixed_precision: bool | None = None,
@@ -309,7 +314,7 @@ def fit(
         odds: whether odds are an input. A number r draws log-odds from U[-r, r] (``True``: 3.5).
         network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``.
         batch_size: finished samples per model and step.
-        patience: stop early after so many of the 40 held-out evaluations without improvement.
+        patience: stop early after this many of the 40 held-out evaluations without improvement.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
@@ -333,17 +338,18 @@ def fit(
     mixed_precision = device.type == "cuda" if mixed_precision is None else mixed_precision
     replay = models[0].replay(models, seed=seed, progress=progress, checkpoint=checkpoint, **replay_options)
 
-    torch.manual_seed(seed)
+    torch.random.default_generator.manual_seed(seed)
     classifier = Classifier(
-        network or replay.default_network(),
+        copy.deepcopy(network) if network is not None else replay.default_network(),
         [model.key for model in models],
         observations,
         bool(odds),
         children=replay.children,
         names=[str(model) for model in models],
     ).to(device)
-    run = _Training(classifier, steps, learning_rate, seed, checkpoint)
     log_odds_range = 3.5 if odds is True else float(odds)
+    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "log_odds_range": log_odds_range, "seed": seed}
+    run = _Training(classifier, settings, checkpoint)
 
     def evaluate(held_out_batches: int = 8) -> dict[str, float]:
         # The same held-out states and odds every time, so that the curve has no noise of its own.
@@ -359,10 +365,11 @@ def fit(
     from tqdm.auto import tqdm
 
     every = max(1, steps // 40)
-    bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2)
+    bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1)
     with bar:
         while run.step < steps and run.stale < patience:
             generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
+            torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
             batch, log_odds = _draw(replay, classifier, batch_size, generator, log_odds_range, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 losses = classifier.losses(batch, run.average, log_odds)
@@ -371,7 +378,7 @@ def fit(
             run.update(losses["terminal"] + losses["marginal"] + ramp * losses["joint"])
             bar.update()
             if run.step % every == 0 or run.step == steps:
-                run.record({**{name: float(loss) for name, loss in losses.items()}, **evaluate()})
+                run.record({**{name: loss.item() for name, loss in losses.items()}, **evaluate()})
                 bar.set_postfix(held_out=f"{run.history[-1]['held_out_joint']:.4f}", best=f"{run.best:.4f}")
     return run.finish()
 
@@ -403,7 +410,8 @@ def _draw(replay, classifier, size, generator, log_odds_range, device, held_out=
 class _Training:
     """Weights, their average, the optimiser and the curve; saved as one and resumed as one."""
 
-    def __init__(self, classifier: Classifier, steps: int, learning_rate: float, seed: int, checkpoint: str | Path | None):
+    def __init__(self, classifier: Classifier, settings: dict[str, float], checkpoint: str | Path | None):
+        steps, learning_rate = settings["steps"], settings["learning_rate"]
         self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
         self.best_weights = copy.deepcopy(self.average.state_dict())
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-4)
@@ -415,7 +423,7 @@ class _Training:
         self.rate, self.learning_rate, self.steps = rate, learning_rate, steps
         self.step, self.best, self.stale, self.history = 0, float("inf"), 0, []
         self.folder = None if checkpoint is None else Path(checkpoint)
-        self.identity = {"kind": "training", "steps": steps, "seed": seed, "learning_rate": learning_rate}
+        self.identity = {"kind": "training", **settings}
         self.identity["classifier"] = {key: value for key, value in classifier.config.items() if key not in ("history", "names")}
         self.started = self.saved = time.monotonic()
         if self.folder is not None and (self.folder / "training" / "config.json").exists():
@@ -424,7 +432,7 @@ class _Training:
     def update(self, loss: Tensor) -> None:
         if not loss.isfinite():
             raise FloatingPointError(
-                f"The classifier's loss is {float(loss)} at step {self.step}. Lower learning_rate, or look for NaN in the base samples."
+                f"The classifier's loss is {loss.item()} at step {self.step}. Lower learning_rate, or look for NaN in the base samples."
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.rate(self.step)

@@ -11,6 +11,7 @@ road                   call                                     what it needs
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -48,12 +49,12 @@ class Composition(BaseModel):
 
     @property
     def name(self) -> str:
-        return self.formula.write([f"({model})" if isinstance(model, Composition) else str(model) for model in self.models])
+        return self.formula.write([f"({model})" if " " in str(model) else str(model) for model in self.models])
 
     def __repr__(self) -> str:
         return str(self)
 
-    @property
+    @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:
         found: list[BaseModel] = []
         for model in self.models:
@@ -62,7 +63,7 @@ class Composition(BaseModel):
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(repr((repr(self.formula), [model.key for model in self.models])).encode()).hexdigest()
+        return hashlib.sha256(repr((self.formula.identity, [model.key for model in self.models])).encode()).hexdigest()
 
     @property
     def device(self) -> torch.device:
@@ -233,9 +234,12 @@ class Composition(BaseModel):
         """The guided composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
         if self.family != "diffusion":
             raise ValueError(f"as_unet is for diffusion models; {self} is a composition of {self.family}s. Use as_estimator.")
+        from sculpt.diffusion.model import Diffusion
         from sculpt.diffusion.unet import DenoiserUNet
 
         guided = self.guided(classifier, anchor=anchor, form=form)
+        if scheduler is None and not isinstance(guided.anchor, Diffusion):
+            raise ValueError(f"The anchor {guided.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with.")
         return DenoiserUNet(guided, scheduler or guided.anchor.scheduler)
 
     def as_estimator(self, classifier: Guide, *, anchor: int | BaseModel | None = None, form: str = "anchored"):
@@ -260,8 +264,9 @@ def _call(function: Callable, road: str, *args: Any, **options: Any) -> Samples:
 def mixture(*models: BaseModel, weights: Sequence[float] | None = None) -> Composition:
     r""":math:`\sum_i \omega_i p_i`; equal weights by default, and only their ratios matter."""
     _check_one_each(models, weights, "weights")
+    weights = Mixture(weights or [1.0] * len(models)).weights  # checked as given, before those of equal models add up
     distinct, index = _distinct(models)
-    return Composition(Mixture(_gather(weights or [1.0] * len(models), index)), distinct)
+    return Composition(Mixture(_gather(weights, index)), distinct)
 
 
 def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | Sequence[float] | None = None) -> Composition:
@@ -295,8 +300,9 @@ def product(models: Sequence[BaseModel], powers: Sequence[float]) -> Composition
 def power_mean(models: Sequence[BaseModel], exponent: float, weights: Sequence[float] | None = None) -> Composition:
     r""":math:`(\sum_i \omega_i p_i^r)^{1/r}`: r = 1 the mixture, 0 the geometric mean, -1 the harmonic."""
     _check_one_each(models, weights, "weights")
+    weights = PowerMean(exponent, weights or [1.0] * len(models)).weights  # checked as given
     distinct, index = _distinct(models)
-    return Composition(PowerMean(exponent, _gather(weights or [1.0] * len(models), index)), distinct)
+    return Composition(PowerMean(exponent, _gather(weights, index)), distinct)
 
 
 def operate(operator: str, p: BaseModel, q: BaseModel) -> Composition:

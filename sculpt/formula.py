@@ -53,11 +53,16 @@ class Formula(abc.ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.write([f'p{i}' for i in range(self.m)])})"
 
+    @property
+    def identity(self) -> tuple:
+        """The kind and every number of it. Printing rounds, keys must not."""
+        return type(self).__name__, *((name, _identity(value)) for name, value in sorted(vars(self).items()))
+
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and vars(self) == vars(other)
+        return isinstance(other, Formula) and self.identity == other.identity
 
     def __hash__(self) -> int:
-        return hash((type(self).__name__, repr(sorted(vars(self).items()))))
+        return hash(self.identity)
 
 
 class Mixture(Formula):
@@ -111,7 +116,12 @@ class Posterior(Formula):
         return _log_softmax(_log(self.odds, ell) + ell)
 
     def value(self, ell):
-        return ell[..., self.labels[0]] + self._shares(ell)[..., list(self.labels[1:])].sum(-1)
+        # Exchanging labels only rescales: the one of least density stands first, so that infinities of both signs never meet.
+        labels = list(self.labels)
+        own, shares, log_v = ell[..., labels], self._shares(ell)[..., labels], _log(self.odds, ell)[labels]
+        first = own.argmin(-1, keepdim=True)
+        standing = own + (log_v - log_v[0])
+        return standing.gather(-1, first)[..., 0] + shares.scatter(-1, first, 0.0).sum(-1)
 
     def gradient(self, ell):
         counts = torch.zeros(self.m, dtype=ell.dtype, device=ell.device)
@@ -124,7 +134,9 @@ class Posterior(Formula):
 
     def write(self, names):
         if len(set(self.odds)) > 1:
-            alpha = "" if self.m > 2 else f"[α={self.odds[0]:.3g}]"
+            # In a contrast of the second model with the first, α belongs to the one that is written first.
+            first = self.labels[0] if len(set(self.labels)) == 1 else 0
+            alpha = "" if self.m > 2 else f"[α={self.odds[first]:.3g}]"
         else:
             alpha = None
         if self.m > 1 and self.labels == tuple(range(self.m)) and (alpha is None or alpha):
@@ -132,7 +144,7 @@ class Posterior(Formula):
         if self.m == 2 and len(self.labels) == 2 and len(set(self.labels)) == 1 and (alpha is None or alpha):
             i = self.labels[0]
             return f" ◑{alpha or ''} ".join([names[i], names[1 - i]])
-        observed = ", ".join(f"y{k}={names[i].strip('()')}" for k, i in enumerate(self.labels, 1))
+        observed = ", ".join(f"y{k}={names[i]}" for k, i in enumerate(self.labels, 1))
         weights = "" if alpha is None else "; odds " + ":".join(f"{v:.3g}" for v in self.odds)
         return f"p(x | {observed}; {', '.join(names)}{weights})"
 
@@ -199,8 +211,9 @@ class PowerMean(Formula):
             return Product(self.weights).value(ell)
         top = ell.amax(-1) if self.exponent > 0 else ell.amin(-1)
         shift = torch.where(top.isfinite(), top, 0.0)
-        # Shifted by the dominant term before the division by r, so that small r lose no digits at large densities.
-        mean = shift + torch.logsumexp(self._scaled(ell - shift[..., None]), dim=-1) / self.exponent
+        # Relative to the dominant term, and by expm1 because the weights sum to one: small r lose no digits in the division.
+        excess = torch.expm1(self.exponent * (ell - shift[..., None]))
+        mean = shift + torch.log1p((_log(self.weights, ell).exp() * excess).sum(-1)) / self.exponent
         return torch.where(top == NEG_INF, NEG_INF, mean)
 
     def gradient(self, ell):
@@ -233,6 +246,9 @@ class Nested(Formula):
         self.log_z = tuple(float(z) for z in log_z) if log_z is not None else (0.0,) * len(self.parts)
         if not outer.m == len(self.parts) == len(self.indices) == len(self.log_z):
             raise ValueError(f"The outer formula takes {outer.m} operands, got {len(self.parts)} parts and {len(self.log_z)} log Z.")
+        for part, index in zip(self.parts, self.indices, strict=True):
+            if part.m != len(index):
+                raise ValueError(f"{part} takes {part.m} operands, got the indices {index}.")
         self.m = 1 + max(max(index) for index in self.indices)
 
     @property
@@ -271,6 +287,12 @@ class Nested(Formula):
         return self.outer.write([text if part.m == 1 else f"({text})" for part, text in zip(self.parts, texts, strict=True)])
 
 
+def _identity(value):
+    if isinstance(value, tuple):
+        return tuple(map(_identity, value))
+    return value.identity if isinstance(value, Formula) else value
+
+
 def _normalised(weights: Sequence[float], what: str) -> tuple[float, ...]:
     """Positive numbers scaled to sum to one; only their ratios matter."""
     weights = tuple(float(w) for w in weights)
@@ -284,9 +306,10 @@ def _log(weights: Sequence[float], ell: Tensor) -> Tensor:
 
 
 def _log_softmax(x: Tensor) -> Tensor:
-    """``log_softmax`` that stays minus infinity where every entry is."""
-    total = torch.logsumexp(x, dim=-1, keepdim=True)
+    """``log_softmax`` that stays minus infinity where every entry is, with equal shares among entries at plus infinity."""
     top = x.amax(-1, keepdim=True)
+    x = torch.where(top == float("inf"), torch.where(x == top, 0.0, NEG_INF), x)
+    total = torch.logsumexp(x, dim=-1, keepdim=True)
     return torch.where(top == NEG_INF, NEG_INF, x - torch.where(total.isfinite(), total, 0.0))
 
 

@@ -55,15 +55,16 @@ class Population:
         self._log_z = 0.0
 
     def reweight(self, increment: Float[Tensor, "n"]) -> None:
-        """Multiply the weights. A particle whose weight is not a number gets weight zero, for good, and is counted."""
+        """Multiply the weights. A particle whose weight is not a finite number gets weight zero, for good, and is counted once."""
         log_w = self.log_w + increment.detach().to(self.log_w)
-        nan = log_w.isnan()
-        self.lost += int(nan.sum())
-        self.log_w = torch.where(nan, float("-inf"), log_w)
+        # Plus infinity, too: one such particle would win everything, and no finite population can stand for it.
+        lost = log_w.isnan() | (log_w == float("inf"))
+        self.lost += int((lost & (self.log_w > float("-inf"))).sum())
+        self.log_w = torch.where(lost, float("-inf"), log_w)
         self.ess.append(effective_sample_size(self.log_w))
         if self.ess[-1] == 0.0:
             raise FloatingPointError(
-                f"All {self.n} particles have weight zero ({self.lost} of them were not a number): none is left to go on from. "
+                f"All {self.n} particles have weight zero ({self.lost} of them were not a finite number): none is left to go on from. "
                 "The composition asks for a region that no particle reached: use more particles or steps, or check sculpt.overlap(models)."
             )
 
@@ -83,11 +84,15 @@ class Population:
 
     @property
     def log_z_error(self) -> float:
-        """Standard error of log Z from this one run: the spread of weight over the particles' roots (Lee & Whiteley 2018)."""
+        """Standard error of log Z from this one run: the spread of weight over the particles' roots (Lee & Whiteley 2018).
+
+        Theirs takes off what multinomial resampling adds at every resampling; the systematic one adds next to nothing, so
+        only the 1/N of the start is taken off. A little wide after many resamplings. The steps' discretisation is not in it.
+        """
         share = torch.zeros(self.n, dtype=torch.float64, device=self.log_w.device)
         share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
         square = float((share**2).sum())
-        variance = 1 - (self.n / max(self.n - 1, 1)) ** (self.resamplings + 1) * (1 - square)
+        variance = 1 - self.n / max(self.n - 1, 1) * (1 - square)
         # With few surviving roots the estimator saturates at one: it then means "at least".
         return math.sqrt(max(variance, 0.0))
 
@@ -123,26 +128,30 @@ class Diagnostics:
 
     def observe(self, population: Population, acceptance: float | None = None) -> None:
         """Take down what a population knows about itself."""
-        self.particles, self.ess, self.ancestors = population.n, list(population.ess), population.ancestors
+        self.particles, self.ess = population.n, list(population.ess)
+        self.ancestors = population.ancestors if population.threshold > 0 else None
         self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
 
     @property
     def verdict(self) -> str:
         """One sentence: may the samples be trusted as draws from the target?"""
-        if self.particles and self.ess:
-            least, last = min(self.ess) / self.particles, self.ess[-1] / self.particles
-            roots = self.ancestors or 0
-            if roots < 10 or last < 0.01:
-                return (
-                    f"COLLAPSED: the {self.particles} particles descend from {roots} of the start (least effective share {least:.1%}). "
-                    "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
-                )
-            if roots < 0.05 * self.particles or last < 0.1:
-                return f"strained: {roots} of {self.particles} starting particles have descendants. More particles would help."
-            return f"sound: {roots} of {self.particles} starting particles have descendants, least effective share {least:.0%}."
-        if self.acceptance is not None and self.acceptance < 1e-3:
-            return f"hard: about {self.acceptance:.1e} of the base samples satisfy the composition; the base models hardly overlap there."
-        return "; ".join(self.notes) or "nothing unusual."
+        if not (self.particles and self.ess):
+            if self.acceptance is None:
+                return "nothing unusual."
+            return f"exact for the base samplers and the terminal head; {self.acceptance:.2g} of the draws were kept."
+        least, last = min(self.ess) / self.particles, self.ess[-1] / self.particles
+        if self.ancestors is None:
+            if last >= 0.5:
+                return f"sound: guidance stays close to the exact chain (weights would keep {last:.0%})."
+            return f"biased: guidance leaves the exact chain (weights would keep {last:.1%}). Pass correct=True, or train the classifier longer."
+        if self.ancestors < max(2, min(10, 0.02 * self.particles)) or last < 0.01:
+            return (
+                f"COLLAPSED: the {self.particles} particles descend from {self.ancestors} of the start (least effective share {least:.1%}). "
+                "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
+            )
+        if self.ancestors < 0.05 * self.particles or last < 0.1:
+            return f"strained: {self.ancestors} of {self.particles} starting particles have descendants. More particles would help."
+        return f"sound: {self.ancestors} of {self.particles} starting particles have descendants, least effective share {least:.0%}."
 
     def __str__(self) -> str:
         rows = [("road", self.road), ("formula", self.formula), ("steps", self.steps or None)]

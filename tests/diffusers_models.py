@@ -46,9 +46,9 @@ def three_rings() -> list[GaussianMixture]:
 
 
 def sixteen_dimensions() -> list[GaussianMixture]:
-    """Two 16-D mixtures of three modes each that share about half of their mass."""
+    """Two 16-D mixtures of three modes each, with different covariances: one sample of the first in seven is as likely under both."""
     generator = torch.Generator().manual_seed(0)
-    means = 0.35 * torch.randn(4, 16, dtype=torch.float64, generator=generator)
-    A = torch.randn(4, 16, 16, dtype=torch.float64, generator=generator) / 4
+    means = 0.3 * torch.randn(6, 16, dtype=torch.float64, generator=generator)
+    A = torch.randn(6, 16, 16, dtype=torch.float64, generator=generator) / 4
     covariances = 0.15 * (A @ A.mT) + 0.2 * torch.eye(16, dtype=torch.float64)
-    return [GaussianMixture(means[:3], covariances[:3]), GaussianMixture(means[1:], covariances[1:])]
+    return [GaussianMixture(means[:3], covariances[:3]), GaussianMixture(means[3:], covariances[3:])]

@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sculpt.classifier import Guide, with_odds
 from sculpt.formula import Formula, Posterior
 
 
@@ -58,6 +60,69 @@ def ring(n, radius, variance, centre=(0.0, 0.0), phase=0.0, weights=None) -> Gau
     return GaussianMixture(means, torch.tensor(variance), weights)
 
 
+class ExactGuide(Guide):
+    r"""The classifier that training would end in, for Gaussian mixtures of one or two dimensions.
+
+    .. math:: h(z, s) = \int p_v(y_2, \dots, y_n \mid x) \, q_i(x \mid z) \, dx, \qquad q_i(x \mid z) \propto p_i(x) \, N(z; x, s^2)
+
+    The trapezoid rule, exact to a few digits less than float64 where the noise is wider than its spacing; below that Gauss and
+    Hermite's nodes around z. Differentiable in z. The noise factorises over the axes, so the cost is that of a matrix product.
+    """
+
+    def __init__(self, mixtures, keys=None, observations: int = 16, fine: float = 0.06):
+        self.mixtures, self.keys, self.m, self.observations = list(mixtures), keys, len(mixtures), observations
+        self.d, self.fine = self.mixtures[0].d, fine
+        half_width = max(float(p.means.abs().max() + 6 * p.eigenvalues.max().sqrt()) for p in self.mixtures)
+        self.axis = torch.linspace(-half_width, half_width, int(2 * half_width / fine * 1.25) + 1, dtype=torch.float64)
+        nodes, weights = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(7))
+        self.nodes = torch.cartesian_prod(*[nodes] * self.d).reshape(-1, self.d)
+        self.weights = torch.cartesian_prod(*[weights.log()] * self.d).reshape(-1, self.d).sum(-1)
+        self._tables = {}
+
+    def _ell(self, x: Tensor, v=0.0) -> Tensor:
+        return torch.stack([p.log_prob(x, v) for p in self.mixtures], -1)
+
+    def marginal(self, z, s):
+        return self._by_level(lambda z, s: torch.log_softmax(self._ell(z, s**2), -1), z, s)
+
+    def terminal(self, x):
+        return torch.log_softmax(self._ell(x), -1)
+
+    def log_h(self, z, s, *, labels, odds=None):
+        function = self._on_axes if float(s.min()) >= self.fine else self._around
+        return self._by_level(lambda z, s: function(z.double(), s, tuple(labels), odds), z, s)
+
+    def _on_axes(self, z, s, labels, odds):
+        if (labels, odds) not in self._tables:
+            x = torch.cartesian_prod(*[self.axis] * self.d).reshape(-1, self.d)
+            log_p = self.mixtures[labels[0]].log_prob(x)
+            both = torch.stack([log_p + self.log_h_terminal(x, labels=labels, odds=odds), log_p])
+            # The same constant off both: they are compared.
+            self._tables[labels, odds] = (both - log_p.max()).exp().reshape(2, *[len(self.axis)] * self.d)
+        exponents = -((z[:, :, None] - self.axis) ** 2) / (2 * s**2)
+        kernel = (exponents - exponents.detach().amax(-1, keepdim=True)).exp()
+        total = torch.einsum("bi,ti...->bt...", kernel[:, 0], self._tables[labels, odds])
+        for k in range(1, self.d):
+            total = torch.einsum("bi,bti...->bt...", kernel[:, k], total)
+        return total[:, 0].log() - total[:, 1].log()
+
+    def _around(self, z, s, labels, odds):
+        x = (z[:, None] + s * self.nodes).reshape(-1, self.d)
+        log_p = self.mixtures[labels[0]].log_prob(x)
+        log_f = self.log_h_terminal(x, labels=labels, odds=odds)
+        both = torch.stack([log_p + log_f, log_p]).reshape(2, len(z), -1) + self.weights
+        return both[0].logsumexp(-1) - both[1].logsumexp(-1)
+
+    @staticmethod
+    def _by_level(function, z, s):
+        s = s.double().expand(len(z))
+        if bool((s == s[0]).all()):
+            return function(z, s[0])
+        parts = {float(level): (s == level).nonzero()[:, 0] for level in s.unique()}
+        values = torch.cat([function(z[rows], s[rows[0]]) for rows in parts.values()])
+        return values[torch.cat(list(parts.values())).argsort()]
+
+
 class Grid:
     """A square cut into n × n cells; masses by the midpoint rule with ``refine``² points a cell."""
 
@@ -97,13 +162,13 @@ class Grid:
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X−Y| − E|X−X'| − E|Y−Y'|, unbiased."""
+    """2 E|X−Y| − E|X−X'| − E|Y−Y'| between the two empirical distributions; never negative."""
     x, y = x.double(), y.double()
 
-    def within(a):
-        return float(torch.cdist(a, a).sum() / (len(a) * (len(a) - 1)))
+    def mean(a, b):
+        return sum(float(torch.cdist(part, b).sum()) for part in a.split(1000)) / (len(a) * len(b))
 
-    return 2 * float(torch.cdist(x, y).mean()) - within(x) - within(y)
+    return 2 * mean(x, y) - mean(x, x) - mean(y, y)
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200, seed: int = 0) -> float:

@@ -1,4 +1,4 @@
-"""The paper's five base policies on the 32×32 grid, trained here: ``python pretrained/grid/recipe.py [name ...]``.
+"""The paper's base policies on the 32×32 grid and two classifiers of them: ``python pretrained/grid/recipe.py [name ...]``.
 
 Trajectory balance with the uniform backward policy, on trajectories drawn backwards from terminal states (half uniform,
 half by reward). The grid has 1,024 states, so the network is evaluated once per step on all of them and a batch of
@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,6 +19,8 @@ import torch
 from gfn.gym import HyperGrid
 from torch import Tensor
 
+import sculpt
+from sculpt.formula import label_sets
 from sculpt.gflownet import exact
 from sculpt.gflownet.model import GFlowNet
 from sculpt.gflownet.network import GridNetwork, NetworkPolicy
@@ -168,7 +172,77 @@ model = sculpt.load("pretrained/grid/{model.name}")
     print(model.name, json.dumps(measured), flush=True)
 
 
+# Classifiers
+
+SETS = {
+    "pair": {"models": ["symmetric_shubert", "diag_sigmoid"], "observations": 2, "odds": True},
+    "circles": {"models": ["circle1", "circle2", "circle3"], "observations": 3, "odds": False},
+}
+
+
+def fit_classifier(name: str, folder: Path | None = HERE, **options) -> tuple[sculpt.Classifier, float]:
+    """One of the two classifiers, and the CPU seconds it took; with a folder it is saved there and a killed run goes on."""
+    settings = SETS[name]
+    models = [sculpt.load(HERE / model) for model in settings["models"]]
+    work = None if folder is None else folder / f".{name}"
+    started = time.process_time()
+    classifier = sculpt.fit(models, settings["observations"], settings["odds"], checkpoint=work, progress=False, **options)
+    seconds = time.process_time() - started
+    if folder is not None:
+        classifier.save_pretrained(folder / name)
+        write_classifier_card(classifier, models, folder / name, seconds)
+        shutil.rmtree(work)
+    return classifier, seconds
+
+
+def load_classifier(name: str) -> tuple[sculpt.Classifier, float]:
+    """The saved classifier and the CPU seconds that its card tells."""
+    card = (HERE / name / "README.md").read_text()
+    return sculpt.load(HERE / name), float(re.search(r"\| cost \| (\d+) CPU", card).group(1))
+
+
+def write_classifier_card(classifier: sculpt.Classifier, models: list, folder: Path, seconds: float) -> None:
+    p = [exact.terminal_distribution(model) for model in models]
+    errors = []
+    for labels in label_sets(classifier.m, classifier.observations):
+        for alpha in (0.05, 0.5, 0.95) if classifier.odds else (None,):
+            composition = sculpt.posterior(models, labels, alpha)
+            q = exact.terminal_distribution(composition.guided(classifier))
+            odds = "" if alpha is None else f", odds {alpha:g} : {1 - alpha:g}"
+            errors.append(f"| {labels}{odds} | {exact.l1(q, exact.target(composition.formula, p)):.4f} |")
+    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    names = [str(model) for model in models]
+    (folder / "README.md").write_text(
+        f"""# {folder.name}: a classifier of {len(models)} grid policies
+
+It steers compositions of {", ".join(names)} with up to {classifier.observations} observations{" at any odds" * classifier.odds}.
+
+```python
+models = [sculpt.load(f"pretrained/grid/{{name}}") for name in {names}]
+classifier = sculpt.load("pretrained/grid/{folder.name}")
+samples = sculpt.posterior(models, {tuple(range(len(models)))}).sample(1000, classifier)
+```
+
+| | |
+|---|---|
+| data | trajectories of the base models, drawn while training |
+| network | coordinates one-hot, two layers of 256, heads; {sum(w.numel() for w in classifier.parameters()):,} parameters |
+| recipe | `python pretrained/grid/recipe.py {folder.name}`: `sculpt.fit` as it is, {classifier.history[-1]["step"]:,} steps |
+| cost | {seconds:.0f} CPU seconds on one thread |
+| `model.safetensors` | sha256 {sha} |
+| licence | the project's; no third-party data |
+
+L1 to the exact composition of the same base models, between 0 and 2, by pushing mass through the guided policy:
+
+| labels | L1 |
+|---|---|
+{chr(10).join(errors)}
+"""
+    )
+    print(folder.name, *errors, sep="\n", flush=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name in sys.argv[1:] or REWARDS:
-        train(name)
+    for name in sys.argv[1:] or [*REWARDS, *SETS]:
+        fit_classifier(name) if name in SETS else train(name)

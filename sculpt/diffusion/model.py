@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel
+from sculpt.particles import Samples
 from sculpt.diffusion.condition import class_condition, expand, leaves, prompt_encoder, tree_map
 from sculpt.diffusion.identity import digest, is_a, weights
 from sculpt.diffusion.schedule import Level, level, like, schedule_of
@@ -95,15 +96,13 @@ class Denoiser(BaseModel):
         images = [self.autoencoder.decode(part).sample for part in x.split(batch_size)]
         return (torch.cat(images).float() / 2 + 0.5).clamp(0, 1)
 
-    def sample(self, n: int, *, steps=None, solver=None, batch_size=None, generator=None):
+    def sample(self, n: int, *, steps=None, solver=None, batch_size=None, generator=None, progress=True, **options) -> Samples:
+        """n samples; see :func:`sculpt.diffusion.sampler.sample` for the options."""
         from sculpt.diffusion.sampler import sample
 
-        return sample(self, n, steps=steps, solver=solver, batch_size=batch_size, generator=generator)
-
-    def default_network(self, models: Sequence[BaseModel]) -> nn.Module:
-        from sculpt.diffusion.network import default_network
-
-        return default_network(models)
+        return sample(
+            self, n, steps=steps, solver=solver, batch_size=batch_size, generator=generator, progress=progress, **options
+        )
 
     def replay(self, models: Sequence[BaseModel], **options):
         from sculpt.diffusion.network import DiffusionReplay
@@ -382,7 +381,9 @@ class EnergyModel(Denoiser):
 
     def energy(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, " b"]:
         """E(z, s)"""
-        E = self.model(z, level(s, z.device).to(z.dtype))
+        state = _first_state(self.model)
+        x = z if state is None or not state.is_floating_point() else z.to(state.dtype)
+        E = self.model(x, level(s, z.device).to(x.dtype)).to(z.dtype)
         if E.shape != z.shape[:1]:
             raise ValueError(f"The energy {self} answered with shape {tuple(E.shape)}, expected one per sample, ({len(z)},).")
         return E

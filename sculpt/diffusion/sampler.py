@@ -14,7 +14,6 @@ The base chain's kernel is the one of the second-order stochastic solver (SDE-DP
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import warnings
@@ -24,21 +23,24 @@ from typing import Any
 import torch
 from einops import einsum, reduce
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.base import BaseModel, randn
 from sculpt.classifier import Guide
+from sculpt.diffusion.identity import digest, weights
 from sculpt.diffusion.model import Denoiser
 from sculpt.formula import Formula, Posterior
 from sculpt.particles import Diagnostics, Population, Samples
 
-__all__ = ["Guided", "guide", "sample", "track", "noise_levels", "noise_range", "spread"]
+__all__ = ["Guided", "guide", "sample", "track", "path_ratios", "noise_levels", "noise_range", "spread"]
 
 WIDEST = 80.0
 """Where sampling starts at most: the base models' start N(0, s²) then misses their mean by a thousandth of a standard deviation."""
 
 KNEE = 0.5
 """The noise level around which half of the steps lie: that of data scaled to about one, where its structure appears."""
+
+GUIDED_NOTE = "classifier-free guidance is sampled as it is: a guided score has no marginal of its own, so no road is exact for it"
 
 
 # ---------------------------------------------------------------------------------------------------------------- the clock
@@ -100,7 +102,8 @@ class Guided(Denoiser):
         self.anchor = self.models[posterior.labels[0]]
         self.s_min, self.s_max = noise_range(self.models)
         self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
-        self.name = posterior.write([str(model) for model in models])
+        self.guided = any(leaf.guided for model in models for leaf in model.leaves)
+        self.name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
         if form == "anchored" and not isinstance(self.anchor, Denoiser):
             raise ValueError(
                 f"The anchor {self.anchor} is a composition without a classifier of its own, so it cannot be stepped. "
@@ -113,8 +116,8 @@ class Guided(Denoiser):
 
     @property
     def key(self) -> str:
-        keys = sorted(model.key for model in self.models)
-        return hashlib.sha256(repr((self.posterior, keys, id(self.classifier), self.form)).encode()).hexdigest()
+        classifier = weights(self.classifier) if isinstance(self.classifier, nn.Module) else type(self.classifier).__qualname__
+        return digest("guided", self.posterior.identity, [model.key for model in self.models], classifier, self.form)
 
     def log_h(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
         r""":math:`\log h(z)` of the anchored form, or :math:`\log p(y_1 \dots y_n \mid z)`, and its gradient."""
@@ -179,8 +182,7 @@ def sample(
     check_count(n)
     steps = 32 if steps is None else steps
     diagnostics = Diagnostics(road="base model" if not isinstance(model, Guided) else f"classifier, {model.form} form", steps=steps)
-    if model.guided:
-        diagnostics.notes.append("classifier-free guidance is sampled as it is: a guided score has no marginal of its own")
+    diagnostics.notes += [GUIDED_NOTE] * model.guided
     weighted = isinstance(model, Guided) and model.form == "anchored" and solver is None
     if correct and not weighted:
         _refuse_correction(model, solver)
@@ -287,6 +289,7 @@ def track(
     d = math.prod(shape)
     N = population_size(n, particles, shape, small=10_000, large=512)
     diagnostics = Diagnostics(road="tracked densities", steps=steps)
+    diagnostics.notes += [GUIDED_NOTE] * any(model.guided for model in models)
     if d > 256:
         warnings.warn(
             f"Tracked densities in {d} dimensions: the weights usually collapse onto a few particles. Watch the verdict; "
@@ -303,10 +306,11 @@ def track(
     population = Population(N, threshold=threshold, generator=generator, device=device)
     population.reweight(formula.value(ell) + inner(xi, xi) / 2 + normal - 0.5 * d * math.log(degree))
 
+    if corrector is not None:
+        corrector.reset()
     for k, (s, s_next) in enumerate(track_progress(levels, "tracking densities", progress)):
         if corrector is not None:
             z, ell = corrector(z, ell, s, formula, models, batch_size, generator)
-            diagnostics.corrections = corrector.acceptance
         D = _denoised(models, z, s, k, batch_size, population)
         a = formula.gradient(ell)
         if s_next is None:
@@ -316,7 +320,7 @@ def track(
         S = (D - z[:, None]) / v
         drift = einsum(a, S, "N m, N m ... -> N ...")
         c, c_composed = analytic_variance(z, D, a, degree, population.log_w)
-        tau, tau_composed = (v_next * delta / v + (delta / v) ** 2 * part.clamp(min=0).clamp(max=v) for part in (c, c_composed))
+        tau, tau_composed = kernel_variance(c, v, delta), kernel_variance(c_composed, v, delta)
         xi = randn(z.shape, generator, z)
         step = delta * drift + tau_composed.sqrt() * xi
         log_backward = -inner(step, step) / (2 * delta) - 0.5 * d * torch.log(2 * math.pi * delta)
@@ -332,6 +336,8 @@ def track(
     x = z + einsum(a, D - z[:, None], "N m, N m ... -> N ...")
     if population.lost:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
+    if corrector is not None:
+        diagnostics.notes.append(corrector.note)
     diagnostics.observe(population)
     return population.samples(x.float(), n, diagnostics, models[0].decode, resample)
 
@@ -354,6 +360,35 @@ def analytic_variance(
     every = every - einsum(w, every, "N, N ... -> ...")
     c = einsum(w, reduce(every * pull[:, None], "N m ... -> N m", "sum"), "N, N m -> m") / pull[0].numel()
     return c[:-1], c[-1]
+
+
+def kernel_variance(c: Tensor, v: Tensor, delta: Tensor) -> Tensor:
+    """The Analytic-DPM variance of a step from v to v - delta; an estimate of c outside its bounds is put back."""
+    return (v - delta) * delta / v + (delta / v) ** 2 * c.clamp(min=0).clamp(max=v)
+
+
+@torch.no_grad()
+def path_ratios(
+    models: Sequence[Denoiser], x: Float[Tensor, "N *x"], generator: torch.Generator | None = None, *, made_by: int, steps: int = 64
+) -> Float[Tensor, "N m"]:
+    r"""Log-densities of all models at samples x of model ``made_by``, up to a constant common to all.
+
+    x is noised step by step, and :math:`\sum \log P_j(z' \mid z)` of the way back is added up: tracked densities, read backwards.
+    """
+    levels = noise_levels(models, steps, x.device, KNEE)
+    z = x.double() + levels[-1] * randn(x.shape, generator, levels)
+    ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
+    a = torch.eye(len(models), dtype=torch.float64, device=x.device)[made_by].expand(len(x), -1)
+    for k, (s_next, s) in enumerate(itertools.pairwise(levels.flip(0))):
+        v, delta = s**2, s**2 - s_next**2
+        z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
+        D = torch.stack([chunked(lambda z, model=model, s=s: model.denoise(z, s), z, None) for model in models], dim=1)
+        check_finite(D, "a base model gave", k, s)
+        c, _ = analytic_variance(z, D, a, 1.0, ell.new_zeros(len(x)))
+        tau = kernel_variance(c, v, delta)
+        miss = (z_next - z)[:, None] - delta / v * (D - z[:, None])
+        ell -= reduce(miss**2, "N m ... -> N m", "sum") / (2 * tau) + 0.5 * math.prod(x.shape[1:]) * tau.log()
+    return ell
 
 
 def _denoised(models, z, s, k, batch_size, population) -> Float[Tensor, "N m *x"]:

@@ -23,6 +23,7 @@ from sculpt.gflownet.network import LogProbPolicy, NetworkPolicy
 
 __all__ = ["save", "load", "build_env"]
 
+
 def save(model: GFlowNet, folder: Path) -> None:
     if isinstance(model.policy, LogProbPolicy):
         raise ValueError(f"{model.name} is computed, it has no network to save. Save its parts and compose or solve again.")
@@ -78,7 +79,9 @@ def load(
         try:
             estimator.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}") from None
+            raise ValueError(
+                f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}"
+            ) from None
         sides[side] = estimator.to(device=env.device, dtype=dtype).eval().requires_grad_(False)
     ordered = {name: float(condition[name]) for name in config["condition"]}
     name = config["name"] or folder.resolve().name
@@ -91,7 +94,11 @@ def build_env(spec: dict[str, Any], device: torch.device | str | None = None) ->
     """The environment of a checkpoint, by name and arguments. Its reward is not restored: composing needs none."""
     cls = _import(spec["name"], DiscreteEnv, "env=")
     device = "cpu" if device is None else str(device)
-    fixed = {"HyperGrid": {"validate_modes": False}, "SetAddition": {"reward_fn": None}, "PerfectBinaryTree": {"reward_fn": None}}
+    fixed = {
+        "HyperGrid": {"validate_modes": False},
+        "SetAddition": {"reward_fn": None},
+        "PerfectBinaryTree": {"reward_fn": None},
+    }
     where = "device_str" if "BitSequence" in cls.__name__ else "device"
     try:
         return cls(**spec["arguments"], **fixed.get(cls.__name__, {}), **{where: device})
@@ -107,7 +114,9 @@ def _import(path: str, kind: type, instead: str) -> type:
         try:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
-            raise ValueError(f"This installation has no {path}. Install the version that made the checkpoint, or pass {instead}.") from None
+            raise ValueError(
+                f"This installation has no {path}. Install the version that made the checkpoint, or pass {instead}."
+            ) from None
         finally:
             # Importing gfn.gym decides the start method of the whole process, which is not ours to decide.
             multiprocessing.set_start_method(start_method, force=True)
@@ -126,6 +135,8 @@ def _describe_network(estimator: DiscretePolicyEstimator) -> dict[str, Any] | No
 
 def _build_network(spec: dict[str, Any] | None, n_actions: int, side: str, folder: Path) -> NetworkPolicy:
     if spec is None:
-        raise ValueError(f"{folder} has weights of an estimator of your own. Build it as when it was trained and pass {side}=estimator.")
+        raise ValueError(
+            f"{folder} has weights of an estimator of your own. Build it as when it was trained and pass {side}=estimator."
+        )
     network = _import(spec["class"], nn.Module, f"{side}=")(**spec["arguments"])
     return NetworkPolicy(network, n_actions, is_backward=side == "backward")

@@ -7,6 +7,8 @@ Distributions are vectors over ``dag(model).states``, in lexicographic order: a 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +41,7 @@ class DAG:
     source: Int[Tensor, "E"]
     action: Int[Tensor, "E"]
     target: Int[Tensor, "E"]
-    layers: tuple[tuple[Int[Tensor, "L"], slice], ...]
+    layers: tuple[tuple[Tensor, slice], ...]
     allowed: Bool[Tensor, "S a"]
     start: int
 
@@ -64,10 +66,13 @@ def dag(of: GFlowNet | DiscreteEnv, limit: int = LIMIT) -> DAG:
 
 def _enumerate(env: DiscreteEnv, limit: int) -> DAG:
     def refuse(size: str) -> None:
-        raise ValueError(f"{_title(env)} has {size} states; exact answers count at most {limit}. Raise limit=, or sample instead.")
+        raise ValueError(
+            f"{_title(env)} has {size} states; exact answers count at most {limit}. Raise limit=, or sample instead."
+        )
 
-    if (size := getattr(env, "n_states", 0)) > limit:
-        refuse(str(size))
+    with contextlib.suppress(NotImplementedError, AttributeError):  # some environments know before we count
+        if env.n_states > limit:
+            refuse(str(env.n_states))
     # A throw-away model for its children: any policy will do.
     model = GFlowNet(env, _Nothing(env.n_actions))
     wave = env.s0[None].clone()
@@ -117,7 +122,7 @@ def _topological(source: Tensor, target: Tensor, n: int, env: DiscreteEnv) -> tu
         raise ValueError(f"{_title(env)} has cycles: a GFlowNet's states have to form a directed acyclic graph.")
     order = layer[source].argsort(stable=True)
     ends = torch.bincount(layer[source], minlength=depth).cumsum(0).tolist()
-    return order, tuple(((layer == k).nonzero()[:, 0], slice(a, b)) for k, (a, b) in enumerate(zip([0, *ends], ends)))
+    return order, tuple(((layer == k).nonzero()[:, 0], slice(a, b)) for k, (a, b) in enumerate(itertools.pairwise([0, *ends])))
 
 
 # What base models and compositions do, exactly
@@ -157,13 +162,17 @@ def target(formula: Formula, distributions: Sequence[Float[Tensor, "S"]]) -> Flo
 def histogram(of: GFlowNet | DiscreteEnv, x: Shaped[Tensor, "n *s"], log_weights: Tensor | None = None) -> Float[Tensor, "S"]:
     """The samples' distribution, over the same states."""
     graph = dag(of)
-    w = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if log_weights is None else torch.softmax(log_weights.double(), 0)
+    w = (
+        torch.full((len(x),), 1 / len(x), dtype=torch.float64)
+        if log_weights is None
+        else torch.softmax(log_weights.double(), 0)
+    )
     return torch.zeros(len(graph.states), dtype=torch.float64, device=x.device).index_add_(0, graph.index(x), w.to(x.device))
 
 
 def l1(p: Float[Tensor, "S"], q: Float[Tensor, "S"]) -> float:
     r""":math:`\sum_x |p(x) - q(x)|`, between 0 and 2"""
-    return float((p - q).abs().sum())
+    return (p - q).abs().sum().item()
 
 
 def js(p: Float[Tensor, "S"], q: Float[Tensor, "S"]) -> float:

@@ -7,10 +7,11 @@ Notation: states s as raw tensors ``(b, *s)``, actions a with the exit last, ``l
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel
+from sculpt.classifier import Replay
 from sculpt.gflownet.network import GridNetwork, LogProbPolicy
 from sculpt.particles import Samples
 
-__all__ = ["GFlowNet", "describe", "distinct", "fingerprint"]
+__all__ = ["GFlowNet", "describe", "digest", "distinct", "fingerprint", "state_keys"]
 
 NEG_INF = float("-inf")
 
@@ -55,7 +57,9 @@ class GFlowNet(BaseModel):
             raise TypeError(f"GFlowNet composes discrete environments (gfn.env.DiscreteEnv), got {type(env).__name__}.")
         last = env.n_actions - 1
         if int(env.exit_action) != last:
-            raise ValueError(f"The exit action of {type(env).__name__} is {int(env.exit_action)}; torchgfn expects the last, {last}.")
+            raise ValueError(
+                f"The exit action of {type(env).__name__} is {int(env.exit_action)}; torchgfn expects the last, {last}."
+            )
         for side, estimator, outputs in (("policy", policy, env.n_actions), ("backward", backward, last)):
             if estimator is None:
                 continue
@@ -86,13 +90,13 @@ class GFlowNet(BaseModel):
     def key(self) -> str:
         if self._key is not None:
             return self._key
-        text = json.dumps([describe(self.env), self.rules, _digest(self.policy), self.backward_key, self.condition])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = json.dumps([describe(self.env), self.rules, digest(self.policy), self.backward_key, self.condition])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def backward_key(self) -> str:
         """Equal where two models surely share their backward policy."""
-        return "uniform" if self.backward is None else _digest(self.backward) + json.dumps(self.condition)
+        return "uniform" if self.backward is None else digest(self.backward) + json.dumps(self.condition)
 
     @property
     def rules(self) -> str:
@@ -168,17 +172,36 @@ class GFlowNet(BaseModel):
 
     # What the package asks of a base model
 
-    def sample(self, n: int, **options: Any) -> Samples:
+    def sample(
+        self,
+        n: int,
+        *,
+        correct: bool = False,
+        particles: int | None = None,
+        threshold: float = 0.5,
+        resample: bool = True,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Samples:
+        """n terminal states. What belongs to weights is for guided compositions: see :func:`sculpt.gflownet.sampler.sample`."""
         from sculpt.gflownet.sampler import sample
 
-        return sample(self, n, **options)
+        weights = {"correct": correct, "particles": particles, "threshold": threshold, "resample": resample}
+        return sample(self, n, **weights, batch_size=batch_size, generator=generator)
 
-    def default_network(self, models):
-        if not {"ndim", "height"} <= vars(self.env).keys():
-            raise ValueError(f"No default classifier network for {_title(self.env)}. Pass network=, a module from states to features.")
-        return GridNetwork(self.env.ndim, self.env.height)
+    def decode(self, x: Tensor) -> Any:
+        """What the environment makes of terminal states, where it has a method ``decode``; else the states themselves."""
+        return self.env.decode(x) if hasattr(self.env, "decode") else x
 
-    def replay(self, models, **options):
+    def default_network(self) -> nn.Module:
+        """A backbone for a classifier of such states."""
+        if describe(self.env) is None or not {"ndim", "height"} <= describe(self.env)["arguments"].keys():
+            raise ValueError(
+                f"No default classifier network for {_title(self.env)}. Pass network=, a module from states to features."
+            )
+        return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
+
+    def replay(self, models: Sequence[BaseModel], **options: Any) -> Replay:
         from sculpt.gflownet.replay import GFlowNetReplay
 
         return GFlowNetReplay(models, **options)
@@ -279,6 +302,7 @@ def fingerprint(env: DiscreteEnv, walks: int = 16, steps: int = 256) -> str:
 
 # Tensors
 
+
 def distinct(states: Shaped[Tensor, "b *s"]) -> tuple[Shaped[Tensor, "u *s"], Int[Tensor, "b"]]:
     """The different states among these, and where each row is among them: ``states == unique[rows]``.
 
@@ -299,9 +323,13 @@ def state_keys(states: Shaped[Tensor, "b *s"]) -> Int[Tensor, "b"]:
         x = (x.double() + 0.0).view(torch.int64)  # minus zero is zero
         for shift, factor in ((33, -49064778989728563), (29, -4265267296055464877)):
             x = (x ^ (x >> shift)) * factor
+    return (x.long() * _factors(x.shape[1], x.device)).sum(-1)
+
+
+@functools.cache
+def _factors(size: int, device: torch.device) -> Int[Tensor, "d"]:
     generator = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=generator) * 2 + 1
-    return (x.long() * factors.to(x.device)).sum(-1)
+    return (torch.randint(-(2**62), 2**62, (size,), generator=generator) * 2 + 1).to(device)
 
 
 def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
@@ -310,13 +338,15 @@ def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, log_p, NEG_INF)
 
 
-def _digest(estimator: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for part in (estimator, estimator.module, estimator.preprocessor):
-        digest.update(f"{type(part).__module__}.{type(part).__qualname__}{getattr(part, 'config', '')}".encode())
-    for name, value in estimator.state_dict().items():
-        digest.update(name.encode() + str(value.dtype).encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def digest(module: nn.Module) -> str:
+    """A hash of weights, classes and configurations."""
+    parts = hashlib.sha256()
+    for part in module.modules():
+        parts.update(f"{type(part).__module__}.{type(part).__qualname__} {getattr(part, 'config', '')}".encode())
+    parts.update(str(type(getattr(module, "preprocessor", None))).encode())
+    for name, value in module.state_dict().items():
+        parts.update(f"{name} {value.dtype}".encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return parts.hexdigest()
 
 
 @contextlib.contextmanager

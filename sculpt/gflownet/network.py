@@ -7,6 +7,7 @@ JSON arguments that build it again (``config``).
 from __future__ import annotations
 
 import abc
+import itertools
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class GridNetwork(nn.Module):
             nn.init.zeros_(self.layers.weight)
             return
         sizes = [ndim * height] + [width] * depth
-        hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
+        hidden = [layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
         self.layers = nn.Sequential(*hidden, *([] if outputs is None else [nn.Linear(sizes[-1], outputs)]))
 
     def forward(self, states: Shaped[Tensor, "b d"]) -> Float[Tensor, "b o"]:

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from sculpt.base import BaseModel
 from sculpt.classifier import Classifier, Guide
 from sculpt.formula import Posterior
-from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
+from sculpt.gflownet.model import NEG_INF, GFlowNet, digest, distinct
 from sculpt.gflownet.network import LogProbPolicy
 
 __all__ = ["ComposedPolicy", "guide"]
@@ -32,29 +33,25 @@ class ComposedPolicy(LogProbPolicy):
     """
 
     def __init__(
-        self,
-        posterior: Posterior,
-        models: Sequence[GFlowNet],
-        classifier: Guide,
-        *,
-        anchor: int = 0,
-        form: str = "anchored",
-        chunk: int = 2**16,
+        self, posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, form: str = "anchored", chunk: int = 2**16
     ):
         if form not in ("anchored", "mixture"):
-            raise ValueError(f"Got form={form!r}, expected 'anchored' or 'mixture'.")
-        if not 0 <= anchor < len(posterior.labels):
-            raise ValueError(f"anchor={anchor} is no position among the {len(posterior.labels)} labels {posterior.labels}.")
-        parts = [model.policy for model in models] + ([classifier] if isinstance(classifier, nn.Module) else [])
-        super().__init__(nn.ModuleList(parts), models[0].env.n_actions)
-        # The labels are exchangeable but for a factor, so the anchor may be any of them.
-        first, rest = posterior.labels[anchor], posterior.labels[:anchor] + posterior.labels[anchor + 1 :]
-        self.labels = (first, *rest)
+            raise ValueError(f"form is 'anchored' or 'mixture', got {form!r}.")
+        self.labels = posterior.labels
+        anchor = models[posterior.labels[0]]
+        if other := [model for model in ([anchor] if form == "anchored" else models) if not isinstance(model, GFlowNet)]:
+            raise ValueError(
+                f"{other[0]} is a composition without a classifier of its own, so it cannot be stepped. "
+                "Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
+            )
+        parts = [model.policy for model in models if isinstance(model, GFlowNet)]
+        super().__init__(
+            nn.ModuleList(parts + ([classifier] if isinstance(classifier, nn.Module) else [])), anchor.env.n_actions
+        )
         self.odds = None if len(set(posterior.odds)) == 1 else posterior.odds
-        self.models, self.classifier, self.form, self.chunk = tuple(models), classifier, form, chunk
-        self.anchor = models[first]
+        self.anchor, self.models, self.classifier, self.form, self.chunk = anchor, tuple(models), classifier, form, chunk
         # A head over the children leaves their marginals out, which the mixture form wants.
-        self.one_pass = form == "anchored" and isinstance(classifier, Classifier) and classifier.successors > 1
+        self.one_pass = form == "anchored" and isinstance(classifier, Classifier) and classifier.n_children > 1
 
     def log_h(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"]:
         """log h(s), in the mixture form log p(y|s)."""
@@ -63,6 +60,7 @@ class ComposedPolicy(LogProbPolicy):
             log_h = self.classifier.log_h(states, labels=self.labels, odds=self.odds).double()
         if self.form == "mixture":
             log_h = log_h + self.classifier.marginal(states)[:, self.labels[0]]
+        self._check(log_h.isnan(), "the classifier's output is not a number", states)
         return log_h
 
     def log_h_end(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"]:
@@ -99,10 +97,14 @@ class ComposedPolicy(LogProbPolicy):
         r""":math:`\log P(s'|s)` of the proposal and :math:`\log h(s')`."""
         log_p = self.proposal(states)
         log_h = self.children_log_h(states, log_p > NEG_INF)
-        if (bad := log_h.isnan().any(-1) | ((log_p + log_h) == NEG_INF).all(-1)).any():
-            why = "the classifier's output is not a number" if log_h.isnan().any() else "no action leads to where all labels are possible"
-            raise ValueError(f"The composition of {', '.join(map(str, self.models))} with labels {self.labels}: {why}, state {states[bad][0].tolist()}.")
+        self._check(log_h.isnan().any(-1), "the classifier's output is not a number", states)
+        self._check((log_p + log_h == NEG_INF).all(-1), "no action leads to where all labels are possible", states)
         return log_p, log_h
+
+    def _check(self, bad: Tensor, why: str, states: Tensor) -> None:
+        if bad.any():
+            models = ", ".join(map(str, self.models))
+            raise ValueError(f"The composition of {models} with labels {self.labels}: {why}, state {states[bad][0].tolist()}.")
 
     def log_pf(self, states):
         unique, rows = distinct(states)
@@ -112,15 +114,15 @@ class ComposedPolicy(LogProbPolicy):
         return torch.log_softmax(log_p + log_h, dim=-1)[rows]
 
 
-def guide(
-    posterior: Posterior, models: Sequence[GFlowNet], classifier: Guide, *, anchor: int = 0, form: str = "anchored"
-) -> GFlowNet:
-    """The composition as a base model of the family: it samples, composes again, and is a torchgfn estimator.
+def guide(posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, *, form: str = "anchored") -> GFlowNet:
+    """The composition as a base model of the family; the first label is the anchor.
 
     Conditioning a chain on an observation of its end leaves its backward policy as it is, so the anchor's goes on.
     """
-    policy = ComposedPolicy(posterior, models, classifier, anchor=anchor, form=form)
-    parts = [repr(posterior), anchor, form, *(model.key for model in models), getattr(classifier, "key", id(classifier))]
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    policy = ComposedPolicy(posterior, models, classifier, form)
+    # The same weights are the same model, also when they are loaded again: what was fitted on top of it stays valid.
+    judge = digest(classifier) if isinstance(classifier, nn.Module) else (type(classifier).__name__, classifier.keys)
+    parts = (posterior.labels, posterior.odds, form, [model.key for model in models], judge)
     name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
-    return GFlowNet(policy.anchor.env, policy, policy.anchor.backward, condition=policy.anchor.condition, name=name, key=key)
+    anchor = policy.anchor
+    return GFlowNet(anchor.env, policy, anchor.backward, name=name, key=hashlib.sha256(repr(parts).encode()).hexdigest())

@@ -1,15 +1,22 @@
-"""Training states for a classifier: trajectories of the base models, drawn in large batches and replaced as they are used up."""
+r"""Training a classifier on GFlowNets: trajectories of the base models, and losses that use what a GFlowNet knows.
+
+Notation: trajectory :math:`\tau` from :math:`s_0` to x, ``l`` states of all trajectories of a batch, ``u`` different states
+among them, ``o`` odds, ``m`` anchors, ``k`` label sets. :math:`f(x) = \Pi_{k \ge 2} \, p_v(y_k|x)` by the terminal head.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from sculpt.classifier import Batch, Replay
+from sculpt.classifier import Batch, Classifier, Replay
 from sculpt.gflownet.model import GFlowNet, distinct
-from sculpt.gflownet.sampler import _batch, rollout
+from sculpt.gflownet.sampler import batch_of, rollout
 
 __all__ = ["GFlowNetReplay"]
 
@@ -17,8 +24,8 @@ __all__ = ["GFlowNetReplay"]
 class GFlowNetReplay(Replay):
     """``samples`` trajectories per model are kept; after each was used about ``reuse`` times come new ones.
 
-    ``states`` of them are drawn per trajectory and batch. ``children`` asks for a head over actions, which scores all
-    children of a state in one pass; by default where there are more than 64 actions.
+    ``children`` asks for a head over actions, which scores all children of a state in one pass; by default where there are more
+    than 64 actions.
     """
 
     def __init__(
@@ -27,15 +34,15 @@ class GFlowNetReplay(Replay):
         *,
         samples: int = 20_000,
         reuse: float = 1.0,
-        states: int = 4,
         children: bool | None = None,
         seed: int = 0,
-        **_: object,
+        progress: bool = True,
+        checkpoint: object = None,
     ):
-        self.models, self.samples, self.reuse, self.states_each, self.seed = tuple(models), samples, reuse, states, seed
+        self.models, self.samples, self.reuse, self.seed = tuple(models), samples, reuse, seed
         self.actions = models[0].env.n_actions
         self.head = self.actions > 64 if children is None else children
-        self.stores: dict[str, tuple[int, list[Store]]] = {}
+        self.stores: dict[bool, tuple[int, list[Trajectories]]] = {}
 
     @property
     def children(self) -> int:
@@ -43,60 +50,163 @@ class GFlowNetReplay(Replay):
         return self.actions if self.head else 1
 
     def default_network(self) -> nn.Module:
-        return self.models[0].default_network(self.models)
+        return self.models[0].default_network()
 
     def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:
-        x, p, states, actions, rows = [], [], [], [], []
-        for store in self._stores(size, generator, held_out):
-            pick = torch.randint(len(store.first) - 1, (size,), generator=generator)
-            first, last = store.first[pick], store.first[pick + 1] - 1
-            u = torch.rand(size, self.states_each, generator=generator)
-            at = (first[:, None] + (u * (last - first + 1)[:, None]).long()).flatten()
-            rows.append(torch.arange(size).repeat_interleave(self.states_each) + size * len(rows))
-            x.append(store.states[last])
-            p.append(store.p[pick])
-            states.append(store.states[at])
-            actions.append(store.actions[at])
-        x, p, s, a, owner = torch.cat(x), torch.cat(p), torch.cat(states), torch.cat(actions), torch.cat(rows)
+        part = self.trajectories(size, generator, held_out)
+        some = torch.randperm(len(part.states), generator=generator)[: 8 * size * len(self.models)]
+        states, owner, child = part.states[some], part.owner[some], None
+        if self.head:
+            inner = part.actions[some] < self.actions - 1
+            child = torch.cat([torch.zeros_like(some), 1 + part.actions[some][inner]])
+            states, owner = torch.cat([states, states[inner]]), torch.cat([owner, owner[inner]])
         y = torch.arange(len(self.models)).repeat_interleave(size)
-        if not self.head:
-            return Batch(x, y, (s,), owner, p=p)
-        inner = a < self.actions - 1
-        child = torch.cat([torch.zeros_like(a), 1 + a[inner]])
-        return Batch(x, y, (torch.cat([s, s[inner]]),), torch.cat([owner, owner[inner]]), child, p)
+        return Batch(part.x, y, (states,), owner, child)
 
-    def _stores(self, size: int, generator: torch.Generator, held_out: bool) -> list[Store]:
+    def losses(
+        self,
+        classifier: Classifier,
+        teacher: Classifier,
+        size: int,
+        generator: torch.Generator,
+        log_odds_range: float,
+        device: torch.device,
+        held_out: bool = False,
+    ) -> dict[str, Tensor]:
+        r"""Cross-entropies with :math:`p(y_1 = i|\tau)` in the place of the label, and the balance of whole trajectories.
+
+        The guided chain :math:`P_i(s'|s) h_i(s') / N_i(s)` has the target's weights on all trajectories if and only if
+
+        .. math:: R_i(\tau) = \log h_i(s_0) + \sum_t \bigl[ \log h_i(s_{t+1}) - \log N_i(s_t) \bigr] - \log f(x) = 0,
+
+        where the exit's h is f: minus the log-weight that would correct the chain. Its square has no noise where it is least,
+        which the cross-entropy of label sets drawn at the end of trajectories has everywhere.
+        """
+        part = self.trajectories(size, generator, held_out).to(device)
+        states, rows = distinct(part.states)
+        with torch.no_grad():
+            log_P = torch.stack([model.log_pf(states.to(model.device)).to(device) for model in self.models], dim=-1).float()
+        odds = None
+        if classifier.odds:
+            odds = log_odds_range * (2 * torch.rand(self._odds_each(log_P, classifier), classifier.m, generator=generator) - 1)
+            # Of two models only the ratio counts; it is to cover the range evenly.
+            odds = (torch.stack([odds[:, 0], -odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else odds).to(device)
+        features, start, T, log_f = self._tables(classifier, teacher, states, log_P, odds)
+        N = torch.logsumexp(log_P[None, ..., None] + T, dim=2)
+        steps = T[:, rows, part.actions] - N[:, rows]
+        log_f = log_f[:, rows[part.last], None]
+        R = start - log_f + torch.zeros(len(T), len(part.x), *T.shape[3:], device=device).index_add(1, part.owner, steps)
+        # Where the guided chain goes: the anchor's trajectories, those with large f more often than not.
+        w = part.p[None, :, :, None] * (0.7 * log_f.exp() / log_f.exp().mean(1, keepdim=True) + 0.3)
+        terminal = torch.log_softmax(classifier.terminal_head(features).float(), dim=-1)[rows[part.last]]
+        return {
+            "terminal": -(part.p * terminal).sum(-1).mean(),
+            "marginal": F.cross_entropy(classifier.marginal_head(features).float()[rows], part.so_far),
+            "joint": (w * F.huber_loss(R, torch.zeros_like(R), reduction="none")).mean(),
+        }
+
+    def _tables(self, classifier, teacher, states, log_P, odds):
+        """Features of the states, log h of the start (o 1 m k), of each child (o u a m k), and log f of each state as an end (o u k)."""
+        allowed, u = (log_P > float("-inf")).any(-1), len(states)
+        with torch.no_grad():
+            share = teacher.terminal(states)
+            share = share[None] if odds is None else torch.log_softmax(share[None] + odds[:, None], dim=-1)
+            log_f = share @ classifier.set_head.counts.T
+        every, place = states, torch.arange(u, device=states.device)
+        if not self.head:
+            device = self.models[0].device
+            few, actions, children = (
+                part.to(states.device) for part in self.models[0].children(states.to(device), allowed.to(device))
+            )
+            # Most children are states of other trajectories, and want the network once.
+            every, place = distinct(torch.cat([states, children]))
+        features = classifier.network(every)
+        if odds is None:
+            H = classifier.set_head(features)[None]
+        else:
+            H = classifier.set_head(features.repeat(len(odds), 1), odds.repeat_interleave(len(every), dim=0))
+            H = H.unflatten(0, (len(odds), len(every)))
+        # Forbidden children: any finite number, as their probability is zero.
+        T = torch.zeros(len(H), *allowed.shape, *H.shape[3:], device=states.device)
+        if self.head:
+            T[:, :, :-1] = H[:, :, 1:]
+        else:
+            T[:, few, actions] = H[:, place[u:], 0]
+        T[:, :, -1] = log_f[:, :, None].expand(-1, -1, classifier.m, -1)
+        s0 = (every == self.models[0].env.s0.to(every)).flatten(1).all(-1).nonzero()[0, 0]
+        return features[place[:u]], H[:, s0, 0][:, None], T, log_f
+
+    def _odds_each(self, log_P: Tensor, classifier: Classifier) -> int:
+        """How many odds a batch is seen under: the trajectories are the same, so they cost the heads only."""
+        return max(1, min(4, 2**24 // (log_P.numel() * len(classifier.set_head.sets))))
+
+    def trajectories(self, size: int, generator: torch.Generator, held_out: bool) -> Trajectories:
+        """``size`` trajectories per model."""
         # The step's own seed says which filling it is, so a resumed training sees what the uninterrupted one would have.
         uses = max(1, int(self.samples * self.reuse / size))
         filling = -1 if held_out else generator.initial_seed() // uses
-        kept = self.stores.get(str(held_out))
-        if kept is None or kept[0] != filling:
-            fresh = torch.Generator().manual_seed((self.seed + 1) * 7_919 + filling + 1)
-            kept = filling, [Store(model, self.models, self.samples, fresh) for model in self.models]
-            self.stores[str(held_out)] = kept
-        return kept[1]
+        if held_out not in self.stores or self.stores[held_out][0] != filling:
+            fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 + filling + 1)
+            n = self.samples if not held_out else min(self.samples, 4096)
+            self.stores[held_out] = filling, [record(model, self.models, n, fresh) for model in self.models]
+        store = self.stores[held_out][1]
+        return Trajectories.join([part.select(torch.randint(len(part.x), (size,), generator=generator)) for part in store])
 
 
-class Store:
-    r"""Trajectories end to end: trajectory j is ``states[first[j]:first[j + 1]]``, its last state the sample.
+@dataclass
+class Trajectories:
+    r"""Trajectories end to end. ``p`` is :math:`p(y_1 = i|\tau) = P_i(\tau) / \sum_j P_j(\tau)`, ``so_far`` the same given the way to each state.
 
-    With them goes :math:`p(y_1 = i | \tau) = P_i(\tau) / \sum_j P_j(\tau)`, which GFlowNets know: in the place of the label of the
-    model that made the trajectory it gives the same expected loss, with less noise.
+    Given the trajectory the label is no longer random in a way that matters: the expected loss stays, its noise goes.
     """
 
-    def __init__(self, model: GFlowNet, models: Sequence[GFlowNet], n: int, generator: torch.Generator):
-        index, states, actions, log_p = [], [], [], torch.zeros(n, len(models), dtype=torch.float64)
-        for chunk in torch.arange(n).split(_batch(model)):
-            for i, s, a in rollout(model, len(chunk), generator):
-                unique, rows = distinct(s)
-                step = torch.stack([other.log_pf(unique)[rows, a] for other in models], dim=-1)
-                index.append(chunk[i.cpu()])
-                states.append(s.cpu())
-                actions.append(a.cpu())
-                log_p[index[-1]] += step.cpu()
-        index = torch.cat(index)
-        order = index.argsort(stable=True)
-        self.states: Tensor = torch.cat(states)[order]
-        self.actions: Tensor = torch.cat(actions)[order]
-        self.first = torch.cat([torch.zeros(1, dtype=torch.long), torch.bincount(index, minlength=n).cumsum(0)])
-        self.p = torch.softmax(log_p, dim=-1).float()
+    x: Shaped[Tensor, "n *s"]
+    p: Float[Tensor, "n m"]
+    last: Int[Tensor, "n"]
+    states: Shaped[Tensor, "l *s"]
+    actions: Int[Tensor, "l"]
+    so_far: Float[Tensor, "l m"]
+    owner: Int[Tensor, "l"]
+
+    def select(self, pick: Int[Tensor, "k"]) -> Trajectories:
+        first = torch.cat([self.last.new_tensor([-1]), self.last])[pick] + 1
+        length = self.last[pick] + 1 - first
+        owner = torch.arange(len(pick)).repeat_interleave(length)
+        ends = length.cumsum(0)
+        row = torch.arange(len(owner)) + (first - ends + length)[owner]
+        return Trajectories(self.x[pick], self.p[pick], ends - 1, self.states[row], self.actions[row], self.so_far[row], owner)
+
+    @staticmethod
+    def join(parts: Sequence[Trajectories]) -> Trajectories:
+        columns = {
+            name: torch.cat([getattr(part, name) for part in parts]) for name in ("x", "p", "states", "actions", "so_far")
+        }
+        owners = torch.cat([part.owner + sum(len(q.x) for q in parts[:i]) for i, part in enumerate(parts)])
+        last = torch.cat([part.last + sum(len(q.states) for q in parts[:i]) for i, part in enumerate(parts)])
+        return Trajectories(owner=owners, last=last, **columns)
+
+    def to(self, device: torch.device) -> Trajectories:
+        return Trajectories(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@torch.no_grad()
+def record(model: GFlowNet, models: Sequence[GFlowNet], n: int, generator: torch.Generator) -> Trajectories:
+    """n trajectories of a model, seen by all models."""
+    index, states, actions, so_far = [], [], [], []
+    log_p = torch.zeros(n, len(models), dtype=torch.float64)
+    for chunk in torch.arange(n).split(batch_of(model)):
+        for i, s, a in rollout(model, len(chunk), generator):
+            unique, rows = distinct(s)
+            step = torch.stack([other.log_pf(unique)[rows, a] for other in models], dim=-1).cpu()
+            index.append(chunk[i.cpu()])
+            states.append(s.cpu())
+            actions.append(a.cpu())
+            so_far.append(log_p[index[-1]])
+            log_p[index[-1]] += step
+    owner = torch.cat(index)
+    order = owner.argsort(stable=True)
+    states, last = torch.cat(states)[order], torch.bincount(owner, minlength=n).cumsum(0) - 1
+    shares = torch.softmax(torch.cat(so_far)[order], dim=-1).float()
+    return Trajectories(
+        states[last], torch.softmax(log_p, -1).float(), last, states, torch.cat(actions)[order], shares, owner[order]
+    )

@@ -6,6 +6,7 @@ from ``generator``. torchgfn's own ``Sampler`` takes the same policies through `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,15 +15,13 @@ from torch import Tensor
 
 from sculpt.formula import Formula, Nested
 from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
-from sculpt.gflownet.policy import ComposedPolicy
-from sculpt.particles import Diagnostics, Population, Samples, systematic
+from sculpt.gflownet.policy import ComposedPolicy, guide
+from sculpt.particles import Diagnostics, Population, Samples
 
-__all__ = ["correct", "path_ratios", "rollout", "sample", "track"]
+__all__ = ["guide", "path_ratios", "rollout", "sample", "track"]
 
 
-def draw(
-    log_p: Float[Tensor, "u a"], rows: Int[Tensor, "b"], generator: torch.Generator | None = None
-) -> Int[Tensor, "b"]:
+def draw(log_p: Float[Tensor, "u a"], rows: Int[Tensor, "b"], generator: torch.Generator | None = None) -> Int[Tensor, "b"]:
     """One action for each of ``rows``, by inverse cdf. Actions of probability zero are never drawn."""
     cdf = log_p.exp().cumsum(-1)
     device = log_p.device if generator is None else generator.device
@@ -45,40 +44,41 @@ def rollout(model: GFlowNet, n: int, generator: torch.Generator | None = None) -
 
 
 @torch.no_grad()
-def sample(model: GFlowNet, n: int, *, generator: torch.Generator | None = None, batch_size: int | None = None) -> Samples:
-    """n terminal states of a base model or a guided composition."""
-    x, steps = _starts(model, n), 0
-    for chunk in torch.arange(n, device=model.device).split(batch_size or _batch(model)):
-        for t, (index, states, actions) in enumerate(rollout(model, len(chunk), generator), 1):
-            stop = actions == model.env.n_actions - 1
-            x[chunk[index[stop]]] = states[stop]
-        steps = max(steps, t)
-    road = "classifier" if isinstance(model.policy, ComposedPolicy) else "base model"
-    return Samples(x, diagnostics=Diagnostics(road=road, formula=str(model), steps=steps), decoder=_decoder(model))
-
-
-@torch.no_grad()
-def correct(
-    guided: GFlowNet,
+def sample(
+    model: GFlowNet,
     n: int,
     *,
+    correct: bool = False,
     particles: int | None = None,
     threshold: float = 0.5,
     resample: bool = True,
-    generator: torch.Generator | None = None,
     batch_size: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Samples:
-    r"""Weights that make a guided composition exact for its terminal head, whatever h is in between.
+    r"""n terminal states of a base model or a guided composition.
+
+    An anchored composition keeps the weights of its paths as a diagnostic; with ``correct`` they select, and the result is
+    exact for the terminal head, whatever h is in between:
 
     .. math::
         \log w_0 = \log h(s_0), \qquad
         \log w \mathrel{+}= \log h(s') - \log h(s) + \log P_{y_1}(s'|s) - \log P(s'|s)
 
-    With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` the step is :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
+    With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` a step adds :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
     """
-    policy = guided.policy
-    if not isinstance(policy, ComposedPolicy) or policy.form != "anchored":
-        raise ValueError(f"Only the anchored form of a guided composition can be corrected, got {guided}. Pass form='anchored'.")
+    policy = model.policy
+    weighted = isinstance(policy, ComposedPolicy) and policy.form == "anchored"
+    if correct and not weighted:
+        raise ValueError(
+            f"Only the anchored form of a guided composition can be corrected, got {model}. Leave correct out, or pass form='anchored'."
+        )
+    if not correct and (particles is not None or not resample):
+        raise ValueError(
+            "particles and resample=False belong to a population with weights: add correct=True, or leave the classifier out."
+        )
+    if not weighted:
+        road = "classifier, mixture form" if isinstance(policy, ComposedPolicy) else "base model"
+        return _independent(model, n, Diagnostics(road, str(model)), batch_size, generator)
 
     def propose(states, log_h):
         unique, rows = distinct(states)
@@ -87,11 +87,30 @@ def correct(
         actions = draw(log_p + log_h_next - log_N[:, None], rows, generator)
         return log_N[rows] - log_h[:, 0], actions, log_h_next[rows, actions, None]
 
-    log_h = policy.log_h(_starts(guided, 1)).expand(particles or n)
-    diagnostics = Diagnostics(road="classifier, corrected", formula=str(guided))
-    return _particles(
-        guided, n, propose, log_h, log_h[:, None].clone(), diagnostics, threshold, resample, generator, batch_size or _batch(guided)
+    N = _population_size(n, particles) if correct else n
+    population = Population(N, threshold=threshold if correct else 0.0, generator=generator, device=model.device)
+    log_h = policy.log_h(_starts(model, 1)).expand(N)
+    population.reweight(log_h)
+    diagnostics = Diagnostics("classifier, anchored form" + ", corrected" * correct, str(model))
+    x = _particles(model, population, propose, log_h[:, None].clone(), diagnostics, batch_size or batch_of(model))
+    diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
+    return (
+        population.samples(x, n, diagnostics, model.decode, resample)
+        if correct
+        else Samples(x, None, diagnostics, model.decode)
     )
+
+
+def _independent(
+    model: GFlowNet, n: int, diagnostics: Diagnostics, batch_size: int | None, generator: torch.Generator | None
+) -> Samples:
+    x = _starts(model, n)
+    for chunk in torch.arange(n, device=model.device).split(batch_size or batch_of(model)):
+        for t, (index, states, actions) in enumerate(rollout(model, len(chunk), generator), 1):
+            stop = actions == model.env.n_actions - 1
+            x[chunk[index[stop]]] = states[stop]
+            diagnostics.steps = max(diagnostics.steps, t)
+    return Samples(x, None, diagnostics, model.decode)
 
 
 @torch.no_grad()
@@ -136,35 +155,33 @@ def track(
         actions = draw(phi, every, generator)
         return log_N - formula.value(ell), actions, ell_next[every, actions]
 
-    ell = torch.zeros(particles or n, len(models), dtype=torch.float64, device=first.device)
-    diagnostics = Diagnostics(road="tracked densities", formula=formula.write([str(model) for model in models]))
-    batch_size = batch_size or max(1, _batch(first) // len(models))
-    samples = _particles(first, n, propose, formula.value(ell), ell, diagnostics, threshold, resample, generator, batch_size)
-    if (note := _disagreement(models, samples.x[:: max(1, len(samples.x) // 64)][:64], generator)) is not None:
+    N = _population_size(n, particles)
+    ell = torch.zeros(N, len(models), dtype=torch.float64, device=first.device)
+    population = Population(N, threshold=threshold, generator=generator, device=first.device)
+    population.reweight(formula.value(ell))
+    diagnostics = Diagnostics("tracked densities", formula.write([str(model) for model in models]))
+    x = _particles(first, population, propose, ell, diagnostics, batch_size or max(1, batch_of(first) // len(models)))
+    diagnostics.observe(population)
+    samples = population.samples(x, n, diagnostics, first.decode, resample)
+    if (note := _disagreement(models, samples.x[:64], generator)) is not None:
         diagnostics.notes.append(note)
     return samples
 
 
 def _particles(
     model: GFlowNet,
-    n: int,
+    population: Population,
     propose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-    log_w: Float[Tensor, "p"],
     carry: Float[Tensor, "p k"],
     diagnostics: Diagnostics,
-    threshold: float,
-    resample: bool,
-    generator: torch.Generator | None,
     batch_size: int,
-) -> Samples:
-    """One population, stepped in chunks. Finished particles keep their place and their weight among those still going.
+) -> Shaped[Tensor, "p *s"]:
+    """Run a population to its end, in chunks. Finished particles keep their place and their weight among those still going.
 
     ``propose(states, carry)`` gives the log-weight increments, the actions, and what to carry on.
     """
-    states = _starts(model, len(log_w))
-    going = torch.ones(len(log_w), dtype=torch.bool, device=model.device)
-    population = Population(len(log_w), threshold=threshold, generator=generator, device=model.device)
-    population.reweight(log_w)
+    states = _starts(model, population.n)
+    going = torch.ones(population.n, dtype=torch.bool, device=model.device)
     while going.any():
         increment = torch.zeros_like(population.log_w)
         for chunk in going.nonzero()[:, 0].split(batch_size):
@@ -176,26 +193,27 @@ def _particles(
         diagnostics.steps += 1
         if (survivors := population.resample()) is not None:
             states, going, carry = states[survivors], going[survivors], carry[survivors]
-    diagnostics.particles, diagnostics.ess, diagnostics.ancestors = population.n, population.ess, population.ancestors
-    diagnostics.log_z, diagnostics.log_z_error = population.log_z, population.log_z_error
     if population.lost:
-        diagnostics.notes.append(f"{population.lost} weights were not numbers and count as zero.")
-    if not resample:
-        return Samples(states, torch.log_softmax(population.log_w, 0), diagnostics, _decoder(model))
-    survivors = systematic(population.log_w, n, generator)
-    device = model.device if generator is None else generator.device
-    # Copies of one particle lie side by side; shuffled, any part of the samples is a sample.
-    shuffle = torch.randperm(n, generator=generator, device=device).to(survivors.device)
-    return Samples(states[survivors[shuffle]], None, diagnostics, _decoder(model))
+        diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
+    return states
+
+
+def _population_size(n: int, particles: int | None) -> int:
+    """As many particles as samples, but never so few that weights mean nothing."""
+    if particles is not None and particles < n:
+        raise ValueError(f"Got particles={particles} for n={n} samples. The population has to be at least as large.")
+    return max(n, 2048) if particles is None else particles
 
 
 @torch.no_grad()
-def path_ratios(models: Sequence[GFlowNet], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None) -> Float[Tensor, "b m"]:
-    r""":math:`\log u_i(x) = \sum \log P_i(s'|s) - \log P_B^i(s|s')` along one backward path from each x, drawn by the first model's :math:`P_B`.
+def path_ratios(
+    models: Sequence[GFlowNet], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None, *, made_by: int = 0
+) -> Float[Tensor, "b m"]:
+    r""":math:`\log u_i(x) = \sum \log P_i(s'|s) - \log P_B^i(s|s')` along one backward path from each x, drawn by the :math:`P_B` of the model that made it.
 
     The terminal log-probabilities of base models whose flows balance; otherwise they depend on the path.
     """
-    first = models[0]
+    first = models[made_by]
     s0 = _starts(first, 1)
     ell = torch.stack([model.log_pf(x)[:, -1] for model in models], dim=-1)
     index, states = torch.arange(len(x), device=x.device), x
@@ -247,10 +265,6 @@ def _starts(model: GFlowNet, n: int) -> Tensor:
     return model.env.s0.expand(n, *model.env.state_shape).clone()
 
 
-def _batch(model: GFlowNet) -> int:
-    """How many trajectories at a time: at most 2²⁶ float64 numbers per table over actions."""
+def batch_of(model: GFlowNet) -> int:
+    """How many trajectories at a time: at most 2²⁶ numbers per table over actions."""
     return max(1, 2**26 // model.env.n_actions)
-
-
-def _decoder(model: GFlowNet):
-    return getattr(model.env, "decode", None)

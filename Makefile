@@ -1,0 +1,54 @@
+# Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet clean
+
+BIN := .venv/bin
+READY := .venv/.installed
+
+# Waiting threads sleep: spinning ones cost the others their cores.
+export OMP_WAIT_POLICY := PASSIVE
+ifneq ($(wildcard ../shared/data),)
+export SCULPT_DATA ?= $(abspath ../shared/data)
+endif
+
+help:  ## show this list
+	@echo "make TARGET, where TARGET is"
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(READY)  ## compose 2-D models on every road, beside the exact answer; pictures and a table go to demo/
+	@$(BIN)/sculpt demo -o demo
+
+test: $(READY)  ## the tests, without the slow ones
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-all: $(READY)  ## all the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+lint: $(READY)  ## ruff: rules and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench-diffusion: $(READY)  ## errors against exact targets and cost per step, diffusion
+	@$(BIN)/python tests/bench/diffusion.py
+
+bench-gflownet: $(READY)  ## errors against exact targets and cost, GFlowNets
+	@$(BIN)/python tests/bench/gflownet.py
+
+clean:  ## remove the environment and everything made by the other targets
+	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pyproject.toml and constraints.txt decide what is installed; an installation that was cut short is done again.
+$(READY): pyproject.toml constraints.txt
+	@python=$$(for p in $(PYTHON) python3.12 python3.11 python3 python; do \
+	    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done); \
+	if [ -z "$$python" ]; then \
+	    echo "sculpt needs Python 3.11 or 3.12; found $$(python3 --version 2>&1 || echo none)." >&2; \
+	    echo "Install one, or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; fi; \
+	if ! $(BIN)/python -c 'import sys, pip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then \
+	    echo "[1/2] making .venv with $$python"; \
+	    $$python -m venv --clear .venv || { echo "Could not make .venv; on Debian and Ubuntu: apt install python3-venv." >&2; exit 1; }; fi
+	@echo "[2/2] installing sculpt and what it needs into .venv: minutes the first time, mostly for torch"
+	@set -o pipefail; $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]' \
+	    | awk '/^Collecting/ {printf "%s ", $$2; fflush()} /^Installing collected/ {print "... unpacking"}'
+	@touch $@

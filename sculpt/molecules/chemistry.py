@@ -1,0 +1,139 @@
+"""RDKit at the edge: vocabularies of fragments, and molecules assembled from them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from rdkit import Chem, rdBase
+
+__all__ = ["Vocabulary"]
+
+DEFAULT = Path(__file__).with_name("vocabulary.json")
+
+
+class Vocabulary(tuple):
+    """Fragments ``(smiles, attachment points)``; an attachment point is the index of an atom, repeated if it may hold several bonds.
+
+    The order matters: the fragment of a tree that comes last here is its root.
+    """
+
+    def __new__(cls, fragments: Iterable[Sequence]) -> Vocabulary:
+        if isinstance(fragments, Vocabulary):
+            return fragments
+        return super().__new__(cls, [_checked(i, fragment) for i, fragment in enumerate(fragments)])
+
+    @classmethod
+    def read(cls, path: str | Path = DEFAULT) -> Vocabulary:
+        """A JSON file ``[[smiles, [atom, …]], …]``; by default sculpt's own."""
+        try:
+            fragments = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is no vocabulary: {error}. Expected a JSON file [[smiles, [atom, ...]], ...].") from None
+        if not isinstance(fragments, list) or not fragments:
+            raise ValueError(f"{path} is no vocabulary: expected a list [[smiles, [atom, ...]], ...] with at least one fragment.")
+        return cls(fragments)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+
+    def __repr__(self) -> str:  # it stands in messages, where a hundred fragments would hide the message
+        return f"<{len(self)} fragments, {self.sha256[:8]}>"
+
+    __str__ = __repr__
+
+    @cached_property
+    def molecules(self) -> list[Chem.Mol]:
+        return [Chem.MolFromSmiles(smiles) for smiles, _ in self]
+
+    @cached_property
+    def symmetries(self) -> list[list[tuple[int, ...]]]:
+        """Of each fragment the permutations of its attachment points that leave every molecule made with it as it is."""
+        return [_symmetries(molecule, sites) for molecule, (_, sites) in zip(self.molecules, self, strict=True)]
+
+    @cached_property
+    def polar(self) -> list[list[bool]]:
+        """Which attachment points are N, O, S or a halogen. Sulphur(VI) is none: it binds nitrogen in every sulphonamide."""
+
+        def polar(atom: Chem.Atom) -> bool:
+            return atom.GetSymbol() in ("N", "O", "F", "Cl", "Br", "I") or atom.GetSymbol() == "S" and atom.GetTotalValence() == 2
+
+        return [[polar(x.GetAtomWithIdx(a)) for a in sites] for x, (_, sites) in zip(self.molecules, self, strict=True)]
+
+    def assemble(self, fragments: Sequence[int], bonds: Sequence[tuple[int, int, int, int]]) -> Chem.Mol:
+        """The molecule of a tree: fragments, and bonds ``(slot, attachment point, slot, attachment point)``."""
+        whole = Chem.RWMol(self.molecules[fragments[0]])
+        first = [0]
+        for f in fragments[1:]:
+            first.append(whole.GetNumAtoms())
+            whole.InsertMol(self.molecules[f])
+        for p, i, c, j in bonds:
+            ends = [first[slot] + self[fragments[slot]][1][site] for slot, site in ((p, i), (c, j))]
+            whole.AddBond(*ends, Chem.BondType.SINGLE)
+            for end in ends:
+                _give_up_hydrogen(whole.GetAtomWithIdx(end))
+        Chem.SanitizeMol(whole)
+        return whole.GetMol()
+
+
+def _give_up_hydrogen(atom: Chem.Atom) -> None:
+    """Only those that are written out: the implicit ones follow by themselves."""
+    if H := atom.GetNumExplicitHs():
+        atom.SetNumExplicitHs(H - 1)
+
+
+def _checked(i: int, fragment: Sequence) -> tuple[str, tuple[int, ...]]:
+    try:
+        smiles, sites = fragment
+        sites = tuple(sites)
+        if not (isinstance(smiles, str) and all(type(a) is int for a in sites)):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(f"Fragment {i} of the vocabulary is {fragment!r}, expected [smiles, [atom, ...]].") from None
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+    if molecule is None or not molecule.GetNumAtoms():
+        raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, is no valid molecule. Correct its SMILES or leave it out.")
+    if len(Chem.GetMolFrags(molecule)) > 1:
+        raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, falls apart. Make each part a fragment of its own.")
+    if not sites:
+        raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, has no attachment point. Give it one, or leave it out.")
+    for a, bonds in Counter(sites).items():
+        if not 0 <= a < molecule.GetNumAtoms():
+            raise ValueError(
+                f"Attachment point {a} of fragment {i}, {smiles!r}, is out of range: it has atoms 0 to {molecule.GetNumAtoms() - 1}."
+            )
+        if not _holds(molecule, a, bonds):
+            raise ValueError(
+                f"Attachment point {a} of fragment {i}, {smiles!r}, is to hold {bonds} bond(s), but the atom has no free valence for "
+                f"{'it' if bonds == 1 else 'them'}. Choose another atom."
+            )
+    return smiles, sites
+
+
+def _holds(molecule: Chem.Mol, a: int, bonds: int) -> bool:
+    """Whether methyl groups can be put there. Hydrogens alone do not tell: phosphorus(III) makes room as phosphorus(V)."""
+    trial = Chem.RWMol(molecule)
+    for _ in range(bonds):
+        trial.AddBond(a, trial.AddAtom(Chem.Atom(6)), Chem.BondType.SINGLE)
+        _give_up_hydrogen(trial.GetAtomWithIdx(a))
+    with rdBase.BlockLogs():
+        return Chem.SanitizeMol(trial, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE
+
+
+def _symmetries(molecule: Chem.Mol, sites: Sequence[int]) -> list[tuple[int, ...]]:
+    hydrogens = [atom.GetTotalNumHs() for atom in molecule.GetAtoms()]
+    found = set()
+    for image in molecule.GetSubstructMatches(molecule, uniquify=False, useChirality=True, maxMatches=100_000):
+        # A pyrrole nitrogen and a pyridine nitrogen match; they differ by their hydrogen.
+        if any(hydrogens[a] != hydrogens[b] for a, b in enumerate(image)):
+            continue
+        options = [[t for t, b in enumerate(sites) if b == image[a]] for a in sites]
+        found |= {choice for choice in itertools.product(*options) if len(set(choice)) == len(sites)}
+    return sorted(found)

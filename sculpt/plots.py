@@ -1,0 +1,203 @@
+"""Pictures: densities and samples in two dimensions, grids of images, and how a population of particles fared.
+
+Every function returns a matplotlib ``Figure`` that belongs to no window: ``figure.savefig(path)``, or let a notebook show it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sculpt.files import replace_file
+from sculpt.particles import Diagnostics, Samples
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["density2d", "points2d", "compare2d", "image_grid", "ess_curve", "save"]
+
+INK, FAINT = "#2b2135", "#8c8698"
+
+
+def density2d(values: Tensor, half_width: float, title: str = "") -> Figure:
+    """A density on a square grid of side ``2 * half_width``: ``values[i, j]`` at the i-th x and the j-th y."""
+    figure = _figure(3.2, 3.4)
+    axes = figure.add_subplot()
+    _density(axes, values, half_width)
+    axes.set_title(title, fontsize=10, color=INK)
+    return figure
+
+
+def points2d(x: Tensor, title: str = "") -> Figure:
+    """Samples in the plane: as a heat map where they are integers (the cells of a grid), else as points."""
+    figure = _figure(3.4, 3.6)
+    axes = figure.add_subplot()
+    x = x.cpu()
+    if x.is_floating_point():
+        half_width = 1.05 * float(x.abs().max().clamp(min=1e-6))
+        size = min(9.0, max(0.5, 4000 / len(x)))
+        axes.scatter(*x.T.numpy(), s=size, color="#5b2a86", alpha=0.5, linewidths=0)
+        axes.set_xlim(-half_width, half_width)
+        axes.set_ylim(-half_width, half_width)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=7, colors=FAINT, length=2)
+        for spine in axes.spines.values():
+            spine.set_color("#d9d4e0")
+    else:
+        side = int(x.max()) + 1
+        counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
+        _density(axes, counts.double(), side / 2)
+    axes.set_title(title, fontsize=10, color=INK)
+    return figure
+
+
+def compare2d(
+    rows: Sequence[Mapping[str, Any]],
+    half_width: float,
+    columns: Sequence[str],
+    *,
+    outlines: Mapping[str, Tensor] | None = None,
+    title: str = "",
+    bins: int = 42,
+) -> Figure:
+    """Samples beside their target, a row for each.
+
+    Args:
+        rows: each with a ``title``, its panels by the name of their column (a density on a square grid, samples ``(n, 2)``,
+            or ``None`` for an empty place), and under ``captions`` a line for below each panel.
+        half_width: every panel shows the square of side ``2 * half_width`` around the origin.
+        columns: their names, left to right.
+        outlines: densities by name, drawn as the line where they fall to half of their peak.
+        bins: samples are counted on a grid of so many cells a side.
+    """
+    side = 1.75
+    figure = _figure(side * len(columns) + 0.45, (side + 0.3) * len(rows) + (0.65 if title else 0.35))
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        # Counts and density share their colours: both are mass per area, and the row's target sets the scale.
+        target = next((p for p in (row.get(name) for name in columns) if isinstance(p, Tensor) and _is_density(p)), None)
+        top = None if target is None else 1.15 * float(target.max()) / float(target.mean())
+        for name, axes in zip(columns, line, strict=True):
+            panel = row.get(name)
+            if panel is None:
+                axes.set_axis_off()
+            else:
+                values = panel if _is_density(panel) else _counts(panel, half_width, bins)
+                _density(axes, values / values.mean().clamp(min=1e-12), half_width, top)
+                _outline(axes, outlines or {}, half_width, named=row is rows[0] and name == columns[0])
+            if row is rows[0]:
+                axes.set_title(name, fontsize=9.5, color=INK, pad=6)
+            axes.set_xlabel(row.get("captions", {}).get(name, ""), fontsize=7.5, color=FAINT, labelpad=3)
+        line[0].set_ylabel(row["title"], fontsize=10.5, color=INK, labelpad=8)
+    if title:
+        figure.suptitle(title, fontsize=12.5, color=INK)
+    return figure
+
+
+def image_grid(images: Tensor | Samples, columns: int | None = None, title: str = "") -> Figure:
+    """Images ``(n, c, h, w)`` in [0, 1] with one or three channels, edge to edge."""
+    if isinstance(images, Samples):
+        images, title = images.decode(), title or images.diagnostics.formula
+    if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"image_grid shows tensors (n, 1 or 3, height, width), got {got}. Latents need decode().")
+    n, c, h, w = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    gap = max(1, round(h / 24))
+    canvas = torch.ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
+    for k, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
+        top, left = k // columns * (h + gap), k % columns * (w + gap)
+        canvas[:, top : top + h, left : left + w] = image
+    width = min(12.0, max(3.0, columns * 0.9))
+    figure = _figure(width, width * canvas.shape[1] / canvas.shape[2] + (0.4 if title else 0.0))
+    axes = figure.add_subplot()
+    axes.imshow(canvas.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10, color=INK)
+    return figure
+
+
+def ess_curve(diagnostics: Diagnostics | Samples) -> Figure:
+    """The effective share of the particles along the way. Jumps upwards are resamplings."""
+    diagnostics = diagnostics.diagnostics if isinstance(diagnostics, Samples) else diagnostics
+    if not (diagnostics.particles and diagnostics.ess):
+        raise ValueError(
+            f"No particles were weighted on this road ({diagnostics.road or 'unknown'}): there is no curve to draw."
+        )
+    figure = _figure(5.0, 2.6)
+    axes = figure.add_subplot()
+    share = [ess / diagnostics.particles for ess in diagnostics.ess]
+    axes.plot(range(1, len(share) + 1), share, color="#5b2a86", linewidth=1.6)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlim(1, len(share))
+    axes.set_xlabel("weighting", fontsize=9, color=FAINT)
+    axes.set_ylabel("effective share of particles", fontsize=9, color=FAINT)
+    axes.set_title(diagnostics.formula, fontsize=10, color=INK)
+    axes.tick_params(labelsize=8, colors=FAINT)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, all of it or nothing."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    replace_file(Path(path), buffer.getvalue())
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state, any backend
+
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _is_density(panel: Tensor) -> bool:
+    return panel.ndim == 2 and panel.shape[0] == panel.shape[1] != 2
+
+
+def _counts(x: Tensor, half_width: float, bins: int) -> Tensor:
+    cells = ((x.double().cpu() + half_width) / (2 * half_width) * bins).floor().long()
+    cells = cells[((cells >= 0) & (cells < bins)).all(-1)]
+    return torch.bincount(cells[:, 0] * bins + cells[:, 1], minlength=bins**2).double().view(bins, bins)
+
+
+def _outline(axes: Axes, outlines: Mapping[str, Tensor], half_width: float, named: bool) -> None:
+    for name, density in outlines.items():
+        axis = (torch.arange(len(density)) + 0.5) / len(density) * 2 * half_width - half_width
+        level = [float(density.max()) / 2]
+        axes.contour(axis.numpy(), axis.numpy(), density.T.numpy(), level, colors=[FAINT], linewidths=0.6, linestyles="dashed")
+        if named:
+            x, y = (float((axis * density.sum(side)).sum() / density.sum()) for side in (1, 0))
+            axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
+
+
+def _cmap():
+    """Magma upside down, its pale end faded to white: no density is no ink."""
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap
+
+    share = torch.linspace(0, 1, 256)
+    colors = torch.tensor(matplotlib.colormaps["magma_r"](share.numpy() * 0.92))
+    fade = ((0.18 - share) / 0.18).clamp(0, 1)[:, None]
+    return LinearSegmentedColormap.from_list("magma_white", (colors + (1 - colors) * fade).tolist())
+
+
+def _density(axes: Axes, values: Tensor, half_width: float, top: float | None = None) -> None:
+    extent = (-half_width, half_width) * 2
+    axes.imshow(values.T.numpy(), origin="lower", extent=extent, cmap=_cmap(), vmin=0, vmax=top, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color("#d9d4e0")
+        spine.set_linewidth(0.8)

@@ -1,0 +1,236 @@
+"""What the diffusion family reaches, beside an exact sampler: ``make bench-diffusion``.
+
+Base models are closed forms at every noise level. 10,000 equally weighted samples each; errors are ratios to the mean error
+of as many draws from an exact sampler (the floor), over several seeds in one run. One thread, CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import sculpt
+from diffusers_models import exact_model, sixteen_dimensions, three_rings
+from oracles import ExactGuide, Grid, draw_posterior, energy_distance, sliced_wasserstein
+from sculpt.classifier import Guide
+from sculpt.diffusion.network import ImageNetwork
+from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean, Product
+
+N = 10_000
+GRID = Grid(4.0)
+RINGS = three_rings()
+
+
+def model(i: int, kind: str = "linear") -> sculpt.Diffusion:
+    return exact_model(RINGS[i], kind, name="pqr"[i])
+
+
+def seeds(n: int):
+    return [torch.Generator().manual_seed(seed) for seed in range(n)]
+
+
+def row(name: str, value: str, target: str, note: str = "") -> None:
+    print(f"| {name} | {value} | {target} | {note} |", flush=True)
+
+
+def heading(text: str) -> None:
+    print(f"\n{text}\n\n| | measured | target | beside |\n|---|---|---|---|", flush=True)
+
+
+def on_grid(formula: Formula, run, repeats: int = 3) -> tuple[float, float, float]:
+    """Total variation over the floor (mean), the error of log Z (of the worst run), and CPU seconds a run."""
+    used = RINGS[: formula.m]
+    masses, log_z = GRID.exact(formula, used)
+    floor = GRID.floor(masses, N)
+    ratios, errors, start = [], [], time.process_time()
+    for generator in seeds(repeats):
+        samples = run(generator)
+        ratios.append(GRID.total_variation(samples.x, masses) / floor)
+        errors.append((samples.log_z if samples.log_z is not None else float("nan")) - log_z)
+    return sum(ratios) / repeats, max(errors, key=abs), (time.process_time() - start) / repeats
+
+
+def exact_formula(composition) -> Formula:
+    """The composition's formula over its leaves, inner parts normalised exactly."""
+    parts, indices, log_z = [], [], []
+    if not any(isinstance(part, type(composition)) for part in composition.models):
+        return composition.formula
+    for part in composition.models:
+        inner = part.formula if isinstance(part, type(composition)) else Mixture([1.0])
+        index = ["pqr".index(str(leaf)) for leaf in part.leaves]
+        parts.append(inner)
+        indices.append(index)
+        log_z.append(GRID.exact(inner, [RINGS[i] for i in index])[1] if inner.m > 1 else 0.0)
+    return Nested(composition.formula, parts, indices, log_z)
+
+
+def tracked() -> None:
+    p, q, r = (model(i) for i in range(3))
+    heading("**Tracked densities** (no training; total variation / floor)")
+    rows = [
+        ("mixture", p | q, 64, 1.3, None),
+        ("harmonic mean", p & q, 64, 1.3, None),
+        ("labels (0, 1, 2)", p & q & r, 64, 1.3, None),
+        ("nested, (p & q) - r", (p & q) - r, 64, 1.3, None),
+        ("contrast", p - q, 256, 1.4, None),
+        ("product", sculpt.product([p, q], [1, 1]), 256, 1.8, 0.3),
+        ("tempering 1.5", sculpt.product([p], [1.5]), 256, 1.8, 0.3),
+        ("p·q^-1/2", sculpt.product([p, q], [1, -0.5]), 256, None, None),
+        ("power mean, r = -2", sculpt.power_mean([p, q], -2), 256, 1.8, None),
+        ("power mean, r = 1/2", sculpt.power_mean([p, q], 0.5), 256, 1.8, None),
+        ("harmonic mean", p & q, 256, None, 0.05),
+        ("contrast", p - q, 256, None, 0.05),
+        ("labels (0, 1, 2)", p & q & r, 256, None, 0.08),
+        ("nested, (p & q) - r", (p & q) - r, 256, None, 0.08),
+    ]
+    for name, composition, steps, target, target_z in rows:
+        ratio, error, seconds = on_grid(
+            exact_formula(composition), lambda g, c=composition, k=steps: c.sample(N, steps=k, generator=g, progress=False)
+        )
+        targets = [f"≤ {target}" if target else "", f"log Z within {target_z}" if target_z else ""]
+        row(f"{name}, {steps} steps", f"**{ratio:.2f}**, log Z {error:+.3f}", ", ".join(filter(None, targets)) or "reported", f"{seconds:.1f} CPU s")
+
+
+def sixteen() -> None:
+    heading("**16 dimensions**, 256 steps, tracked densities")
+    mixtures = sixteen_dimensions()
+    p, q = (exact_model(m, name=name) for m, name in zip(mixtures, "pq", strict=True))
+    for name, composition in (("harmonic mean", p & q), ("contrast", p - q)):
+        formula = composition.formula
+        reference, *others = [draw_posterior(formula, mixtures, N, torch.Generator().manual_seed(100 + k)) for k in range(4)]
+        x = mixtures[0].draw(1_000_000, torch.Generator().manual_seed(9))
+        ell = torch.stack([m.log_prob(x) for m in mixtures], -1)
+        log_z = float((formula.value(ell) - ell[:, 0]).logsumexp(0)) - float(torch.tensor(len(x)).log())
+        floors = [sum(f(o, reference) for o in others) / len(others) for f in (energy_distance, sliced_wasserstein)]
+        measured, errors = torch.zeros(2), []
+        for generator in seeds(3):
+            samples = composition.sample(N, steps=256, generator=generator, progress=False)
+            measured += torch.tensor([energy_distance(samples.x, reference), sliced_wasserstein(samples.x, reference)]) / 3
+            errors.append(samples.log_z - log_z)
+        ratios = [float(value) / floor for value, floor in zip(measured, floors, strict=True)]
+        row(
+            name,
+            f"energy distance **{ratios[0]:.2f}**, sliced Wasserstein {ratios[1]:.2f}, log Z {max(errors, key=abs):+.3f}",
+            "≤ 1.5, log Z within 0.05",
+            f"least effective share {min(samples.diagnostics.ess) / samples.diagnostics.particles:.0%}",
+        )
+
+
+class ProductOfSingles(Guide):
+    """The published simplification: labels independent given the noisy state, p(y1, y2 | z) = p(y1 | z) p(y2 | z)."""
+
+    def __init__(self, exact: ExactGuide):
+        self.exact, self.m, self.observations, self.keys = exact, exact.m, exact.observations, exact.keys
+
+    def marginal(self, *state):
+        return self.exact.marginal(*state)
+
+    def terminal(self, x):
+        return self.exact.terminal(x)
+
+    def log_h(self, *state, labels, odds=None):
+        return self.marginal(*state)[:, list(labels[1:])].sum(-1)
+
+
+def guided() -> None:
+    p, q = model(0), model(1)
+    heading("**Guided**, anchored, 32 steps of the second-order stochastic solver (total variation / floor)")
+    exact = ExactGuide(RINGS[:2])
+    start = time.process_time()
+    fitted = sculpt.fit([p, q], progress=False)
+    cost = time.process_time() - start
+    for name, composition in (("harmonic mean", p & q), ("contrast", p - q)):
+
+        def measure(guide, composition=composition, repeats=3, **options):
+            return on_grid(composition.formula, lambda g: composition.sample(N, guide, generator=g, progress=False, **options), repeats)
+
+        ratio, _, seconds = measure(exact, steps=32)
+        row(f"{name}, exact h", f"**{ratio:.2f}**", "≤ 1.2", f"{seconds:.1f} CPU s, quadrature included")
+        ratio, error, seconds = measure(fitted, steps=32)
+        row(f"{name}, fitted in {cost:.0f} CPU s", f"**{ratio:.2f}**, log Z {error:+.3f}", "≤ 2.5 in ≤ 180 CPU s", f"{seconds:.1f} CPU s")
+        ratio, error, seconds = measure(fitted, steps=32, correct=True)
+        row(f"{name}, fitted, corrected", f"**{ratio:.2f}**, log Z {error:+.3f}", "≤ 1.5", f"{seconds:.1f} CPU s")
+        ratio, _, seconds = measure(ProductOfSingles(exact), steps=500, form="mixture", repeats=1)
+        row(f"{name}, the published form, 500 steps", f"{ratio:.2f}", "reported", f"{seconds:.1f} CPU s")
+        rejected, _, _ = on_grid(
+            composition.formula,
+            lambda g, c=composition: sculpt.reject(
+                c, N, lambda x: torch.stack([m.log_prob(x) for m in RINGS[:2]], -1), generator=g, steps=64, progress=False
+            ),
+        )
+        row(f"{name}, rejection with exact densities, base models at 64 steps", f"**{rejected:.2f}**", "1", "")
+
+
+def schedules() -> None:
+    heading("**Schedules**: linear-ε, cosine-v and flow matching in one composition, tracked densities, 64 steps")
+    one, other = ([model(i, kind) for i, kind in enumerate(kinds)] for kinds in (["linear"] * 3, ["linear", "cosine", "flow"]))
+    ratios = []
+    for models in (one, other):
+        composition = sculpt.posterior(models, (0, 1, 2))
+        ratios.append(on_grid(composition.formula, lambda g, c=composition: c.sample(N, steps=64, generator=g, progress=False), repeats=6)[0])
+    row("labels (0, 1, 2)", f"**{ratios[1]:.2f}**", f"within 10 % of one schedule's {ratios[0]:.2f}", f"ratio {ratios[1] / ratios[0]:.2f}")
+
+
+def cost() -> None:
+    heading("**Cost of a guided step**, 1M-parameter UNet, batch 16, 3×32×32, two base models, anchored")
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    def unet(seed):
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
+        return UNet2DModel(sample_size=32, layers_per_block=1, block_out_channels=(32, 64, 64), **blocks)
+
+    networks = [unet(0), unet(1)]
+    p, q = (sculpt.Diffusion(network, DDPMScheduler(), name=name) for network, name in zip(networks, "pq", strict=True))
+    torch.manual_seed(2)
+    classifier = sculpt.Classifier(ImageNetwork((3, 32, 32)), [p.key, q.key]).eval().requires_grad_(False)
+    spent, calls = {"base": 0.0, "classifier": 0.0}, {"base": 0, "classifier": 0}
+
+    def timed(function, what):
+        def run(*args, **kwargs):
+            start = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[what] += time.process_time() - start
+                calls[what] += 1
+
+        return run
+
+    for network in networks:
+        network.forward = timed(network.forward, "base")
+    guided = (p & q).guided(classifier)
+    guided.log_h = timed(guided.log_h, "classifier")  # one forward and one backward pass
+    guided.sample(16, steps=4, progress=False)
+    steps = 20
+    for record in (spent, calls):
+        record.update(base=0, classifier=0)
+    start = time.process_time()
+    guided.sample(16, steps=steps, generator=torch.Generator().manual_seed(0), progress=False)
+    total = time.process_time() - start
+    outside = (total - sum(spent.values())) / total
+    row("base-network calls a step", f"**{calls['base'] / steps:g}**", "1", f"{networks[0].num_parameters() / 1e6:.2f}M parameters")
+    row("classifier forward + backward a step", f"**{calls['classifier'] / steps:g}**", "1", "")
+    row("time outside the networks", f"**{outside:.1%}**", "≤ 2 %", f"{total / steps * 1e3:.0f} CPU ms a step")
+
+
+def main() -> None:
+    parts = {"tracked": tracked, "sixteen": sixteen, "guided": guided, "schedules": schedules, "cost": cost}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=list(parts) + [[]], help="which tables (all by default)")
+    chosen = parser.parse_args().parts or list(parts)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in chosen:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""What holds for every test: one thread each, no network, no state left behind."""
+
+import os
+
+# Before torch is imported. Must not import sculpt here: the type checker of the tests hooks into its import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,220 @@
+"""sculpt.load: what a folder holds decides what it becomes, and nothing in it is executed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import save_parts, save_pipeline, tiny_unet
+from diffusers import DDPMScheduler
+
+import sculpt
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    return save_pipeline(tmp_path / "digits")
+
+
+def edit(path, **entries):
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_a_pipeline_folder_and_its_parts_are_the_model_that_was_saved(tmp_path, pipeline):
+    model = sculpt.Diffusion(tiny_unet(), DDPMScheduler())
+    parts = sculpt.load(save_parts(tmp_path / "parts"))
+    loaded = sculpt.load(pipeline)
+    assert loaded.key == parts.key == model.key
+    assert (loaded.name, parts.name) == ("digits", "parts")
+    z = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(loaded.denoise(z, 1.0), model.denoise(z, 1.0))
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert not loaded.model.training
+
+
+def test_a_name_shape_and_dtype_are_passed_on(pipeline):
+    model = sculpt.load(pipeline, name="seven", shape=(1, 16, 16), dtype=torch.bfloat16)
+    assert (model.name, model.shape, model.dtype) == ("seven", (1, 16, 16), torch.bfloat16)
+
+
+def test_half_precision_files_and_variants_are_read(tmp_path):
+    folder = save_parts(tmp_path / "half")
+    shutil.rmtree(folder / "unet")
+    tiny_unet().half().save_pretrained(folder / "unet", variant="fp16")
+    assert sculpt.load(folder).dtype == torch.float32
+    assert sculpt.load(folder, dtype=torch.float16).dtype == torch.float16
+
+
+def test_a_classifier_folder_is_a_classifier(tmp_path):
+    from sculpt.diffusion.network import VectorNetwork
+
+    sculpt.Classifier(VectorNetwork(2, width=8), ["a", "b"]).save_pretrained(tmp_path / "c")
+    loaded = sculpt.load(tmp_path / "c")
+    assert isinstance(loaded, sculpt.Classifier)
+    assert loaded.keys == ("a", "b")
+    with pytest.raises(ValueError, match="takes no condition; got prompt"):
+        sculpt.load(tmp_path / "c", prompt="a cat")
+
+
+def test_a_gflownet_folder_is_a_gflownet(tmp_path):
+    from gfn.gym import HyperGrid
+
+    from sculpt.gflownet.network import GridNetwork, NetworkPolicy
+
+    env = HyperGrid(ndim=2, height=4, validate_modes=False)
+    network = GridNetwork(ndim=2, height=4, outputs=env.n_actions, width=8, depth=1)
+    model = sculpt.GFlowNet(env, NetworkPolicy(network, env.n_actions), name="grid")
+    model.save_pretrained(tmp_path / "g")
+    assert sculpt.load(tmp_path / "g").key == model.key
+
+
+def test_a_text_to_image_pipeline_takes_a_prompt(tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from test_diffusion_model import clip, conditional_unet, tiny_autoencoder
+
+    tokenizer, encoder = clip(tmp_path)
+    scheduler = DDPMScheduler(steps_offset=1, clip_sample=False)
+    parts = {
+        "vae": tiny_autoencoder(),
+        "unet": conditional_unet(),
+        "scheduler": scheduler,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+    }
+    pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.save_pretrained(tmp_path / "sd")
+    # As published checkpoints have it: a checker that is neither read nor needed.
+    edit(tmp_path / "sd" / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    cat, dog = (sculpt.load(tmp_path / "sd", prompt=prompt) for prompt in ("cat", "dog"))
+    assert (cat.name, dog.name) == ("cat", "dog")
+    assert cat.key == sculpt.Diffusion.from_pipeline(pipe, "cat").key != dog.key
+    assert sculpt.load(tmp_path / "sd").name == "sd"
+    cat.check_composable(dog)
+
+
+def test_the_hub_is_asked_for_safetensors_and_text_only(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(save_pipeline(tmp_path / "0123abcd"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert sculpt.load("owner/cats").name == "cats"
+    assert asked["repository"] == "owner/cats"
+    assert all(pattern.endswith((".json", ".txt", ".safetensors")) for pattern in asked["allow_patterns"])
+
+
+# Bad input: a clear error, and before any weights are read -----------------------------------------------------------------------
+
+
+def test_a_path_that_is_nowhere_says_so():
+    with pytest.raises(ValueError, match="no folder 'nowhere'.*'owner/name'"):
+        sculpt.load("nowhere")
+    with pytest.raises(ValueError, match="no folder 'nobody/nothing' here, and the Hub cannot be reached"):
+        sculpt.load("nobody/nothing")
+
+
+def test_a_file_in_place_of_its_folder(pipeline):
+    with pytest.raises(ValueError, match="is a file.*Pass the folder around it"):
+        sculpt.load(pipeline / "unet" / "config.json")
+
+
+def test_a_network_alone_lacks_its_scheduler(pipeline):
+    with pytest.raises(ValueError, match="single UNet2DModel without the scheduler"):
+        sculpt.load(pipeline / "unet")
+    shutil.rmtree(pipeline / "scheduler")
+    with pytest.raises(ValueError, match="no scheduler/scheduler_config.json.*save_pretrained"):
+        sculpt.load(pipeline)
+
+
+def test_pickles_are_refused_with_the_way_out(pipeline):
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.bin only.*convert it once"):
+        sculpt.load(pipeline)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -8])
+def test_truncated_weights_are_noticed(pipeline, keep):
+    weights = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        sculpt.load(pipeline)
+
+
+def test_weights_of_another_network_are_noticed(pipeline):
+    edit(pipeline / "unet" / "config.json", layers_per_block=2)
+    with pytest.raises(ValueError, match="do not fit the UNet2DModel"):
+        sculpt.load(pipeline)
+    edit(pipeline / "unet" / "config.json", layers_per_block=1, block_out_channels=[16, 32])
+    with pytest.raises(ValueError, match="do not fit the UNet2DModel"):
+        sculpt.load(pipeline)
+
+
+def test_a_shard_that_is_missing_is_named(pipeline):
+    index = {"metadata": {}, "weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}
+    (pipeline / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks diffusion_pytorch_model-00002-of-00002.safetensors"):
+        sculpt.load(pipeline)
+
+
+def test_damaged_json_is_noticed(pipeline):
+    (pipeline / "model_index.json").write_text('{"_class_name": "DDPM')
+    with pytest.raises(ValueError, match="not readable JSON"):
+        sculpt.load(pipeline)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"_class_name": "EvilPipeline"},
+        {"_class_name": ["pipeline", "EvilPipeline"]},
+        {"_class_name": "logging"},
+        {"unet": ["evil", "UNet2DModel"]},
+        {"unet": ["os", "system"]},
+        {"unet": ["diffusers", "DDPMPipeline"]},
+        {"scheduler": ["diffusers", "UNet2DModel"]},
+        {"vae": ["builtins", "eval"]},
+    ],
+)
+def test_classes_from_elsewhere_are_refused(pipeline, entries):
+    for name in ("evil.py", "pipeline.py", "unet/evil.py"):
+        (pipeline / name).write_text("raise SystemExit('code from a checkpoint was run')")
+    edit(pipeline / "model_index.json", **entries)
+    with pytest.raises(ValueError, match=r"not run|is missing"):
+        sculpt.load(pipeline)
+
+
+def test_a_part_named_by_its_own_config_is_checked_too(tmp_path):
+    folder = save_parts(tmp_path / "parts")
+    edit(folder / "unet" / "config.json", _class_name="DDPMPipeline")
+    with pytest.raises(ValueError, match="expected a ModelMixin of diffusers"):
+        sculpt.load(folder)
+
+
+def test_a_checkpoint_of_another_kind_says_what_it_is(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ValueError, match="holds LlamaForCausalLM, which sculpt does not compose"):
+        sculpt.load(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="no checkpoint that sculpt knows; it has nothing"):
+        sculpt.load(tmp_path)
+
+
+def test_an_unfinished_training_says_how_to_continue(tmp_path):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "config.json").write_text(json.dumps({"kind": "training"}))
+    with pytest.raises(ValueError, match="is not finished.*to continue"):
+        sculpt.load(tmp_path)
+    with pytest.raises(ValueError, match="state of an unfinished or finished training"):
+        sculpt.load(tmp_path / "training")
+
+
+def test_a_condition_that_the_model_does_not_have(pipeline):
+    with pytest.raises(ValueError, match="beta: no option of a diffusion model"):
+        sculpt.load(pipeline, beta=32)
+    with pytest.raises(ValueError, match="no text encoder for prompt='a cat'"):
+        sculpt.load(pipeline, prompt="a cat")

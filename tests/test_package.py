@@ -1,0 +1,93 @@
+"""The package from outside: light to import, complete, and as its README says."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import sculpt
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_sculpt_loads_neither_torch_nor_the_libraries_it_adapts():
+    loaded = python(
+        "import sys, sculpt; print(*(m for m in ('torch', 'diffusers', 'gfn', 'rdkit', 'matplotlib') if m in sys.modules))"
+    )
+    assert loaded.split() == []
+
+
+def test_the_core_needs_none_of_the_adapted_libraries():
+    modules = "sculpt.composition, sculpt.classifier, sculpt.hub, sculpt.plots, sculpt.cli, sculpt.diffusion.model"
+    loaded = python(
+        f"import sys, {modules}; print(*(m for m in ('diffusers', 'gfn', 'rdkit', 'matplotlib') if m in sys.modules))"
+    )
+    assert loaded.split() == []
+
+
+@pytest.mark.parametrize("name", sculpt.__all__)
+def test_every_public_name_resolves_and_has_a_docstring(name):
+    thing = getattr(sculpt, name)
+    assert inspect.getdoc(thing)
+    assert name in dir(sculpt)
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            if callable(value) and not member.startswith("_"):
+                assert inspect.getdoc(getattr(thing, member)), f"{name}.{member} has no docstring"
+
+
+def test_a_name_that_is_not_there_says_which_are():
+    with pytest.raises(AttributeError, match="harmonic_mean"):
+        sculpt.harmonic  # noqa: B018
+
+
+def test_no_tracked_file_names_an_index_or_a_machine():
+    names = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "README.md")
+    text = "".join((ROOT / name).read_text() for name in names)
+    assert not re.search(r"index-url|find-links|/work/|/home/|/root/", text)
+
+
+def readme_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
+    """Top to bottom, with tiny random networks for its checkpoints and a short training."""
+    from checkpoints import save_pipeline
+
+    for seed, name in enumerate(("cats", "outdoors")):
+        save_pipeline(tmp_path / name, seed, in_channels=3, out_channels=3)
+    if (ROOT / "pretrained").exists():
+        os.symlink(ROOT / "pretrained", tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(
+        vars(sculpt), "fit", partial(sculpt.fit, steps=3, batch_size=4, samples=20, sample_steps=3, progress=False)
+    )
+    scope: dict = {}
+    for block in readme_blocks():
+        exec(compile(block, "README.md", "exec"), scope)
+    assert scope["images"].shape == (16, 3, 8, 8)
+    assert len(scope["pictures"]) == 2
+    # N(-1, 1) & N(1, 1) in the plane: symmetric, between the two.
+    assert scope["between"].x.mean(0).abs().max() < 0.15
+    assert set(scope) >= {"only", "cells"}
+
+
+def test_the_readme_names_only_what_exists():
+    text = (ROOT / "README.md").read_text()
+    for name in set(re.findall(r"sculpt\.(\w+)\(", text)):
+        assert hasattr(sculpt, name), name
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in set(re.findall(r"`?make ([a-z-]+)", text)) - {"and"}:
+        assert target in targets, target

@@ -17,7 +17,7 @@ help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(READY)  ## compose 2-D models on every road, beside the exact answer; pictures and a table go to demo/
-	@$(BIN)/sculpt demo -o demo
+	@OMP_NUM_THREADS=1 $(BIN)/sculpt demo -o demo
 
 test: $(READY)  ## the tests, without the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
@@ -40,7 +40,7 @@ clean:  ## remove the environment and everything made by the other targets
 
 # pyproject.toml and constraints.txt decide what is installed; an installation that was cut short is done again.
 $(READY): pyproject.toml constraints.txt
-	@python=$$(for p in $(PYTHON) python3.12 python3.11 python3 python; do \
+	@python=$$(for p in $(PYTHON) python3 python3.11 python3.12 python; do \
 	    $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done); \
 	if [ -z "$$python" ]; then \
 	    echo "sculpt needs Python 3.11 or 3.12; found $$(python3 --version 2>&1 || echo none)." >&2; \

@@ -270,6 +270,10 @@ class Batch:
     child: Int[Tensor, "c"] | None = None
     """with a head over children: which child of the state the trajectory went to"""
 
+    def to(self, device: torch.device) -> Batch:
+        child = None if self.child is None else self.child.to(device)
+        return Batch(self.x.to(device), self.y.to(device), tuple(s.to(device) for s in self.states), self.owner.to(device), child)
+
 
 class Replay(abc.ABC):
     """A bounded store of base-model samples, drawn once, and the training batches made from it."""
@@ -287,6 +291,31 @@ class Replay(abc.ABC):
         """How many children a state's features score in one pass; 1 for the state itself."""
         return 1
 
+    @property
+    def batch_size(self) -> int:
+        """Finished samples per model and step, where the caller does not say."""
+        return 256
+
+    def losses(
+        self,
+        classifier: Classifier,
+        teacher: Classifier,
+        size: int,
+        generator: torch.Generator,
+        log_odds_range: float,
+        device: torch.device,
+        held_out: bool = False,
+    ) -> dict[str, Tensor]:
+        """The classifier's losses on a new batch, ``teacher`` giving the targets. A family that knows better ones overrides it."""
+        batch = self.draw(size, generator, held_out).to(device)
+        if not classifier.odds:
+            return classifier.losses(batch, teacher)
+        log_odds = log_odds_range * (2 * torch.rand(len(batch.owner), classifier.m, generator=generator) - 1)
+        if classifier.m == 2:
+            # Of two models only the ratio counts; it is to cover the range evenly.
+            log_odds = torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2
+        return classifier.losses(batch, teacher, log_odds.to(device))
+
 
 @torch.random.fork_rng(devices=[])
 def fit(
@@ -296,7 +325,7 @@ def fit(
     *,
     network: nn.Module | None = None,
     steps: int = 4000,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     learning_rate: float = 2e-3,
     patience: int = 20,
     checkpoint: str | Path | None = None,
@@ -313,7 +342,7 @@ def fit(
         observations: n, how many labels one sample may be conditioned on; fewer are fine later.
         odds: whether odds are an input. A number r draws log-odds from U[-r, r] (``True``: 3.5).
         network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``.
-        batch_size: finished samples per model and step.
+        batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
         patience: stop early after this many of the 40 held-out evaluations without improvement.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
@@ -332,12 +361,13 @@ def fit(
             raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
     if observations < 2:
         raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
-    if steps < 1 or batch_size < 1:
+    if steps < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
     device = torch.device(device or models[0].device)
     mixed_precision = device.type == "cuda" if mixed_precision is None else mixed_precision
     replay = models[0].replay(models, seed=seed, progress=progress, checkpoint=checkpoint, **replay_options)
 
+    batch_size = batch_size or replay.batch_size
     torch.random.default_generator.manual_seed(seed)
     classifier = Classifier(
         copy.deepcopy(network) if network is not None else replay.default_network(),
@@ -357,8 +387,8 @@ def fit(
         totals = collections.defaultdict(float)
         with torch.no_grad():
             for _ in range(held_out_batches):
-                batch, log_odds = _draw(replay, classifier, batch_size, generator, log_odds_range, device, held_out=True)
-                for name, loss in run.average.losses(batch, run.average, log_odds).items():
+                losses = replay.losses(run.average, run.average, batch_size, generator, log_odds_range, device, held_out=True)
+                for name, loss in losses.items():
                     totals[f"held_out_{name}"] += float(loss) / held_out_batches
         return dict(totals)
 
@@ -370,9 +400,8 @@ def fit(
         while run.step < steps and run.stale < patience:
             generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
             torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
-            batch, log_odds = _draw(replay, classifier, batch_size, generator, log_odds_range, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                losses = classifier.losses(batch, run.average, log_odds)
+                losses = replay.losses(classifier, run.average, batch_size, generator, log_odds_range, device)
             # The targets come from a terminal head that knows nothing at first: the second loss is ramped in.
             ramp = min(1.0, run.step / (0.1 * steps))
             run.update(losses["terminal"] + losses["marginal"] + ramp * losses["joint"])
@@ -386,25 +415,6 @@ def fit(
 def _seed_of_step(seed: int, step: int) -> int:
     """Every step has its own seed, so a resumed run draws what the uninterrupted one would have."""
     return (seed + 1) * 1_000_003 + step
-
-
-def _draw(replay, classifier, size, generator, log_odds_range, device, held_out=False):
-    batch = replay.draw(size, generator, held_out)
-    moved = Batch(
-        batch.x.to(device),
-        batch.y.to(device),
-        tuple(part.to(device) for part in batch.states),
-        batch.owner.to(device),
-        None if batch.child is None else batch.child.to(device),
-    )
-    if not classifier.odds:
-        return moved, None
-    u = torch.rand(len(batch.owner), classifier.m, generator=generator)
-    # Two models: the difference of the two is what counts, and it covers [-r, r] evenly.
-    log_odds = (u - 0.5) * log_odds_range * 2
-    if classifier.m == 2:
-        log_odds = torch.stack([log_odds[:, 0] / 2, -log_odds[:, 0] / 2], -1)
-    return moved, log_odds.to(device)
 
 
 class _Training:

@@ -144,6 +144,8 @@ class Composition(BaseModel):
         else:
             guided = self.guided(classifier, anchor=anchor, form=form or "anchored")
             samples = _call(self._engine.sample, "the classifier road", guided, n, **options)
+            if samples.log_z is not None:
+                samples.diagnostics.log_z += self._rescale(self._anchored(anchor).labels[0])
         samples.diagnostics.formula = str(self)
         return samples
 
@@ -170,6 +172,14 @@ class Composition(BaseModel):
         k = labels.index(label)
         return Posterior(self.formula.m, (label, *labels[:k], *labels[k + 1 :]), self.formula.odds)
 
+    def _rescale(self, label: int) -> float:
+        """What log Z as written is more than with this label as the anchor: the log-ratio of the two odds."""
+        return math.log(self.formula.odds[label]) - math.log(self.formula.odds[self.formula.labels[0]])
+
+    @property
+    def _is_one_model(self) -> bool:
+        return isinstance(self.formula, Posterior) and self.formula.m == 1
+
     @property
     def _engine(self) -> ModuleType:
         return importlib.import_module(f"sculpt.{self.family}.sampler")
@@ -177,8 +187,7 @@ class Composition(BaseModel):
     def _sample_alone(self, n: int, options: dict[str, Any]) -> Samples:
         if isinstance(self.formula, Mixture):
             return self._pick(n, options)
-        if isinstance(self.formula, Posterior) and len(set(self.formula.labels)) == self.formula.m == 1:
-            options = {name: value for name, value in options.items() if name not in ("particles", "threshold", "resample", "corrector")}
+        if self._is_one_model:
             return _call(self.models[0].sample, f"sampling {self.models[0]}", n, **options)
         formula, notes = self._over_leaves(options)
         samples = _call(self._engine.track, "the road of tracked densities", formula, self.leaves, n, **options)
@@ -187,8 +196,12 @@ class Composition(BaseModel):
 
     def _pick(self, n: int, options: dict[str, Any]) -> Samples:
         """A mixture needs no weights: pick a model for every sample."""
+        if options.get("resample") is False:
+            raise ValueError(f"resample=False: {self} is a mixture, whose samples carry no weights.")
         notes: list[str] = []
-        plain = {name: value for name, value in options.items() if name not in ("particles", "threshold", "resample", "corrector")}
+        plain = options
+        if any(isinstance(model, Composition) for model in self.models):  # then a population's options are meant for those
+            plain = {name: value for name, value in options.items() if name not in ("particles", "threshold", "resample", "corrector")}
 
         def draw(i: int, k: int) -> Tensor:
             model = self.models[i]
@@ -219,7 +232,7 @@ class Composition(BaseModel):
             if isinstance(model, Composition):
                 inner, inner_notes = model._over_leaves(options)
                 notes += inner_notes
-                if not isinstance(model.formula, Mixture):
+                if not isinstance(model.formula, Mixture) and not model._is_one_model:
                     settings = {name: value for name, value in options.items() if name not in ("resample",)}
                     z = model.sample(1, **settings).log_z or 0.0
                     notes.append(f"log Z of {model}: {z:.3f}")
@@ -494,7 +507,4 @@ class _Referee:
                         f"Rejection kept {total} of {drawn} draws from {self.composition.models[label]}, {n} were asked for. The base models "
                         "hardly overlap where the composition lies; ask for fewer samples, raise max_draws, or see sculpt.overlap."
                     )
-        # Anchoring elsewhere than the first label only rescales, by the ratio of the two odds.
-        written = self.composition.formula
-        rescale = math.log(written.odds[label]) - math.log(written.odds[written.labels[0]])
-        return torch.cat(kept), math.log(expected / drawn) + rescale, drawn
+        return torch.cat(kept), math.log(expected / drawn) + self.composition._rescale(label), drawn

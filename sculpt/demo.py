@@ -122,7 +122,7 @@ def log_densities(composition: Composition) -> Callable[[Tensor], Tensor]:
 
 
 def run(
-    folder: str | Path = "demo", *, n: int = 4000, fit_steps: int = 800, samples: int = 10_000, seed: int = 0
+    folder: str | Path = "demo", *, n: int = 4000, fit_steps: int = 700, samples: int = 20_000, seed: int = 0
 ) -> list[dict]:
     """Sample four compositions on every road, write pictures and a table to ``folder``, and return the table's rows."""
     folder, started = Path(folder), time.monotonic()
@@ -137,21 +137,19 @@ def run(
         (posterior(models, (0, 1, 2)), models),
         (r - (p | q), [p | q, r]),
     ]
-    classifiers: dict[int, Classifier] = {}
-    pair = None
-    for k, (composition, own) in enumerate(cases):
-        if own == [p, q] and pair is not None:
-            classifiers[k] = pair
-            continue
-        observations = len(composition.formula.labels)
-        _say(started, f"fitting a classifier of {', '.join(map(str, own))} ({observations} observations)")
-        classifiers[k] = fit(own, observations, steps=fit_steps, samples=samples, sample_steps=32, batch_size=128, seed=seed)
-        pair = classifiers[k] if own == [p, q] else pair
+    classifiers: dict[str, Classifier] = {}
+    for composition, own in cases:
+        observations, names = len(composition.formula.labels), ", ".join(map(str, own))
+        if names not in classifiers:
+            _say(started, f"fitting a classifier of {names} ({observations} observations)")
+            steps = fit_steps * (observations - 1)  # the more labels, the more there is to learn
+            classifiers[names] = fit(
+                own, observations, steps=steps, samples=samples, sample_steps=32, batch_size=128, seed=seed
+            )
     rows, panels = [], []
-    for k, (composition, _) in enumerate(cases):
+    for composition, own in cases:
         _say(started, f"sampling {composition} on every road")
-        exact = Exact(composition)
-        table, panel = _roads(composition, classifiers[k], exact, n, seed)
+        table, panel = _roads(composition, classifiers[", ".join(map(str, own))], Exact(composition), n, seed)
         rows += table
         panels.append(panel)
     _write(folder, models, panels, rows, n)
@@ -167,7 +165,7 @@ def _roads(composition: Composition, classifier: Classifier, exact: Exact, n: in
     roads: dict[str, Callable[[torch.Generator], Samples]] = {
         "guided": lambda g: composition.sample(n, classifier, generator=g),
         "corrected": lambda g: composition.sample(n, classifier, correct=True, particles=2 * n, generator=g),
-        "tracked": lambda g: composition.sample(n, steps=64, generator=g),
+        "tracked": lambda g: composition.sample(n, generator=g),
         "rejection": lambda g: reject(composition, n, log_densities(composition), generator=g, steps=32),
     }
     floor = exact.floor(n)

@@ -69,12 +69,12 @@ class ExactGuide(Guide):
     Hermite's nodes around z. Differentiable in z. The noise factorises over the axes, so the cost is that of a matrix product.
     """
 
-    def __init__(self, mixtures, keys=None, observations: int = 16, fine: float = 0.06):
+    def __init__(self, mixtures, keys=None, observations: int = 16, fine: float = 0.05):
         self.mixtures, self.keys, self.m, self.observations = list(mixtures), keys, len(mixtures), observations
         self.d, self.fine = self.mixtures[0].d, fine
         half_width = max(float(p.means.abs().max() + 6 * p.eigenvalues.max().sqrt()) for p in self.mixtures)
         self.axis = torch.linspace(-half_width, half_width, int(2 * half_width / fine * 1.25) + 1, dtype=torch.float64)
-        nodes, weights = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(7))
+        nodes, weights = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(5))
         self.nodes = torch.cartesian_prod(*[nodes] * self.d).reshape(-1, self.d)
         self.weights = torch.cartesian_prod(*[weights.log()] * self.d).reshape(-1, self.d).sum(-1)
         self._tables = {}

@@ -22,6 +22,7 @@ from diffusers import (
 from torch import nn
 
 from sculpt.base import same_model
+import sculpt
 from sculpt.diffusion.model import Denoiser, Diffusion, EnergyModel
 from sculpt.diffusion.unet import DenoiserUNet
 
@@ -560,12 +561,31 @@ def clip(folder, projection=False):
     return tokenizer, cls(config).eval()
 
 
-@torch.no_grad()
-def test_two_prompts_of_a_stable_diffusion_pipeline_are_two_base_models(tmp_path):
-    tokenizer, encoder = clip(tmp_path)
+def tiny_stable_diffusion(folder):
+    tokenizer, encoder = clip(folder)
     safety = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     parts = {"vae": tiny_autoencoder(scaling_factor=0.18), "unet": conditional_unet(), "scheduler": DDPMScheduler()}
-    pipe = diffusers.StableDiffusionPipeline(**parts, text_encoder=encoder, tokenizer=tokenizer, **safety)
+    return diffusers.StableDiffusionPipeline(**parts, text_encoder=encoder, tokenizer=tokenizer, **safety)
+
+
+def test_two_prompts_of_a_stable_diffusion_pipeline_compose_in_latent_space(tmp_path):
+    cat = Diffusion.from_pipeline(tiny_stable_diffusion(tmp_path), "cat")
+    dog = cat.with_condition("dog")
+    both = cat & dog
+    assert str(both) == "cat ⊗ dog"
+    classifier = sculpt.fit([cat, dog], steps=2, samples=10, sample_steps=2, batch_size=4, progress=False)
+    samples = both.sample(2, classifier, steps=4, progress=False)
+    assert samples.x.shape == (2, 4, 8, 8) and samples.decode().shape == (2, 3, 16, 16)
+    assert 0 <= samples.decode().min() and samples.decode().max() <= 1
+    tracked = both.sample(2, steps=4, particles=8, progress=False)
+    assert tracked.decode().shape == (2, 3, 16, 16) and not tracked.diagnostics.notes
+    extrapolated = (dog & cat.with_condition(guidance_scale=3.0, negative_prompt="dog", prompt="cat")).sample(2, steps=4, particles=8)
+    assert any("no marginal" in note for note in extrapolated.diagnostics.notes)
+
+
+@torch.no_grad()
+def test_two_prompts_of_a_stable_diffusion_pipeline_are_two_base_models(tmp_path):
+    pipe = tiny_stable_diffusion(tmp_path)
     cat = Diffusion.from_pipeline(pipe, "cat", guidance_scale=3.0)
     dog = cat.with_condition("dog", negative_prompt="cat")
     assert (cat.name, dog.name) == ("cat", "dog") and cat.model is dog.model and cat.key != dog.key and dog.guided

@@ -134,6 +134,20 @@ def test_base_models_whose_flows_do_not_balance_say_by_how_much():
     assert track(HARMONIC, perfect(ENVIRONMENTS["grid-2d"](), 2), 100, generator=seeded()).diagnostics.notes == []
 
 
+def test_particles_stay_where_all_models_come_and_an_empty_composition_says_so():
+    env = ENVIRONMENTS["tree"]()
+    supports = {"left": lambda s: s < 27, "right": lambda s: s >= 23, "far": lambda s: s >= 29}
+    left, right, far = (
+        exact.solve(env, lambda s, inside=inside: torch.where(inside(s[:, 0]), 0.0, -torch.inf), name=name)
+        for name, inside in supports.items()
+    )
+    samples = (left & right).sample(4000, generator=seeded())
+    target = exact.target(HARMONIC, [exact.terminal_distribution(left), exact.terminal_distribution(right)])
+    assert set(samples.x[:, 0].tolist()) == {23, 24, 25, 26} and error(samples, left, target) < furthest(4, 4000)
+    with pytest.raises(FloatingPointError, match="weight zero"):
+        (left & far).sample(100, generator=seeded())
+
+
 # Corrections
 
 

@@ -42,7 +42,8 @@ class NoisyNetwork(nn.Module):
         s = (s.to(z.device).float() / self.std).expand(len(z))
         scale = (1 + s**2).rsqrt().reshape(-1, *[1] * (z.ndim - 1))
         angles = (s.log() / 2)[:, None] * 2.0 ** torch.arange(-2, 4, device=z.device)
-        return (z.float() - self.mean) / self.std * scale, torch.cat([angles.sin(), angles.cos()], dim=-1)
+        features = (z.float() - self.mean) / self.std * scale, torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return tuple(part.to(next(self.parameters()).dtype) for part in features)
 
 
 class VectorNetwork(NoisyNetwork):
@@ -160,10 +161,14 @@ class DiffusionReplay(Replay):
             if path.exists():
                 return read_tensors(path)["x"]
         generator = torch.Generator().manual_seed(seed * 1_000 + i)
-        drawn = model.sample(samples, steps=steps, generator=generator).x.float().cpu()
+        drawn = model.sample(samples, steps=steps, generator=generator, progress=progress).x.float().cpu()
         if path is not None:
             replace_file(path, save({"x": drawn.contiguous()}))
         return drawn
+
+    @property
+    def batch_size(self):
+        return 256 if len(self.models[0].shape) == 1 else 64
 
     def draw(self, size, generator, held_out=False):
         pool = self.held_out if held_out else self.training

@@ -95,20 +95,21 @@ class Guided(Denoiser):
     The anchored form runs one base network, and its chain can be corrected to be exact.
     """
 
-    def __init__(self, posterior: Posterior, models: Sequence[Denoiser], classifier: Guide, form: str = "anchored"):
+    def __init__(self, posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, form: str = "anchored"):
         if form not in ("anchored", "mixture"):
             raise ValueError(f"form is 'anchored' or 'mixture', got {form!r}.")
         self.posterior, self.models, self.classifier, self.form = posterior, list(models), classifier, form
         self.anchor = self.models[posterior.labels[0]]
+        stepped = [self.anchor] if form == "anchored" else self.models
+        if unbound := [str(model) for model in stepped if not isinstance(model, Denoiser)]:
+            raise ValueError(
+                f"{', '.join(unbound)}: a composition without a classifier of its own, which cannot be stepped. "
+                "Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
+            )
         self.s_min, self.s_max = noise_range(self.models)
         self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
         self.guided = any(leaf.guided for model in models for leaf in model.leaves)
         self.name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
-        if form == "anchored" and not isinstance(self.anchor, Denoiser):
-            raise ValueError(
-                f"The anchor {self.anchor} is a composition without a classifier of its own, so it cannot be stepped. "
-                "Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
-            )
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +147,7 @@ class Guided(Denoiser):
         return self.base(z, s) + _per_sample(s**2, z) * self.log_h(z, s)[1].to(z.dtype)
 
 
-def guide(posterior: Posterior, models: Sequence[Denoiser], classifier: Guide, *, form: str = "anchored") -> Guided:
+def guide(posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, *, form: str = "anchored") -> Guided:
     """The composed base model; the first label is the anchor."""
     return Guided(posterior, models, classifier, form)
 
@@ -163,7 +164,7 @@ def sample(
     solver: Any | None = None,
     correct: bool = False,
     particles: int | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     resample: bool = True,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -186,8 +187,10 @@ def sample(
     weighted = isinstance(model, Guided) and model.form == "anchored" and solver is None
     if correct and not weighted:
         _refuse_correction(model, solver)
-    if not correct and (particles is not None or not resample):
-        raise ValueError("particles and resample=False belong to a population with weights: add correct=True, or leave the classifier out.")
+    if not correct and (particles is not None or threshold is not None or not resample):
+        raise ValueError(
+            "particles, threshold and resample=False belong to a population with weights: add correct=True, or leave the classifier out."
+        )
     if solver is not None:
         x = _through(solver, model, n, steps, batch_size, generator, progress)
         return Samples(x, diagnostics=diagnostics, decoder=model.decode)
@@ -195,13 +198,15 @@ def sample(
     N = n if not correct else population_size(n, particles, model.shape, small=1024, large=128)
     levels = noise_levels([model], steps, model.device)
     z = levels[0].float() * randn((N, *model.shape), generator, torch.empty((), device=model.device))
-    population = Population(N, threshold=threshold if correct else 0.0, generator=generator, device=z.device)
+    population = Population(N, threshold=(0.5 if threshold is None else threshold) if correct else 0.0, generator=generator, device=z.device)
     extrapolate = Extrapolation()
     log_h, ratio = torch.zeros(2, N, dtype=torch.float64, device=z.device)
     for k, (s, s_next) in enumerate(track_progress(levels, f"sampling {model}", progress)):
         if weighted:
             # Axis 1: the base chain's denoised image, and what guidance adds to it.
             D, log_h_new = chunked(lambda z, s=s: _guided_parts(model, z, s), z, batch_size)
+            check_finite(D[:, 0], f"{model.anchor} gave", k, f"s={float(s):.3g}")
+            check_finite(D[:, 1] + _per_sample(log_h_new, D[:, 1]), f"the classifier of {model} gave", k, f"s={float(s):.3g}")
             # The state's log h, known only now, completes the weight of the step that led to it.
             population.reweight(log_h_new.double() - log_h + ratio)
             log_h = log_h_new.double()
@@ -210,7 +215,7 @@ def sample(
                 extrapolate.select(index)
         else:
             D = chunked(lambda z, s=s: model.denoise(z, s)[:, None], z, batch_size)
-        check_finite(D, f"{model} gave", k, s)
+            check_finite(D, f"{model} gave", k, f"s={float(s):.3g}")
         if s_next is None:
             break
         parts = extrapolate(D, s, s_next)
@@ -383,7 +388,7 @@ def path_ratios(
         v, delta = s**2, s**2 - s_next**2
         z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
         D = torch.stack([chunked(lambda z, model=model, s=s: model.denoise(z, s), z, None) for model in models], dim=1)
-        check_finite(D, "a base model gave", k, s)
+        check_finite(D, "a base model gave", k, f"s={float(s):.3g}")
         c, _ = analytic_variance(z, D, a, 1.0, ell.new_zeros(len(x)))
         tau = kernel_variance(c, v, delta)
         miss = (z_next - z)[:, None] - delta / v * (D - z[:, None])
@@ -406,7 +411,8 @@ def _denoised(models, z, s, k, batch_size, population) -> Float[Tensor, "N m *x"
                 )
         lost = bad.any(1)
         if not (alive & ~lost).any():
-            check_finite(D, " and ".join(str(model) for model, column in zip(models, bad.unbind(1), strict=True) if column.any()) + " gave", k, s)
+            broken = " and ".join(str(model) for model, column in zip(models, bad.unbind(1), strict=True) if column.any())
+            check_finite(D, f"{broken} gave", k, f"s={float(s):.3g}")
         population.reweight(torch.where(lost, float("nan"), 0.0))
         D = torch.where(bad.reshape(bad.shape + (1,) * (D.ndim - 2)), 0.0, D)
     return D
@@ -437,14 +443,14 @@ def _through(scheduler, model, n, steps, batch_size, generator, progress) -> Ten
     for k, t in enumerate(track_progress(scheduler.timesteps, f"sampling {model}", progress, pairs=False)):
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = chunked(lambda part, t=t: unet(part, t).sample, scaled, batch_size)
-        check_finite(output, f"{model} gave", k, float(t))
+        check_finite(output, f"{model} gave", k, f"t={float(t):.3g}")
         x = scheduler.step(output, t, x, **options).prev_sample
     return x
 
 
 def chunked(function: Callable, z: Tensor, batch_size: int | None):
     """A network over a population in parts that fit; the population stays one."""
-    batch_size = batch_size or max(1, 2**19 // math.prod(z.shape[1:]))
+    batch_size = max(1, 2**19 // math.prod(z.shape[1:])) if batch_size is None else batch_size
     if batch_size < 1:
         raise ValueError(f"batch_size has to be at least 1, got {batch_size}.")
     parts = [function(part) for part in z.split(batch_size)]
@@ -475,11 +481,11 @@ def check_count(n: int) -> None:
         raise ValueError(f"The number of samples has to be at least 1, got n={n}.")
 
 
-def check_finite(D: Tensor, what: str, k: int, s) -> None:
+def check_finite(D: Tensor, what: str, k: int, where: str) -> None:
     if not D.isfinite().all():
         rows = int((~D.isfinite().flatten(1).all(1)).sum())
         raise FloatingPointError(
-            f"{what} numbers that are not finite for {rows} of {len(D)} samples at step {k} (s={float(s):.3g}). "
+            f"{what} numbers that are not finite for {rows} of {len(D)} samples at step {k} ({where}). "
             "Check the network's weights and dtype (float16 overflows early), and that its scheduler is the one it was trained with."
         )
 

@@ -194,7 +194,9 @@ class GFlowNet(BaseModel):
         return self.env.decode(x) if hasattr(self.env, "decode") else x
 
     def default_network(self) -> nn.Module:
-        """A backbone for a classifier of such states."""
+        """A backbone for a classifier of such states: the environment's own ``classifier_network()``, or one for grids."""
+        if hasattr(self.env, "classifier_network"):
+            return self.env.classifier_network()
         if describe(self.env) is None or not {"ndim", "height"} <= describe(self.env)["arguments"].keys():
             raise ValueError(
                 f"No default classifier network for {_title(self.env)}. Pass network=, a module from states to features."
@@ -339,11 +341,10 @@ def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def digest(module: nn.Module) -> str:
-    """A hash of weights, classes and configurations."""
+    """A hash of weights, class names and configurations; where the classes live does not count."""
     parts = hashlib.sha256()
-    for part in module.modules():
-        parts.update(f"{type(part).__module__}.{type(part).__qualname__} {getattr(part, 'config', '')}".encode())
-    parts.update(str(type(getattr(module, "preprocessor", None))).encode())
+    for part in (*module.modules(), getattr(module, "preprocessor", None)):
+        parts.update(f"{type(part).__qualname__} {getattr(part, 'config', '')}".encode())
     for name, value in module.state_dict().items():
         parts.update(f"{name} {value.dtype}".encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return parts.hexdigest()

@@ -45,9 +45,8 @@ class ComposedPolicy(LogProbPolicy):
                 "Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
             )
         parts = [model.policy for model in models if isinstance(model, GFlowNet)]
-        super().__init__(
-            nn.ModuleList(parts + ([classifier] if isinstance(classifier, nn.Module) else [])), anchor.env.n_actions
-        )
+        parts += [classifier] if isinstance(classifier, nn.Module) else []
+        super().__init__(nn.ModuleList(parts), anchor.env.n_actions)
         self.odds = None if len(set(posterior.odds)) == 1 else posterior.odds
         self.anchor, self.models, self.classifier, self.form, self.chunk = anchor, tuple(models), classifier, form, chunk
         # A head over the children leaves their marginals out, which the mixture form wants.
@@ -124,5 +123,5 @@ def guide(posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, 
     judge = digest(classifier) if isinstance(classifier, nn.Module) else (type(classifier).__name__, classifier.keys)
     parts = (posterior.labels, posterior.odds, form, [model.key for model in models], judge)
     name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
-    anchor = policy.anchor
-    return GFlowNet(anchor.env, policy, anchor.backward, name=name, key=hashlib.sha256(repr(parts).encode()).hexdigest())
+    anchor, key = policy.anchor, hashlib.sha256(repr(parts).encode()).hexdigest()
+    return GFlowNet(anchor.env, policy, anchor.backward, condition=anchor.condition, name=name, key=key)

@@ -49,6 +49,11 @@ class GFlowNetReplay(Replay):
         # Column 0 of the head is the state itself, column 1 + a its child by action a; the exit goes through the terminal head.
         return self.actions if self.head else 1
 
+    @property
+    def batch_size(self) -> int:
+        # A head over thousands of children is a large table per state.
+        return max(8, min(256, 2**19 // (self.actions * len(self.models)))) if self.head else 256
+
     def default_network(self) -> nn.Module:
         return self.models[0].default_network()
 
@@ -82,7 +87,14 @@ class GFlowNetReplay(Replay):
         where the exit's h is f: minus the log-weight that would correct the chain. Its square has no noise where it is least,
         which the cross-entropy of label sets drawn at the end of trajectories has everywhere.
         """
-        part = self.trajectories(size, generator, held_out).to(device)
+        # A sum over a whole trajectory asks for more digits than bfloat16 has.
+        with torch.autocast(device.type, enabled=False):
+            return self._losses(
+                classifier, teacher, self.trajectories(size, generator, held_out).to(device), generator, log_odds_range
+            )
+
+    def _losses(self, classifier, teacher, part, generator, log_odds_range):
+        device = part.x.device
         states, rows = distinct(part.states)
         with torch.no_grad():
             log_P = torch.stack([model.log_pf(states.to(model.device)).to(device) for model in self.models], dim=-1).float()

@@ -94,11 +94,9 @@ def sample(
     diagnostics = Diagnostics("classifier, anchored form" + ", corrected" * correct, str(model))
     x = _particles(model, population, propose, log_h[:, None].clone(), diagnostics, batch_size or batch_of(model))
     diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
-    return (
-        population.samples(x, n, diagnostics, model.decode, resample)
-        if correct
-        else Samples(x, None, diagnostics, model.decode)
-    )
+    if not correct:
+        return Samples(x, None, diagnostics, model.decode)
+    return population.samples(x, n, diagnostics, model.decode, resample)
 
 
 def _independent(
@@ -141,19 +139,18 @@ def track(
         unique, rows = distinct(states)
         log_p = torch.stack([model.log_pf(unique) for model in models], dim=-1)
         log_b = torch.zeros_like(log_p[..., 0]) if cancels else _children_log_pb(first, unique, log_p)
-        if not (cancels or shared):
-            log_b_i = torch.stack([log_b] + [_children_log_pb(model, unique, log_p) for model in models[1:]], dim=-1)
-        else:
-            log_b_i = log_b[..., None]
-        ell_next = ell[:, None] + (log_p - log_b_i)[rows]
-        phi = torch.where((log_p > NEG_INF).any(-1)[rows], formula.value(ell_next) + log_b[rows], NEG_INF)
+        others = [] if shared else [_children_log_pb(model, unique, log_p) for model in models[1:]]
+        ratio = log_p - torch.stack([log_b, *others], dim=-1)  # one column serves all where it is shared
+        each, action = (log_p > NEG_INF).any(-1)[rows].nonzero(as_tuple=True)
+        phi = torch.full((len(states), log_p.shape[1]), NEG_INF, dtype=torch.float64, device=states.device)
+        phi[each, action] = formula.value(ell[each] + ratio[rows[each], action]) + log_b[rows[each], action]
         log_N = torch.logsumexp(phi, dim=-1)
-        every = torch.arange(len(states), device=states.device)
-        # Where nothing is left to go on with, any way out will do: the weight is zero.
         dead = log_N == NEG_INF
-        phi = torch.where(dead[:, None], log_p[rows].logsumexp(-1), phi - torch.where(dead, 0.0, log_N)[:, None])
-        actions = draw(phi, every, generator)
-        return log_N - formula.value(ell), actions, ell_next[every, actions]
+        if dead.any():  # nothing is left to go on with: the weight is zero, and any way out will do
+            phi[dead] = log_p[rows[dead]].logsumexp(-1)
+        log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
+        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        return torch.where(dead, NEG_INF, log_N - formula.value(ell)), actions, ell + ratio[rows, actions]
 
     N = _population_size(n, particles)
     ell = torch.zeros(N, len(models), dtype=torch.float64, device=first.device)
@@ -266,5 +263,5 @@ def _starts(model: GFlowNet, n: int) -> Tensor:
 
 
 def batch_of(model: GFlowNet) -> int:
-    """How many trajectories at a time: at most 2²⁶ numbers per table over actions."""
-    return max(1, 2**26 // model.env.n_actions)
+    """How many trajectories at a time: at most 2²⁴ numbers per table over actions."""
+    return max(1, 2**24 // model.env.n_actions)

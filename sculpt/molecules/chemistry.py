@@ -36,7 +36,9 @@ class Vocabulary(tuple):
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no vocabulary: {error}. Expected a JSON file [[smiles, [atom, ...]], ...].") from None
         if not isinstance(fragments, list) or not fragments:
-            raise ValueError(f"{path} is no vocabulary: expected a list [[smiles, [atom, ...]], ...] with at least one fragment.")
+            raise ValueError(
+                f"{path} is no vocabulary: expected a list [[smiles, [atom, ...]], ...] with at least one fragment."
+            )
         return cls(fragments)
 
     @property
@@ -62,7 +64,9 @@ class Vocabulary(tuple):
         """Which attachment points are N, O, S or a halogen. Sulphur(VI) is none: it binds nitrogen in every sulphonamide."""
 
         def polar(atom: Chem.Atom) -> bool:
-            return atom.GetSymbol() in ("N", "O", "F", "Cl", "Br", "I") or atom.GetSymbol() == "S" and atom.GetTotalValence() == 2
+            return (
+                atom.GetSymbol() in ("N", "O", "F", "Cl", "Br", "I") or atom.GetSymbol() == "S" and atom.GetTotalValence() == 2
+            )
 
         return [[polar(x.GetAtomWithIdx(a)) for a in sites] for x, (_, sites) in zip(self.molecules, self, strict=True)]
 
@@ -99,7 +103,9 @@ def _checked(i: int, fragment: Sequence) -> tuple[str, tuple[int, ...]]:
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
     if molecule is None or not molecule.GetNumAtoms():
-        raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, is no valid molecule. Correct its SMILES or leave it out.")
+        raise ValueError(
+            f"Fragment {i} of the vocabulary, {smiles!r}, is no valid molecule. Correct its SMILES or leave it out."
+        )
     if len(Chem.GetMolFrags(molecule)) > 1:
         raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, falls apart. Make each part a fragment of its own.")
     if not sites:

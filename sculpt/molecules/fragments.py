@@ -163,7 +163,9 @@ class FragmentTrees(DiscreteEnv):
     def log_reward(self, final_states: DiscreteStates) -> Float[Tensor, "b"]:
         r""":math:`\beta \log R(x) - \log w(x)`"""
         if self.reward_function is None:
-            raise ValueError("This environment has no reward. Give it one to train: FragmentTrees(reward=sculpt.molecules.SA(), beta=32).")
+            raise ValueError(
+                "This environment has no reward. Give it one to train: FragmentTrees(reward=sculpt.molecules.SA(), beta=32)."
+            )
         R = self.reward_function(self.molecules(final_states.tensor)).to(self.device)
         return self.beta * R.log() - self.writings(final_states.tensor).log()
 
@@ -180,7 +182,9 @@ class FragmentTrees(DiscreteEnv):
         out = []
         for f, o, j, k in zip(fragment, own, bond.tolist(), n.tolist(), strict=True):
             if k == 0:
-                raise ValueError("The initial state is no molecule: it has no fragment yet. Pass states that a policy stopped in.")
+                raise ValueError(
+                    "The initial state is no molecule: it has no fragment yet. Pass states that a policy stopped in."
+                )
             out.append(self.vocabulary.assemble(f[:k], [(*divmod(j[c], S), c, o[c]) for c in range(1, k)]))
         return out
 

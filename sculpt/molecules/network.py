@@ -65,6 +65,8 @@ class FragmentNetwork(nn.Module):
         # Close to uniform at first.
         for last in (self.root, self.stop, self.point, self.slot_bias, self.query, self.out):
             nn.init.normal_(last.weight, std=0.02)
+        # Nearly all trees are large ones.
+        nn.init.constant_(self.stop.bias, -4.0)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -81,9 +83,8 @@ class FragmentNetwork(nn.Module):
 
     def _embed(self, piece: Int[Tensor, "b n"], bond: Int[Tensor, "b n"], first: int = 0) -> Float[Tensor, "b n d"]:
         """Tokens of the slots first, first + 1, …; ``bond`` is −1 for the root and ``piece`` −1 for what is empty."""
-        layout = self.layout
-        parent, point = bond.clamp(min=0) // layout.S, bond.clamp(min=0) % layout.S
-        return self.piece(piece.clamp(min=0)) + self.place(first + torch.arange(piece.shape[1], device=piece.device)) + self.parent(parent)
+        place = first + torch.arange(piece.shape[1], device=piece.device)
+        return self.piece(piece.clamp(min=0)) + self.place(place) + self.parent(bond.clamp(min=0) // self.layout.S)
 
     def _bonds(self, fragments: Int[Tensor, "b n"], bond: Int[Tensor, "b m"]) -> Int[Tensor, "b m"]:
         """The parent's fragment and point as one number, for each bond."""
@@ -154,6 +155,10 @@ class FragmentNetwork(nn.Module):
 
     def log_p(self, x: Int[Tensor, "b s"], beta: Float[Tensor, "b"]) -> Float[Tensor, "b"]:
         """The log-probability that a policy writes these trees and stops."""
+        return self.trace(x, beta)[1].sum(-1)
+
+    def trace(self, x: Int[Tensor, "b s"], beta: Float[Tensor, "b"]) -> tuple[Float[Tensor, "b t d"], Float[Tensor, "b t"]]:
+        """The transformer's output at each state on the way to x, and the log-probability of the step from there; zero after the stop."""
         layout = self.layout
         piece, bond, n = layout.tree(x)
         h = self._hidden(x, beta)
@@ -161,7 +166,7 @@ class FragmentNetwork(nn.Module):
         piece, bond = piece[:, :longest], bond[:, :longest]
         used = piece.clamp(min=0)
         fragment, filled = layout.fragment[used], piece >= 0
-        log_root = torch.log_softmax(self.root(h[:, 0]), dim=-1).gather(1, used[:, :1])[:, 0]
+        log_root = torch.log_softmax(self.root(h[:, 0]), dim=-1).gather(1, used[:, :1])
         # At token t the t slots before it are there, and the point that was used last is that of slot t − 1.
         logits, stop = self._points(h[:, 1:], h[:, 1:], fragment)
         t = torch.arange(longest, device=x.device)
@@ -171,18 +176,16 @@ class FragmentNetwork(nn.Module):
         there &= layout.fits_any[used[:, :1], polar]
         allowed = there[:, None] & (j // layout.S <= t[:, None]) & (j > bond[..., None]) & (t[:, None] < layout.slots - 1)
         log_j = torch.log_softmax(torch.cat([logits.masked_fill(~allowed, NEG_INF), stop], dim=-1), dim=-1)
-        log_stop = log_j[..., -1].gather(1, (n - 1)[:, None])[:, 0]
-        if longest == 1:
-            return log_root + log_stop
-        # Slot t + 1 goes to point bond[t + 1] and is piece[t + 1].
+        # Token t + 1 stops, or slot t + 1 goes to point bond[t + 1] and is piece[t + 1].
+        steps = torch.where(t == n[:, None] - 1, log_j[..., -1], 0.0)
         b, c = filled[:, 1:].nonzero(as_tuple=True)
         j = bond[b, c + 1]
         parent = j // layout.S
         pieces = self._pieces(h[b, c + 1], h[b, 1 + parent], fragment[b, parent] * layout.S + j % layout.S)
         fits = layout.fits[piece[b, 0], polar[b, j]]
         log_k = torch.log_softmax(pieces.masked_fill(~fits, NEG_INF), dim=-1)
-        steps = log_j[b, c, j] + log_k.gather(1, (piece[b, c + 1] - layout.F)[:, None])[:, 0]
-        return log_root + log_stop + torch.zeros_like(log_root).index_add(0, b, steps)
+        chosen = log_k.gather(1, (piece[b, c + 1] - layout.F)[:, None])[:, 0]
+        return h, torch.cat([log_root, steps.index_put((b, c), log_j[b, c, j] + chosen)], dim=-1)
 
     @torch.no_grad()
     def sample(
@@ -237,7 +240,11 @@ class FragmentNetwork(nn.Module):
                 piece = layout.F + choose(logits.masked_fill(~fits, NEG_INF))
             states[going, 2 * t], states[going, 2 * t + 1] = piece + 1, bond + 1
             fragments = layout.fragment[(states[going, ::2] - 1).clamp(min=0)]
-            x = self._embed(piece[:, None], bond[:, None], t) + self.bond(self._bonds(fragments, bond[:, None])) + condition[:, None]
+            x = (
+                self._embed(piece[:, None], bond[:, None], t)
+                + self.bond(self._bonds(fragments, bond[:, None]))
+                + condition[:, None]
+            )
         return states
 
 

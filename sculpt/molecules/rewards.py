@@ -34,22 +34,26 @@ __all__ = ["SEH", "SA", "QED", "Reward"]
 URL = "https://raw.githubusercontent.com/GFNOrg/gflownet/master/mols/data/pretrained_proxy/best_params.pkl.gz"
 SHA256 = "f76ab480b62e23dda04fd45fefe0e7ae2374b3f8c3f18fb7e00651cad05b9e1f"
 
+Molecules = Sequence[str | Chem.Mol | None]
+
 
 class Reward(abc.ABC):
     """SMILES or RDKit molecules to rewards in [0, about 1]. What is no molecule gets NaN; ``invalid`` counts those of the last call."""
 
     invalid: int = 0
 
-    def __call__(self, molecules: Sequence[str | Chem.Mol]) -> Float[Tensor, "n"]:
+    def __call__(self, molecules: Molecules) -> Float[Tensor, "n"]:
         return self._each(molecules, self.of)
 
     @abc.abstractmethod
     def of(self, molecules: list[Chem.Mol]) -> Float[Tensor, "n"]:
         """The rewards of valid molecules."""
 
-    def _each(self, molecules: Sequence[str | Chem.Mol], function) -> Float[Tensor, "n"]:
+    def _each(self, molecules: Molecules, function) -> Float[Tensor, "n"]:
         if isinstance(molecules, str | Chem.Mol):
-            raise TypeError(f"{type(self).__name__} takes a list of molecules, got one {type(molecules).__name__}. Put it in brackets.")
+            raise TypeError(
+                f"{type(self).__name__} takes a list of molecules, got one {type(molecules).__name__}. Put it in brackets."
+            )
         with rdBase.BlockLogs():
             parsed = [Chem.MolFromSmiles(x) if isinstance(x, str) else x for x in molecules]
         valid = [i for i, molecule in enumerate(parsed) if molecule is not None and molecule.GetNumAtoms()]
@@ -66,7 +70,7 @@ class SA(Reward):
     def __init__(self):
         self.scorer = _contributed("SA_Score", "sascorer")
 
-    def score(self, molecules: Sequence[str | Chem.Mol]) -> Float[Tensor, "n"]:
+    def score(self, molecules: Molecules) -> Float[Tensor, "n"]:
         """The SA score itself: 1 is easy, 10 is hard."""
         return self._each(molecules, lambda valid: torch.tensor([self.scorer.calculateScore(x) for x in valid]))
 
@@ -94,10 +98,12 @@ class SEH(Reward):
             raise ValueError(f"Got root={root!r}, expected 'published' (as all published results) or 'trained'.")
         path = find_weights() if weights is None else Path(weights)
         if not path.is_file():
-            raise ValueError(f"There is no file {str(path)!r} with the weights of the sEH proxy. Leave weights out to have them downloaded.")
+            raise ValueError(
+                f"There is no file {str(path)!r} with the weights of the sEH proxy. Leave weights out to have them downloaded."
+            )
         self.network = Proxy(check_weights(read_tensors(path), str(path)), root).to(device)
 
-    def proxy(self, molecules: Sequence[str | Chem.Mol]) -> Float[Tensor, "n"]:
+    def proxy(self, molecules: Molecules) -> Float[Tensor, "n"]:
         """The network's raw output."""
         return self._each(molecules, self._proxy)
 
@@ -254,7 +260,7 @@ def find_weights() -> Path:
             return path
     path = cache() / "seh_proxy.safetensors"
     if not path.is_file():
-        download(path)
+        download(path, URL, SHA256)
     return path
 
 
@@ -264,7 +270,7 @@ def cache() -> Path:
     return Path(os.environ.get("SCULPT_CACHE") or Path(base) / "sculpt")
 
 
-def download(path: Path, url: str = URL, sha256: str = SHA256, limit: int = 2**24) -> None:
+def download(path: Path, url: str, sha256: str, limit: int = 2**24) -> None:
     """Fetch the public weights, check that they are what was published, and keep them as safetensors: all of it or nothing."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:

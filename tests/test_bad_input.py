@@ -1,0 +1,244 @@
+"""Bad input: every wrong call is refused before time is spent, with what was got, what was expected and what to do next."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from torch import nn
+
+import sculpt
+from diffusers_models import exact_model, three_rings
+from oracles import ExactGuide, GaussianMixture
+from sculpt.classifier import Classifier
+from sculpt.diffusion.network import VectorNetwork
+from sculpt.diffusion.sampler import noise_levels
+
+RINGS = three_rings()
+P, Q, R = (exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True))
+GUIDE = ExactGuide(RINGS[:2], [P.key, Q.key])
+NAN = float("nan")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def classifier_of(*models, observations=2):
+    torch.manual_seed(0)
+    return Classifier(VectorNetwork(2, width=8), [model.key for model in models], observations).eval().requires_grad_(False)
+
+
+def broken(where, name="broken", mixture=RINGS[0]):
+    """The exact network, with NaN for the rows and times where ``where(z, t)`` holds."""
+    exact = exact_model(mixture).model
+
+    def network(x, t):
+        out = exact(x, t)
+        return torch.where(where(x, t).expand(len(x))[:, None], NAN, out)
+
+    return sculpt.Diffusion(network, DDPMScheduler(clip_sample=False), (2,), name=name)
+
+
+# Options of the wrong road ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        # the classifier road without a classifier
+        (lambda: (P & Q).sample(4, anchor=1), "belong to guided sampling: pass the classifier"),
+        (lambda: (P & Q).sample(4, form="mixture"), "belong to guided sampling"),
+        (lambda: (P & Q).sample(4, correct=True), "belong to guided sampling"),
+        (lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()), "solver: not an option of the road of tracked densities"),
+        # a population's options without a population
+        (lambda: (P & Q).sample(4, GUIDE, particles=10), "add correct=True"),
+        (lambda: (P & Q).sample(4, GUIDE, resample=False), "add correct=True"),
+        (lambda: (P & Q).sample(4, GUIDE, threshold=0.3), "add correct=True"),
+        (lambda: (P & Q).sample(4, GUIDE, corrector=object()), "corrector: not an option of the classifier road"),
+        (lambda: (P | Q).sample(4, particles=10), "particles: not an option of sampling [pq]"),
+        (lambda: (P | Q).sample(4, resample=False), "samples carry no weights"),
+        (lambda: ((P & Q) | R).sample(4, resample=False), "samples carry no weights"),
+        (lambda: sculpt.posterior([P], (0,)).sample(4, particles=10), "particles: not an option of sampling p"),
+        # correction needs a kernel and a base chain
+        (lambda: (P & Q).sample(4, GUIDE, correct=True, form="mixture"), "Only the anchored form can be corrected"),
+        (lambda: (P & Q).sample(4, GUIDE, correct=True, solver=DPMSolverMultistepScheduler()), "DPMSolverMultistepScheduler gives none"),
+        # rejection
+        (lambda: sculpt.reject(P & Q, 4, GUIDE, particles=10), "particles: not an option of sampling"),
+        (lambda: sculpt.reject(P & Q, 4, GUIDE, anchor=2), "not an observed label"),
+    ],
+)
+def test_an_option_that_the_road_does_not_have_raises(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: (P & Q).sample(0), "at least 1, got n=0"),
+        (lambda: (P & Q).sample(-3, GUIDE), "at least 1, got n=-3"),
+        (lambda: (P | Q).sample(0), "at least 1"),
+        (lambda: P.sample(0), "at least 1"),
+        (lambda: sculpt.reject(P & Q, 0, GUIDE), "at least 1"),
+        (lambda: (P & Q).sample(100, particles=50), "particles=50 cannot give n=100"),
+        (lambda: (P & Q).sample(100, GUIDE, correct=True, particles=50), "particles=50 cannot give n=100"),
+        (lambda: (P & Q).sample(4, steps=1), "at least 2 steps, got 1"),
+        (lambda: (P & Q).sample(4, GUIDE, steps=0), "at least 2 steps, got 0"),
+        (lambda: (P & Q).sample(4, GUIDE, batch_size=0), "batch_size has to be at least 1, got 0"),
+        (lambda: (P - Q).sample(4, batch_size=-1), "batch_size has to be at least 1, got -1"),
+        (lambda: (P & Q).sample(4, GUIDE, form="both"), "form is 'anchored' or 'mixture', got 'both'"),
+        (lambda: (P & Q).sample(4, GUIDE, anchor=2), r"anchor=2 is not an observed label; p ⊗ q observes \(0, 1\)"),
+        (lambda: (P - Q).sample(4, GUIDE, anchor=Q), "anchor=q is not an observed label"),
+        (lambda: (P & Q).sample(4, GUIDE, anchor=R), "anchor=r is not an observed label"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_solver_that_is_no_scheduler_is_refused():
+    with pytest.raises(TypeError, match="solver is a diffusers scheduler, e.g. .*got 'ddim'"):
+        (P & Q).sample(4, GUIDE, solver="ddim")
+
+
+def test_odds_without_a_classifier_for_them_are_refused_before_sampling():
+    calls = []
+    model = exact_model(RINGS[0], name="p")
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=r"sculpt.fit\(models, odds=True\)"):
+        sculpt.harmonic_mean(model, Q, 0.9).sample(4, classifier_of(model, Q), progress=False)
+    assert not calls
+
+
+# Classifiers of other models -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_of_other_models_labels_or_numbers_is_refused():
+    pq = classifier_of(P, Q)
+    for call, message in (
+        (lambda: (P & R).sample(4, pq), r"r \(key .*is not among its keys"),
+        (lambda: (P & Q & R).sample(4, pq), "knows 2 base models, the composition has 3"),
+        (lambda: sculpt.posterior([P, Q], (0, 1, 1)).sample(4, pq), "observations=3"),
+        (lambda: ((P & Q) - R).sample(4, pq), "fitted for other base models"),
+        (lambda: sculpt.reject(P & R, 4, pq), "fitted for other base models"),
+        (lambda: (P & Q & R).as_unet(pq), "knows 2 base models"),
+        (lambda: (P | Q).sample(4, pq), "steers posteriors"),
+        (lambda: sculpt.product([P, Q], [1, 1]).as_unet(pq), "steers posteriors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_same_weights_with_another_schedule_are_another_model_to_a_classifier():
+    with pytest.raises(ValueError, match="fitted for other base models"):
+        (exact_model(RINGS[0], "cosine", name="p") & Q).sample(4, classifier_of(P, Q))
+
+
+def test_an_anchor_that_is_a_composition_without_its_classifier_is_refused_with_the_way_out():
+    inner = P & Q
+    classifier = classifier_of(inner, R)
+    for options in ({}, {"form": "mixture"}):
+        with pytest.raises(ValueError, match=r"p ⊗ q: .* cannot be stepped. .*inner.guided\(its_classifier\)"):
+            (inner - R).sample(4, classifier, progress=False, **options)
+
+
+# Models that do not fit --------------------------------------------------------------------------------------------------------------------
+
+
+def test_models_without_a_common_noise_level_are_refused():
+    low = sculpt.EnergyModel(lambda z, s: (z**2).sum(-1), (2,), s_min=0.01, s_max=0.1, name="low")
+    high = sculpt.EnergyModel(lambda z, s: (z**2).sum(-1), (2,), s_min=1.0, s_max=10.0, name="high")
+    with pytest.raises(ValueError, match="none in common"):
+        low & high
+    with pytest.raises(ValueError, match="share no noise level: high .*low"):
+        noise_levels([low, high], 10)
+
+
+# Numbers that are not finite ------------------------------------------------------------------------------------------------------------------
+
+
+def late(x, t):
+    return torch.as_tensor(t).reshape(-1)[:1] < 300
+
+
+def test_nan_from_a_network_names_the_model_and_the_step():
+    calls = {
+        "base": lambda: broken(late).sample(8, steps=20),
+        "mixture": lambda: (broken(late) | Q).sample(8, steps=20),
+        "tracked": lambda: (broken(late) & Q).sample(8, steps=20, particles=16, progress=False),
+        "guided": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, progress=False),
+        "corrected": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, correct=True, progress=False),
+        "mixture form": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, form="mixture", progress=False),
+        "solver": lambda: broken(late).sample(8, steps=20, solver=DPMSolverMultistepScheduler()),
+    }
+    for road, call in calls.items():
+        with pytest.raises(FloatingPointError, match=r"broken.* not finite for \d+ of \d+ samples at step \d+ \([st]="), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call()
+        assert road
+
+
+def test_nan_from_a_classifier_names_the_classifier_and_the_step():
+    class Nan(ExactGuide):
+        def log_h(self, z, s, *, labels, odds=None):
+            return super().log_h(z, s, labels=labels, odds=odds) * torch.where(s.max() < 1.0, NAN, 1.0)
+
+    for correct in (False, True):
+        with pytest.raises(FloatingPointError, match=r"the classifier of p ⊗ q gave .* at step \d+ \(s="):
+            (P & Q).sample(8, Nan(RINGS[:2]), steps=20, correct=correct, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*lose their weight")
+def test_particles_with_nan_lose_their_weight_and_never_win():
+    # NaN wherever the first coordinate is positive, from half of the way on: what survives is the target's other half.
+    model = broken(lambda x, t: (x[:, 0] > 0) & (torch.as_tensor(t).reshape(-1)[:1] < 500), name="half")
+    with pytest.warns(UserWarning, match=r"half gave numbers that are not finite for \d+ of 2000 particles at step \d+"):
+        samples = (model & Q).sample(500, steps=48, particles=2000, generator=generator(), progress=False)
+    assert samples.x.isfinite().all() and math.isfinite(samples.log_z)
+    assert (samples.x[:, 0] > 0.3).double().mean() < 0.01
+    lost = int(next(note for note in samples.diagnostics.notes if "lost" in note).split()[0])
+    assert lost > 100
+    whole = (P & Q).sample(500, steps=48, particles=2000, generator=generator(), progress=False)
+    assert samples.log_z < whole.log_z  # mass that was lost is missing from Z
+
+
+def test_a_population_that_is_lost_altogether_names_the_model():
+    with pytest.raises(FloatingPointError, match="broken gave numbers that are not finite"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (broken(late) - Q).sample(10, steps=20, particles=50, progress=False)
+
+
+def test_a_network_that_answers_with_another_shape_is_refused_at_construction():
+    with pytest.raises(ValueError, match="shape"):
+        sculpt.Diffusion(lambda x, t: x[:, :1], DDPMScheduler(), (2,), name="narrow")
+
+
+def test_a_collapsing_population_is_announced_in_many_dimensions():
+    model = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="image")
+    other = sculpt.EnergyModel(lambda z, s: ((z - 0.1) ** 2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="other")
+    with pytest.warns(UserWarning, match="Tracked densities in 300 dimensions: the weights usually collapse"):
+        (model & other).sample(2, steps=3, particles=4, progress=False)
+
+
+def test_models_that_hardly_overlap_are_reported_as_collapsed_or_refused():
+    far = exact_model(GaussianMixture([[40.0, 0.0]], 0.1), name="far")
+    near = exact_model(GaussianMixture([[-40.0, 0.0]], 0.1), name="near")
+    try:
+        samples = (near & far).sample(100, steps=32, particles=400, generator=generator(), progress=False)
+    except FloatingPointError as error:
+        assert "more particles or steps" in str(error)
+    else:
+        assert "COLLAPSED" in samples.diagnostics.verdict
+
+
+class NoConfig(nn.Module):
+    def forward(self, x, t):
+        return x
+
+
+def test_a_network_whose_shape_cannot_be_read_asks_for_it():
+    with pytest.raises(ValueError, match="shape="):
+        sculpt.Diffusion(NoConfig(), DDPMScheduler())

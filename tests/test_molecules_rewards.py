@@ -1,0 +1,193 @@
+"""Rewards against the reference table, and everything that can be wrong with molecules, weights and networks."""
+
+import csv
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from rdkit import Chem
+from safetensors.torch import load_file, save_file
+
+from sculpt.molecules import QED, SA, SEH
+from sculpt.molecules import rewards as module
+
+DATA = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules"
+needs_data = pytest.mark.skipif(
+    not (DATA / "seh_proxy.safetensors").is_file(), reason="SCULPT_DATA has no molecules/seh_proxy.safetensors"
+)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    with (DATA / "reference.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [row["smiles"] for row in rows], lambda name: torch.tensor([float(row[name]) for row in rows])
+
+
+@pytest.fixture
+def random_weights():
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in module._ARRAYS.values()}
+
+
+def pickled(weights) -> bytes:
+    """The public file's form: 22 arrays in a compressed pickle."""
+    arrays = [weights[module._ARRAYS[i][0]].numpy() if i in module._ARRAYS else torch.zeros(1).numpy() for i in range(22)]
+    return gzip.compress(pickle.dumps(arrays).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"), mtime=0)
+
+
+# Against the reference
+
+
+@needs_data
+@pytest.mark.parametrize("root, column", [("published", "seh_peer"), ("trained", "seh_transposed_root")])
+def test_the_proxy_agrees_with_the_reference(reference, root, column):
+    smiles, values = reference
+    assert (SEH(root=root).proxy(smiles) - values(column)).abs().max() < 1e-5
+
+
+@needs_data
+def test_the_reward_is_the_clipped_proxy_over_eight(reference):
+    smiles, values = reference
+    assert (SEH()(smiles) - values("seh_peer").clamp(1e-4, 100) / 8).abs().max() < 2e-6
+
+
+@needs_data
+@pytest.mark.parametrize("reward, column", [(SA(), "sa_reward"), (SA().score, "sa_score"), (QED(), "qed")])
+def test_synthesis_and_drug_likeness_agree_with_the_reference(reference, reward, column):
+    smiles, values = reference
+    assert (reward(smiles) - values(column)).abs().max() < 1e-5
+
+
+# The network, on weights of no meaning
+
+
+def test_a_molecule_is_worth_the_same_in_any_company_and_any_order_of_atoms(random_weights):
+    proxy = module.Proxy(random_weights)
+    smiles = ["CCO", "C", "c1ccccc1C#N", "CC(=O)Nc1ccc(O)cc1", "[Na+].[Cl-]"]
+    molecules = [Chem.MolFromSmiles(s) for s in smiles]
+    together = proxy(*module.graph(molecules))
+    apart = torch.cat([proxy(*module.graph([molecule])) for molecule in molecules])
+    assert (together - apart).abs().max() < 1e-5
+    turned = [Chem.RenumberAtoms(m, list(reversed(range(m.GetNumAtoms())))) for m in molecules[:4]]
+    assert (proxy(*module.graph(turned)) - together[:4]).abs().max() < 1e-5
+
+
+def test_the_five_bond_matrices_are_those_of_the_edge_network(random_weights):
+    proxy = module.Proxy(random_weights)
+    w = random_weights
+    for kind, e in enumerate([*torch.eye(4), torch.zeros(4)]):
+        hidden = torch.nn.functional.leaky_relu(w["edge_net.0.weight"] @ e + w["edge_net.0.bias"])
+        theta = (w["edge_net.1.weight"] @ hidden + w["edge_net.1.bias"]).view(64, 64)
+        assert (proxy.theta.view(64, 5, 64)[:, kind] - theta).abs().max() < 1e-5
+
+
+# Bad molecules
+
+
+def test_what_is_no_molecule_gets_nan_and_is_counted():
+    for reward in (SA(), QED()):
+        values = reward(["CCO", "not a molecule", "", "C1CC", Chem.MolFromSmiles("CC"), None])
+        assert values.isnan().tolist() == [False, True, True, True, False, True] and reward.invalid == 4
+        assert reward(["C"]).isfinite().all() and reward.invalid == 0
+    assert len(SA()([])) == 0 and SA()(["?"]).isnan().all()
+    with pytest.raises(TypeError, match="takes a list of molecules, got one str"):
+        SA()("CCO")
+
+
+def test_the_proxy_refuses_elements_and_bonds_that_it_was_not_made_for(random_weights, tmp_path):
+    save_file(random_weights, tmp_path / "w.safetensors")
+    seh = SEH(tmp_path / "w.safetensors")
+    assert seh(["CCO", "x"]).isnan().tolist() == [False, True] and seh.invalid == 1
+    with pytest.raises(ValueError, match=r"elements up to barium \(56\), got Pt \(78\)"):
+        seh(["C", "Cl[Pt]Cl"])
+    with pytest.raises(ValueError, match="single, double, triple and aromatic bonds, got DATIVE"):
+        seh([Chem.MolFromSmiles("N->[Cu]")])
+
+
+# Weights
+
+
+def test_weights_that_do_not_fit_are_refused(random_weights, tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        SEH(tmp_path / "missing.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        SEH(tmp_path / "cut.safetensors")
+    save_file(random_weights | {"out.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"out.bias is \(2,\), expected \(1,\)"):
+        SEH(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected 'published'"):
+        SEH(root="left")
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server on this machine."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder)) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}/best_params.pkl.gz"
+        httpd.shutdown()
+
+
+def test_the_public_file_is_downloaded_once_and_kept(random_weights, server, tmp_path, monkeypatch):
+    folder, url = server
+    content = pickled(random_weights)
+    (folder / "best_params.pkl.gz").write_bytes(content)
+    monkeypatch.delenv("SCULPT_DATA", raising=False)
+    monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "URL", url)
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(content).hexdigest())
+    first = SEH().proxy(["CCO"])
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["seh_proxy.safetensors"]
+    kept = load_file(tmp_path / "cache" / "seh_proxy.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in random_weights.items())
+    (folder / "best_params.pkl.gz").unlink()
+    assert torch.equal(SEH().proxy(["CCO"]), first)
+
+
+def test_a_file_with_another_hash_is_not_opened(server, tmp_path, monkeypatch):
+    folder, url = server
+    monkeypatch.chdir(tmp_path)
+    (folder / "best_params.pkl.gz").write_bytes(gzip.compress(pickle.dumps(_Trap())))
+    monkeypatch.setattr(module.gzip, "decompress", lambda content: pytest.fail("it was interpreted"))
+    with pytest.raises(ValueError, match="is not the published file: sha256 .* It was not opened"):
+        module.download(tmp_path / "kept.safetensors", url, module.SHA256)
+    assert not (tmp_path / "sprung").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["served"]
+
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.delenv("SCULPT_DATA", raising=False)
+    monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "URL", "http://127.0.0.1:9/best_params.pkl.gz")
+    with pytest.raises(ValueError, match="cannot be downloaded .* set SCULPT_DATA"):
+        SEH()
+    assert not (tmp_path / "cache").exists()
+
+
+class _Trap:
+    def __reduce__(self):
+        return os.mkdir, ("sprung",)
+
+
+def test_even_a_file_with_the_right_hash_may_hold_nothing_but_arrays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = gzip.compress(pickle.dumps([_Trap()]))
+    (tmp_path / "trap.gz").write_bytes(content)
+    with pytest.raises(pickle.UnpicklingError, match="weights are plain arrays"):
+        module.download(tmp_path / "kept.safetensors", (tmp_path / "trap.gz").as_uri(), hashlib.sha256(content).hexdigest())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trap.gz"]

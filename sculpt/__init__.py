@@ -19,6 +19,10 @@ _CONTENTS = {
     "product": "composition",
     "power_mean": "composition",
     "reject": "composition",
+    # MCMC at every noise level, for tracked densities
+    "ULA": "diffusion.mcmc",
+    "MALA": "diffusion.mcmc",
+    "HMC": "diffusion.mcmc",
     # the classifier
     "fit": "classifier",
     "Classifier": "classifier",

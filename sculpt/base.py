@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sculpt.composition import Composition
     from sculpt.particles import Samples
 
-__all__ = ["BaseModel", "randn", "same_model"]
+__all__ = ["BaseModel", "check_composable", "randn", "same_model"]
 
 
 class BaseModel(abc.ABC):
@@ -71,6 +71,13 @@ class BaseModel(abc.ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+def check_composable(models: Sequence[BaseModel]) -> None:
+    """Raise where the pretrained models underneath have no common states."""
+    first, *others = [leaf for model in models for leaf in model.leaves]
+    for leaf in others:
+        first.check_composable(leaf)
 
 
 def same_model(p: BaseModel, q: BaseModel) -> bool:

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sculpt.base import BaseModel
+from sculpt.base import BaseModel, check_composable
 from sculpt.files import load_folder, save_folder
 from sculpt.formula import Posterior, label_sets
 
@@ -354,8 +354,7 @@ def fit(
     models = list(models)
     if len(models) < 2:
         raise ValueError(f"A classifier tells base models apart, got {len(models)}. Pass two or more.")
-    for model in models[1:]:
-        models[0].check_composable(model)
+    check_composable(models)
     for p, q in itertools.combinations(models, 2):
         if p.key == q.key:
             raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
@@ -381,7 +380,10 @@ def fit(
     settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "log_odds_range": log_odds_range, "seed": seed}
     run = _Training(classifier, settings, checkpoint)
 
-    def evaluate(held_out_batches: int = 8) -> dict[str, float]:
+    every = max(1, steps // 40)
+    held_out_batches = max(1, min(8, every // 4))  # a short training is not spent on looking at itself
+
+    def evaluate() -> dict[str, float]:
         # The same held-out states and odds every time, so that the curve has no noise of its own.
         generator = torch.Generator().manual_seed(seed + 1)
         totals = collections.defaultdict(float)
@@ -394,7 +396,6 @@ def fit(
 
     from tqdm.auto import tqdm
 
-    every = max(1, steps // 40)
     bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1)
     with bar:
         while run.step < steps and run.stale < patience:

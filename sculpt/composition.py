@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.base import BaseModel, same_model
+from sculpt.base import BaseModel, check_composable, same_model
 from sculpt.classifier import Guide
 from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean, Product
 from sculpt.particles import Diagnostics, Samples
@@ -43,8 +43,7 @@ class Composition(BaseModel):
         for model in self.models:
             if not isinstance(model, BaseModel):
                 raise TypeError(f"Only base models compose, got {model!r}. Wrap a network in sculpt.Diffusion or sculpt.GFlowNet.")
-        for leaf in self.leaves[1:]:
-            self.leaves[0].check_composable(leaf)
+        check_composable(self.models)
         self.family = self.leaves[0].family
 
     @property

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sculpt.classifier import Guide, with_odds
+from sculpt.classifier import Guide
 from sculpt.formula import Formula, Posterior
 
 
@@ -26,7 +26,12 @@ class GaussianMixture(nn.Module):
         covariances = covariances.expand(K, d, d)
         weights = torch.ones(K) if weights is None else torch.as_tensor(weights)
         eigenvalues, U = torch.linalg.eigh(covariances)
-        for name, value in (("means", means), ("U", U), ("eigenvalues", eigenvalues), ("weights", weights.double() / weights.sum())):
+        for name, value in (
+            ("means", means),
+            ("U", U),
+            ("eigenvalues", eigenvalues),
+            ("weights", weights.double() / weights.sum()),
+        ):
             self.register_buffer(name, value)
         self.d = d
 

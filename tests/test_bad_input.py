@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers_models import exact_model, three_rings
+from oracles import ExactGuide, GaussianMixture
 from torch import nn
 
 import sculpt
-from diffusers_models import exact_model, three_rings
-from oracles import ExactGuide, GaussianMixture
 from sculpt.classifier import Classifier
 from sculpt.diffusion.network import VectorNetwork
 from sculpt.diffusion.sampler import noise_levels
@@ -51,7 +51,10 @@ def broken(where, name="broken", mixture=RINGS[0]):
         (lambda: (P & Q).sample(4, anchor=1), "belong to guided sampling: pass the classifier"),
         (lambda: (P & Q).sample(4, form="mixture"), "belong to guided sampling"),
         (lambda: (P & Q).sample(4, correct=True), "belong to guided sampling"),
-        (lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()), "solver: not an option of the road of tracked densities"),
+        (
+            lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()),
+            "solver: not an option of the road of tracked densities",
+        ),
         # a population's options without a population
         (lambda: (P & Q).sample(4, GUIDE, particles=10), "add correct=True"),
         (lambda: (P & Q).sample(4, GUIDE, resample=False), "add correct=True"),
@@ -63,7 +66,10 @@ def broken(where, name="broken", mixture=RINGS[0]):
         (lambda: sculpt.posterior([P], (0,)).sample(4, particles=10), "particles: not an option of sampling p"),
         # correction needs a kernel and a base chain
         (lambda: (P & Q).sample(4, GUIDE, correct=True, form="mixture"), "Only the anchored form can be corrected"),
-        (lambda: (P & Q).sample(4, GUIDE, correct=True, solver=DPMSolverMultistepScheduler()), "DPMSolverMultistepScheduler gives none"),
+        (
+            lambda: (P & Q).sample(4, GUIDE, correct=True, solver=DPMSolverMultistepScheduler()),
+            "DPMSolverMultistepScheduler gives none",
+        ),
         # rejection
         (lambda: sculpt.reject(P & Q, 4, GUIDE, particles=10), "particles: not an option of sampling"),
         (lambda: sculpt.reject(P & Q, 4, GUIDE, anchor=2), "not an observed label"),
@@ -175,7 +181,10 @@ def test_nan_from_a_network_names_the_model_and_the_step():
         "solver": lambda: broken(late).sample(8, steps=20, solver=DPMSolverMultistepScheduler()),
     }
     for road, call in calls.items():
-        with pytest.raises(FloatingPointError, match=r"broken.* not finite for \d+ of \d+ samples at step \d+ \([st]="), warnings.catch_warnings():
+        with (
+            pytest.raises(FloatingPointError, match=r"broken.* not finite for \d+ of \d+ samples at step \d+ \([st]="),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             call()
         assert road

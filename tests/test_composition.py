@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-
-import sculpt
 from diffusers_models import exact_model
 from oracles import ExactGuide, ring
+
+import sculpt
 from sculpt.base import BaseModel, same_model
 from sculpt.composition import Composition
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
@@ -44,10 +44,7 @@ def densities(composition, ell):
     return composition.formula.value(torch.stack([densities(part, ell) for part in composition.models], -1))
 
 
-ELL = {
-    name: column
-    for name, column in zip("pqrst", torch.randn(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), strict=True)
-}
+ELL = dict(zip("pqrst", torch.randn(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), strict=True))
 
 
 # Operators ------------------------------------------------------------------------------------------------------------------------
@@ -273,7 +270,10 @@ def test_models_of_different_shapes_do_not_compose():
         (lambda: sculpt.mixture(p, q, p, weights=[1, 1, -0.5]), ValueError, "positive"),
         (lambda: sculpt.power_mean([p, q, p], 2, [1, 1, -0.5]), ValueError, "positive"),
         (lambda: sculpt.posterior([p, q, r], (0, 1), 0.3), ValueError, "odds of two models, got odds=0.3 for 3"),
-        *[(lambda a=a: sculpt.harmonic_mean(p, q, a), ValueError, "between 0 and 1") for a in (0, 1, -0.1, 1.5, float("nan"), 0.0)],
+        *[
+            (lambda a=a: sculpt.harmonic_mean(p, q, a), ValueError, "between 0 and 1")
+            for a in (0, 1, -0.1, 1.5, float("nan"), 0.0)
+        ],
     ],
 )
 def test_what_cannot_be_composed_is_refused_with_what_was_got(make, error, message):
@@ -289,7 +289,9 @@ def test_unet_and_estimator_belong_to_their_families():
 
 def test_nested_formulas_over_the_leaves_have_the_inner_parts_normalised():
     composition = (p & q) - sculpt.product([r], [2])
-    formula, notes = composition._over_leaves({"particles": 2000, "steps": 16, "progress": False, "generator": torch.Generator().manual_seed(0)})
+    formula, notes = composition._over_leaves(
+        {"particles": 2000, "steps": 16, "progress": False, "generator": torch.Generator().manual_seed(0)}
+    )
     assert isinstance(formula, Nested) and formula.indices == ((0, 1), (2,)) and len(notes) == 2
     ell = torch.stack([ELL[name] for name in "pqr"], -1)
     z = [float(note.split()[-1]) for note in notes]

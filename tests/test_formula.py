@@ -36,7 +36,9 @@ def nested_formulas() -> list[Formula]:
     inner = Nested(
         Posterior(2, (0, 0), [0.3, 0.7]), [PowerMean(-2, [1, 2]), Posterior(3, (2, 0, 1))], [(0, 1), (1, 2, 3)], [0.4, -1.0]
     )
-    twice = Nested(Posterior(3, (0, 2, 0)), [inner, Mixture([1.0]), Product([0.5, 0.5])], [(0, 1, 2, 3), (1,), (3, 0)], [-2, 0, 0.3])
+    twice = Nested(
+        Posterior(3, (0, 2, 0)), [inner, Mixture([1.0]), Product([0.5, 0.5])], [(0, 1, 2, 3), (1,), (3, 0)], [-2, 0, 0.3]
+    )
     return [
         Nested(Posterior(2, (0, 1)), [Posterior(2, (0, 1)), Mixture([1.0])], [(0, 1), (2,)], [-1.0, 0.0]),
         Nested(Mixture([1, 2]), [Product([1.5, -0.5]), Posterior(2, (1, 1))], [(0, 1), (0, 1)], [0.7, 0.1]),
@@ -76,7 +78,9 @@ def test_a_posterior_is_its_definition_term_by_term(m, n):
 def test_mixture_product_and_power_mean_are_their_definitions():
     p, w = logs(9, 3, scale=1.0).exp(), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
     torch.testing.assert_close(Mixture([2, 5, 3]).value(p.log()).exp(), p @ w)
-    torch.testing.assert_close(Product([1.5, -0.5, 0.2]).value(p.log()).exp(), p[:, 0] ** 1.5 * p[:, 1] ** -0.5 * p[:, 2] ** 0.2)
+    torch.testing.assert_close(
+        Product([1.5, -0.5, 0.2]).value(p.log()).exp(), p[:, 0] ** 1.5 * p[:, 1] ** -0.5 * p[:, 2] ** 0.2
+    )
     for r in (-2.0, -1.0, 0.5, 3.0):
         torch.testing.assert_close(PowerMean(r, [2, 5, 3]).value(p.log()).exp(), (p**r @ w) ** (1 / r))
 
@@ -220,7 +224,9 @@ def test_gradients_sum_to_the_degree_and_hessian_rows_to_zero(formula):
     torch.testing.assert_close(formula.hessian(ell).sum(-1), torch.zeros(10, formula.m, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("formula", [Mixture([1, 2]), Posterior(3, (0, 1, 1)), PowerMean(-2, [1, 1]), nested_formulas()[0]], ids=repr)
+@pytest.mark.parametrize(
+    "formula", [Mixture([1, 2]), Posterior(3, (0, 1, 1)), PowerMean(-2, [1, 1]), nested_formulas()[0]], ids=repr
+)
 def test_leading_axes_of_any_number_are_a_batch(formula):
     ell = logs(2, 3, formula.m)
     for function in (formula.value, formula.gradient, formula.hessian):

@@ -258,5 +258,14 @@ def test_printing_a_result_shows_what_a_run_knows():
     diagnostics = Diagnostics(road="test", formula="p ⊗ q", steps=8, notes=["a note"])
     diagnostics.observe(population)
     text = repr(Samples(torch.zeros(3, 2), diagnostics=diagnostics))
-    for part in ("3 × (2,)", "p ⊗ q", "effective share", "ancestors", f"{population.log_z:.3f} ±", "a note", "verdict", "sound"):
+    for part in (
+        "3 × (2,)",
+        "p ⊗ q",
+        "effective share",
+        "ancestors",
+        f"{population.log_z:.3f} ±",
+        "a note",
+        "verdict",
+        "sound",
+    ):
         assert part in text, part

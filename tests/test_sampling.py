@@ -8,11 +8,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers_models import Exact, exact_model, scheduler_of, three_rings
+from oracles import ExactGuide, GaussianMixture, Grid
 from torch import nn
 
 import sculpt
-from diffusers_models import Exact, exact_model, scheduler_of, three_rings
-from oracles import ExactGuide, GaussianMixture, Grid
 from sculpt.classifier import Classifier
 from sculpt.diffusion.network import ImageNetwork, VectorNetwork
 from sculpt.diffusion.sampler import Guided, noise_levels, spread
@@ -20,7 +20,7 @@ from sculpt.formula import Mixture, Nested, Posterior, Product
 
 RINGS = three_rings()
 P, Q, R = MODELS = [exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True)]
-GRID = Grid(4.0, refine=8)
+GRID = Grid(4.0, n=14, refine=14)
 N = 2000
 
 
@@ -83,16 +83,19 @@ class Wrong(ExactGuide):
     ids=str,
 )
 def test_tracked_densities_sample_the_composition(composition, formula, steps, bound, log_z_bound):
-    samples = composition.sample(N, steps=steps, particles=N, generator=generator(1), progress=False)
+    population = {} if composition.operator == "|" or isinstance(composition.formula, Mixture) else {"particles": N}
+    samples = composition.sample(N, steps=steps, generator=generator(1), progress=False, **population)
     ratio, log_z = over_floor(formula or composition.formula, samples.x)
     assert samples.x.shape == (N, 2) and samples.x.dtype == torch.float32
     assert ratio < bound
     assert abs(samples.log_z - log_z) < log_z_bound + 3 * samples.diagnostics.log_z_error
 
 
-@pytest.mark.parametrize("composition", [sculpt.product([P, Q], [1, 1]), sculpt.product([P], [1.5]), sculpt.product([P, Q], [1, -0.3])], ids=str)
+@pytest.mark.parametrize(
+    "composition", [sculpt.product([P, Q], [1, 1]), sculpt.product([P], [1.5]), sculpt.product([P, Q], [1, -0.3])], ids=str
+)
 def test_tracked_densities_sample_products_too_with_an_honest_error_of_log_z(composition):
-    samples = composition.sample(N, steps=256, particles=N, generator=generator(1), progress=False)
+    samples = composition.sample(N, steps=192, particles=N, generator=generator(1), progress=False)
     ratio, log_z = over_floor(composition.formula, samples.x)
     assert ratio < 1.9
     assert abs(samples.log_z - log_z) < 0.3 + 3 * samples.diagnostics.log_z_error
@@ -100,8 +103,16 @@ def test_tracked_densities_sample_products_too_with_an_honest_error_of_log_z(com
 
 def test_the_other_composition_of_the_same_models_would_fail_these_bounds():
     x = (P - Q).sample(N, steps=64, particles=N, generator=generator(), progress=False).x
-    for wrong in (Posterior(2, (0, 1)), Posterior(2, (0,)), Posterior(2, (1, 1)), Product([2, -1])):
-        assert over_floor(wrong, x)[0] > 1.6, wrong
+    others = [
+        Posterior(2, (0, 1)),
+        Posterior(2, (0,)),
+        Posterior(2, (1, 1)),
+        Posterior(2, (0, 0), [1, 9]),
+        Posterior(2, (0, 0, 0)),
+    ]
+    for wrong in others:
+        assert over_floor(wrong, x)[0] > 1.55, wrong
+    assert over_floor(Posterior(2, (0, 0)), x)[0] < 1.4
 
 
 def test_weighted_particles_without_resampling_are_the_same_distribution():
@@ -110,10 +121,10 @@ def test_weighted_particles_without_resampling_are_the_same_distribution():
     masses, _ = GRID.exact(Posterior(2, (0, 1)), RINGS[:2])
     w = samples.log_weights.exp()
     assert float(w.sum()) == pytest.approx(1)
-    cells = ((samples.x.double() + 4) / 8 * 28).floor().long()
-    shares = torch.zeros(28 * 28 + 1, dtype=torch.float64)
-    inside = ((cells >= 0) & (cells < 28)).all(-1)
-    shares.index_add_(0, torch.where(inside, cells[:, 0] * 28 + cells[:, 1], 28 * 28), w)
+    cells = ((samples.x.double() + GRID.half_width) / (2 * GRID.half_width) * GRID.n).floor().long()
+    shares = torch.zeros(GRID.n**2 + 1, dtype=torch.float64)
+    inside = ((cells >= 0) & (cells < GRID.n)).all(-1)
+    shares.index_add_(0, torch.where(inside, cells[:, 0] * GRID.n + cells[:, 1], GRID.n**2), w)
     effective = int(1 / (w**2).sum())
     assert 0.5 * float((shares[:-1] - masses).abs().sum() + shares[-1]) < 1.3 * GRID.floor(masses, effective)
 
@@ -153,14 +164,16 @@ def test_log_z_does_not_depend_on_the_anchor(label):
     odds, mixtures = [5.0, 2.0, 1.0], RINGS
     composition = sculpt.posterior(MODELS, (0, 1, 2), odds)
     log_z = GRID.exact(composition.formula, mixtures)[1]
-    guided = composition.sample(2000, ExactGuide(mixtures), anchor=label, steps=32, generator=generator(), progress=False)
+    guided = composition.sample(1000, ExactGuide(mixtures), anchor=label, steps=32, generator=generator(), progress=False)
     assert guided.log_z == pytest.approx(log_z, abs=0.05 + 3 * guided.diagnostics.log_z_error)
     terminal = lambda x: torch.stack([mixture.log_prob(x) for mixture in mixtures], -1)  # noqa: E731
     rejected = sculpt.reject(composition, 500, terminal, anchor=label, generator=generator(), progress=False)
     assert rejected.log_z == pytest.approx(log_z, abs=0.05 + 4 * rejected.diagnostics.log_z_error)
 
 
-@pytest.mark.parametrize(("labels", "odds"), [((0, 1), None), ((0, 0), None), ((1, 0, 2), (0.2, 0.5, 0.3)), ((2, 2, 2, 0), None)])
+@pytest.mark.parametrize(
+    ("labels", "odds"), [((0, 1), None), ((0, 0), None), ((1, 0, 2), (0.2, 0.5, 0.3)), ((2, 2, 2, 0), None)]
+)
 @pytest.mark.parametrize("s", [0.02, 0.3, 2.0, 40.0])
 def test_the_mixture_form_and_every_anchored_form_are_the_same_denoiser_for_the_exact_classifier(labels, odds, s):
     exact, z = ExactGuide(RINGS), RINGS[0].draw(50, generator(), v=s**2)
@@ -185,6 +198,9 @@ class Path:
 
     def __init__(self, alpha, sigma):
         self.alpha, self.sigma = alpha, sigma
+
+    def level(self, t):
+        return self.sigma(t) / self.alpha(t)
 
     def fg(self, t):
         t = t.detach().requires_grad_()
@@ -241,13 +257,12 @@ def test_the_general_theorem_in_any_models_own_coordinates_is_the_canonical_step
     guided = Guided(Posterior(2, labels), models, exact)
     for t in (0.2, 0.5, 0.8):
         t = torch.tensor(t, dtype=torch.float64)
-        level = lambda path, t: path.sigma(t) / path.alpha(t)  # noqa: E731
         low, high = torch.tensor([1e-6, 1 - 1e-9], dtype=torch.float64)
 
         def tau(t, low=low, high=high):
             for _ in range(200):
                 middle = (low + high) / 2
-                low, high = (middle, high) if level(second, middle) < level(first, t) else (low, middle)
+                low, high = (middle, high) if second.level(middle) < first.level(t) else (low, middle)
             return (low + high) / 2
 
         h = 1e-6
@@ -257,7 +272,7 @@ def test_the_general_theorem_in_any_models_own_coordinates_is_the_canonical_step
         transformed = log_c_dot + tau_dot * f2, c[1] * tau_dot.sqrt() * g2
         torch.testing.assert_close(torch.stack(transformed), torch.stack([f1, g1]), rtol=1e-5, atol=1e-6)
 
-        s = level(first, t)
+        s = first.level(t)
         z = RINGS[0].draw(20, generator(), v=float(s) ** 2)
         x = (first.alpha(t) * z).requires_grad_()
         fs, gs = (f1, transformed[0]), (g1, transformed[1])
@@ -269,7 +284,7 @@ def test_the_general_theorem_in_any_models_own_coordinates_is_the_canonical_step
         # The canonical step: dz = -S dv, S = (D - z)/v, and dx = (α̇/α) x dt + α dz.
         S = (guided.denoise(z, s) - z) / s**2
         canonical = f1 * x - first.alpha(t) * S * (g1 / first.alpha(t)) ** 2
-        torch.testing.assert_close(drift.detach(), canonical.detach(), rtol=1e-4, atol=1e-4 * float(drift.abs().max()))
+        torch.testing.assert_close(drift.detach(), canonical.detach(), rtol=1e-4, atol=1e-4 * float(drift.detach().abs().max()))
 
 
 # Correction -----------------------------------------------------------------------------------------------------------------------------
@@ -282,7 +297,7 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
     plain = composition.sample(N, wrong, **options)
     corrected = composition.sample(N, wrong, correct=True, particles=2 * N, **options)
     (biased, log_z), (ratio, _) = over_floor(formula, plain.x), over_floor(formula, corrected.x)
-    assert biased > 1.5, "the wrong h is not wrong enough for this test"
+    assert biased > 1.6, "the wrong h is not wrong enough for this test"
     assert ratio < 1.5
     assert abs(corrected.log_z - log_z) < 0.05 + 3 * corrected.diagnostics.log_z_error
     assert plain.diagnostics.verdict.startswith("biased") or plain.diagnostics.ess[-1] < 0.95 * N
@@ -290,7 +305,9 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
 
 def test_corrected_weights_without_resampling_average_to_z_and_the_target():
     wrong = Wrong(RINGS[:2])
-    samples = (P & Q).sample(10, wrong, correct=True, particles=N, resample=False, steps=32, generator=generator(), progress=False)
+    samples = (P & Q).sample(
+        10, wrong, correct=True, particles=N, resample=False, steps=32, generator=generator(), progress=False
+    )
     w = samples.log_weights.exp()
     mass, log_z = GRID.exact(Posterior(2, (0, 1)), RINGS[:2])
     log_p = Posterior(2, (0, 1)).value(log_densities(GRID.points)) + math.log(GRID.area) - log_z
@@ -316,11 +333,9 @@ def test_rejection_of_nested_posteriors():
     def referee(x):
         return torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)
 
-    for composition, formula in (((P & Q) - R, nested(Posterior(2, (0, 0)))), ((P & Q) & (R | R), None)):
-        samples = sculpt.reject(composition, 2000, referee, generator=generator(), progress=False, steps=48)
-        ratio, log_z = over_floor(formula or Posterior(3, (0, 1, 2)), samples.x)
-        if formula is not None:
-            assert ratio < 1.35 and abs(samples.log_z - log_z) < 0.08
+    samples = sculpt.reject((P & Q) - R, 1000, referee, generator=generator(), progress=False, steps=48)
+    ratio, log_z = over_floor(nested(Posterior(2, (0, 0))), samples.x)
+    assert ratio < 1.35 and abs(samples.log_z - log_z) < 0.08
 
 
 def test_rejection_chooses_the_anchor_that_accepts_most():
@@ -331,7 +346,9 @@ def test_rejection_chooses_the_anchor_that_accepts_most():
         return torch.stack([wide.log_prob(x), narrow.log_prob(x)], -1)
 
     rates = {
-        anchor: sculpt.reject(a & b, 200, referee, anchor=anchor, generator=generator(), progress=False, steps=24).diagnostics.acceptance
+        anchor: sculpt.reject(
+            a & b, 200, referee, anchor=anchor, generator=generator(), progress=False, steps=24
+        ).diagnostics.acceptance
         for anchor in (0, 1, None)
     }
     assert rates[0] != pytest.approx(rates[1], rel=0.5) or rates[None] == pytest.approx(max(rates.values()), rel=0.5)
@@ -362,10 +379,14 @@ ROADS = {
     "mixture": lambda g, **o: (P | Q).sample(30, steps=8, generator=g, **o),
     "guided": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, generator=g, progress=False, **o),
     "mixture form": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, form="mixture", generator=g, progress=False, **o),
-    "corrected": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, correct=True, particles=40, generator=g, progress=False, **o),
+    "corrected": lambda g, **o: (P & Q).sample(
+        30, GUIDE, steps=8, correct=True, particles=40, generator=g, progress=False, **o
+    ),
     "tracked": lambda g, **o: (P - Q).sample(30, steps=8, particles=40, generator=g, progress=False, **o),
     "nested": lambda g, **o: ((P & Q) - R).sample(30, steps=8, particles=40, generator=g, progress=False, **o),
-    "solver": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, solver=scheduler_of("linear"), generator=g, progress=False, **o),
+    "solver": lambda g, **o: (P & Q).sample(
+        30, GUIDE, steps=8, solver=scheduler_of("linear"), generator=g, progress=False, **o
+    ),
     "rejection": lambda g, **o: sculpt.reject(P & Q, 30, GUIDE, generator=g, steps=8, progress=False, **o),
 }
 
@@ -445,7 +466,10 @@ def test_a_classifier_of_half_precision_guides_too(dtype):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_generator_on_the_cpu_gives_the_same_samples_on_a_gpu():
-    gpu = [sculpt.Diffusion(Exact(mixture.cuda(), scheduler_of("linear")).cuda(), scheduler_of("linear"), (2,), name=name) for mixture, name in zip(three_rings(), "pqr", strict=True)]
+    gpu = [
+        sculpt.Diffusion(Exact(mixture.cuda(), scheduler_of("linear")).cuda(), scheduler_of("linear"), (2,), name=name)
+        for mixture, name in zip(three_rings(), "pqr", strict=True)
+    ]
     torch.manual_seed(0)
     classifier = Classifier(VectorNetwork(2, width=16), [P.key, Q.key], 2).eval().requires_grad_(False)
     on_gpu = Classifier(VectorNetwork(2, width=16), [gpu[0].key, gpu[1].key], 2).eval().requires_grad_(False)
@@ -478,12 +502,12 @@ def test_five_models_and_four_observations_on_every_road():
     models = [exact_model(mixture, name=f"p{i}") for i, mixture in enumerate(mixtures)]
     composition = sculpt.posterior(models, (3, 0, 3, 4), [1, 2, 3, 4, 5])
     exact = ExactGuide(mixtures, [model.key for model in models])
-    options = {"generator": generator(1), "progress": False}
+    n, options = 1000, {"generator": generator(1), "progress": False}
     runs = {
-        "guided": composition.sample(N, exact, steps=32, **options),
-        "corrected": composition.sample(N, exact, steps=32, correct=True, particles=N, **options),
-        "tracked": composition.sample(N, steps=64, particles=N, **options),
-        "rejection": sculpt.reject(composition, N, exact, steps=32, **options),
+        "guided": composition.sample(n, exact, steps=32, **options),
+        "corrected": composition.sample(n, exact, steps=32, correct=True, particles=n, **options),
+        "tracked": composition.sample(n, steps=64, particles=n, **options),
+        "rejection": sculpt.reject(composition, n, exact, steps=32, **options),
     }
     for name, samples in runs.items():
         ratio, log_z = over_floor(composition.formula, samples.x, mixtures)
@@ -491,18 +515,33 @@ def test_five_models_and_four_observations_on_every_road():
         assert abs(samples.log_z - log_z) < 0.08 + 4 * samples.diagnostics.log_z_error, name
 
 
+KINDS = ("linear", "cosine", "flow")
+MIXED = [exact_model(mixture, kind, name=kind) for mixture, kind in zip(RINGS, KINDS, strict=True)]
+
+
+def test_models_of_different_schedules_compose():
+    guided = sculpt.posterior(MIXED, (2, 0)).sample(N, ExactGuide(RINGS), steps=32, generator=generator(), progress=False)
+    assert over_floor(Posterior(3, (2, 0)), guided.x)[0] < 1.3
+    tracked = sculpt.posterior(MIXED, (0, 1, 2)).sample(N, steps=64, particles=N, generator=generator(), progress=False)
+    assert over_floor(Posterior(3, (0, 1, 2)), tracked.x)[0] < 1.5
+
+
+@pytest.mark.slow
 def test_models_of_different_schedules_compose_with_the_error_of_one_schedule():
-    kinds = ("linear", "cosine", "flow")
-    mixed = [exact_model(mixture, kind, name=kind) for mixture, kind in zip(RINGS, kinds, strict=True)]
     formula = Posterior(3, (0, 1, 2))
     ratios = [
-        sum(over_floor(formula, sculpt.posterior(models, (0, 1, 2)).sample(N, steps=64, particles=N, generator=generator(k), progress=False).x)[0] for k in range(3)) / 3
-        for models in (MODELS, mixed)
+        sum(
+            over_floor(
+                formula,
+                sculpt.posterior(models, (0, 1, 2)).sample(N, steps=64, particles=N, generator=generator(k), progress=False).x,
+            )[0]
+            for k in range(3)
+        )
+        / 3
+        for models in (MODELS, MIXED)
     ]
     # Each mean of three errors knows itself to about 5 %.
     assert abs(ratios[0] - ratios[1]) < 0.2
-    guided = sculpt.posterior(mixed, (2, 0)).sample(N, ExactGuide(RINGS), steps=32, generator=generator(), progress=False)
-    assert over_floor(Posterior(3, (2, 0)), guided.x)[0] < 1.3
 
 
 # Solvers of diffusers ----------------------------------------------------------------------------------------------------------------------
@@ -510,7 +549,9 @@ def test_models_of_different_schedules_compose_with_the_error_of_one_schedule():
 LINEAR = scheduler_of("linear").config
 SOLVERS = {
     "DPMSolverMultistep": lambda: diffusers.DPMSolverMultistepScheduler.from_config(LINEAR, use_karras_sigmas=True),
-    "SDE-DPMSolver": lambda: diffusers.DPMSolverMultistepScheduler.from_config(LINEAR, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True),
+    "SDE-DPMSolver": lambda: diffusers.DPMSolverMultistepScheduler.from_config(
+        LINEAR, algorithm_type="sde-dpmsolver++", use_karras_sigmas=True
+    ),
     "DDIM": lambda: DDIMScheduler.from_config(LINEAR),
     "EulerDiscrete": lambda: diffusers.EulerDiscreteScheduler.from_config(LINEAR, use_karras_sigmas=True),
     "HeunDiscrete": lambda: diffusers.HeunDiscreteScheduler.from_config(LINEAR, use_karras_sigmas=True),
@@ -523,7 +564,7 @@ SOLVERS = {
     ("solver", "steps", "bound"),
     [
         ("DPMSolverMultistep", 25, 1.4),
-        ("SDE-DPMSolver", 25, 1.6),
+        ("SDE-DPMSolver", 25, 2.0),
         ("DDIM", 50, 2.0),
         ("EulerDiscrete", 50, 1.8),
         ("HeunDiscrete", 25, 1.4),
@@ -532,7 +573,7 @@ SOLVERS = {
     ],
 )
 def test_a_solver_of_diffusers_samples_the_guided_composition(solver, steps, bound):
-    samples = (P & Q).sample(N, GUIDE, solver=SOLVERS[solver](), steps=steps, generator=generator(), progress=False)
+    samples = (P & Q).sample(1000, GUIDE, solver=SOLVERS[solver](), steps=steps, generator=generator(), progress=False)
     assert over_floor(Posterior(2, (0, 1)), samples.x)[0] < bound
 
 
@@ -567,7 +608,9 @@ def test_an_anchored_step_calls_one_base_network_once_and_the_classifier_forward
     torch.manual_seed(0)
     classifier = Classifier(VectorNetwork(2, width=8), [model.key for model in models], 2).eval().requires_grad_(False)
     backbone, steps = Calls(classifier.network), 9
-    sculpt.posterior(models, (1, 0)).sample(16, classifier, steps=steps, correct=correct, particles=16 if correct else None, progress=False)
+    sculpt.posterior(models, (1, 0)).sample(
+        16, classifier, steps=steps, correct=correct, particles=16 if correct else None, progress=False
+    )
     assert [call.forward for call in calls] == [steps if i == 1 else 0 for i in range(m)]
     assert (backbone.forward, backbone.backward) == (steps + correct, steps)  # the terminal head has the last word
 
@@ -586,12 +629,14 @@ def test_as_unet_in_a_hand_written_loop_is_the_composition():
     scheduler = DDIMScheduler.from_config(LINEAR)
     scheduler.set_timesteps(50)
     unet = (P & Q).as_unet(GUIDE, scheduler)
-    x = torch.randn(N, 2, generator=generator())
+    x = torch.randn(1000, 2, generator=generator())
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(unet(x, t).sample, t, x).prev_sample
     assert over_floor(Posterior(2, (0, 1)), x)[0] < 2.0
-    through = (P & Q).sample(N, GUIDE, solver=DDIMScheduler.from_config(LINEAR), steps=50, generator=generator(), progress=False)
+    through = (P & Q).sample(
+        1000, GUIDE, solver=DDIMScheduler.from_config(LINEAR), steps=50, generator=generator(), progress=False
+    )
     torch.testing.assert_close(x, through.x, rtol=1e-4, atol=1e-4)
 
 
@@ -600,10 +645,22 @@ def image_models():
     models = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, **blocks)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            **blocks,
+        )
         models.append(sculpt.Diffusion(unet, DDPMScheduler(), name=f"unet{seed}"))
     torch.manual_seed(2)
-    classifier = Classifier(ImageNetwork((1, 8, 8), channels=(8, 16), width=24), [model.key for model in models], 2).eval().requires_grad_(False)
+    classifier = (
+        Classifier(ImageNetwork((1, 8, 8), channels=(8, 16), width=24), [model.key for model in models], 2)
+        .eval()
+        .requires_grad_(False)
+    )
     return models, classifier
 
 
@@ -611,7 +668,9 @@ def test_a_pipeline_of_diffusers_takes_the_composition_as_its_unet():
     (a, b), classifier = image_models()
     scheduler = DDPMScheduler()
     unet = (a & b).as_unet(classifier)
-    images = DDPMPipeline(unet=unet, scheduler=scheduler)(batch_size=2, num_inference_steps=4, generator=generator(), output_type="np").images
+    images = DDPMPipeline(unet=unet, scheduler=scheduler)(
+        batch_size=2, num_inference_steps=4, generator=generator(), output_type="np"
+    ).images
     assert images.shape == (2, 8, 8, 1)
     g = generator()
     x = torch.randn(2, 1, 8, 8, generator=g)
@@ -643,7 +702,7 @@ def test_a_guided_composition_is_a_base_model_again():
     x = inner.sample(N, steps=32, generator=generator(), progress=False).x
     assert over_floor(Posterior(2, (0, 1)), x)[0] < 1.3
     assert str(inner - R) == "(p ⊗ q) ◑ r" and (inner - R).leaves == (inner, R)
-    tracked = (inner - R).sample(N, steps=64, particles=N, generator=generator(), progress=False)
+    tracked = (inner - R).sample(1000, steps=48, particles=1000, generator=generator(), progress=False)
     assert over_floor(nested(Posterior(2, (0, 0))), tracked.x)[0] < 1.6
 
 

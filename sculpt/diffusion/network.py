@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sculpt.base import randn
+from sculpt.base import BaseModel, randn
 from sculpt.classifier import Batch, Replay
 from sculpt.diffusion.model import Denoiser
 from sculpt.diffusion.sampler import noise_range, spread
@@ -113,7 +113,7 @@ class DiffusionReplay(Replay):
 
     def __init__(
         self,
-        models: Sequence[Denoiser],
+        models: Sequence[BaseModel],
         *,
         samples: int | None = None,
         data: Sequence[Tensor] | None = None,

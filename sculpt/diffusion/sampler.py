@@ -266,7 +266,7 @@ def _guided_parts(model: Guided, z: Tensor, s: Tensor) -> tuple[Float[Tensor, "N
 @torch.no_grad()
 def track(
     formula: Formula,
-    models: Sequence[Denoiser],
+    models: Sequence[BaseModel],
     n: int,
     *,
     steps: int | None = None,
@@ -374,7 +374,7 @@ def kernel_variance(c: Tensor, v: Tensor, delta: Tensor) -> Tensor:
 
 @torch.no_grad()
 def path_ratios(
-    models: Sequence[Denoiser], x: Float[Tensor, "N *x"], generator: torch.Generator | None = None, *, made_by: int, steps: int = 64
+    models: Sequence[BaseModel], x: Float[Tensor, "N *x"], generator: torch.Generator | None = None, *, made_by: int, steps: int = 64
 ) -> Float[Tensor, "N m"]:
     r"""Log-densities of all models at samples x of model ``made_by``, up to a constant common to all.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from sculpt.composition import Composition
     from sculpt.particles import Samples
 
-__all__ = ["BaseModel", "check_composable", "randn", "same_model"]
+__all__ = ["BaseModel", "check_composable", "operand_names", "randn", "same_model"]
 
 
 class BaseModel(abc.ABC):
@@ -83,6 +84,11 @@ def check_composable(models: Sequence[BaseModel]) -> None:
 def same_model(p: BaseModel, q: BaseModel) -> bool:
     """Whether two objects are the same distribution as far as their keys can tell."""
     return p is q or (type(p) is type(q) and p.key == q.key)
+
+
+def operand_names(models: Sequence[BaseModel]) -> list[str]:
+    """The models' names as operands of a formula: what is more than one word or a power goes into parentheses."""
+    return [f"({model})" if re.search(r"[ ^]", str(model)) else str(model) for model in models]
 
 
 def randn(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:

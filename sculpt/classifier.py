@@ -148,7 +148,9 @@ class Classifier(Guide, nn.Module):
         if observations < 2:
             raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
         if len(set(keys)) != len(keys) or len(keys) < 2:
-            raise ValueError(f"A classifier tells two or more different base models apart, got keys {[key[:12] for key in keys]}.")
+            raise ValueError(
+                f"A classifier tells two or more different base models apart, got keys {[key[:12] for key in keys]}."
+            )
         self.m, self.observations, self.odds, self.n_children = len(keys), observations, odds, children
         self.keys, self.names = tuple(keys), tuple(names or (f"p{i}" for i in range(len(keys))))
         self.network = network
@@ -181,7 +183,9 @@ class Classifier(Guide, nn.Module):
     def _log_odds(self, odds: Sequence[float] | None, features: Tensor) -> Tensor | None:
         if not self.odds:
             if odds is not None and len(set(odds)) > 1:
-                raise ValueError(f"Odds {tuple(odds)} need a classifier that takes them, this one does not: sculpt.fit(models, odds=True).")
+                raise ValueError(
+                    f"Odds {tuple(odds)} need a classifier that takes them, this one does not: sculpt.fit(models, odds=True)."
+                )
             return None
         odds = [1.0] * self.m if odds is None else odds
         return torch.tensor(odds, dtype=torch.float64).log().to(features).expand(len(features), -1)
@@ -214,7 +218,10 @@ class Classifier(Guide, nn.Module):
             "observations": self.observations,
             "odds": self.odds,
             "children": self.n_children,
-            "network": {"class": f"{network.__module__}.{network.__qualname__}", "config": getattr(self.network, "config", None)},
+            "network": {
+                "class": f"{network.__module__}.{network.__qualname__}",
+                "config": getattr(self.network, "config", None),
+            },
             "history": self.history,
         }
 
@@ -223,7 +230,9 @@ class Classifier(Guide, nn.Module):
         save_folder(folder, self.config, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, network: nn.Module | None = None, *, device: torch.device | str | None = None) -> Classifier:
+    def from_pretrained(
+        cls, folder: str | Path, network: nn.Module | None = None, *, device: torch.device | str | None = None
+    ) -> Classifier:
         """Read a saved classifier. One with a backbone of your own needs that backbone: ``network=``."""
         config, weights = load_folder(folder, kind="classifier")
         if network is None:
@@ -234,7 +243,9 @@ class Classifier(Guide, nn.Module):
         try:
             classifier.load_state_dict(weights)
         except RuntimeError as error:
-            raise ValueError(f"The weights in {folder} do not fit the classifier that its config.json describes: {error}") from None
+            raise ValueError(
+                f"The weights in {folder} do not fit the classifier that its config.json describes: {error}"
+            ) from None
         classifier.history = config["history"]
         return classifier.eval().requires_grad_(False).to(device or "cpu")
 
@@ -251,7 +262,9 @@ def _own_network(description: dict, folder: str | Path) -> nn.Module:
         )
     network = getattr(importlib.import_module(module), name, None)
     if not (isinstance(network, type) and issubclass(network, nn.Module)):
-        raise ValueError(f"The classifier in {folder} names {description['class']} as its network, which this sculpt does not have. Update sculpt.")
+        raise ValueError(
+            f"The classifier in {folder} names {description['class']} as its network, which this sculpt does not have. Update sculpt."
+        )
     return network(**description["config"])
 
 
@@ -272,7 +285,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         child = None if self.child is None else self.child.to(device)
-        return Batch(self.x.to(device), self.y.to(device), tuple(s.to(device) for s in self.states), self.owner.to(device), child)
+        return Batch(
+            self.x.to(device), self.y.to(device), tuple(s.to(device) for s in self.states), self.owner.to(device), child
+        )
 
 
 class Replay(abc.ABC):
@@ -377,7 +392,13 @@ def fit(
         names=[str(model) for model in models],
     ).to(device)
     log_odds_range = 3.5 if odds is True else float(odds)
-    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "log_odds_range": log_odds_range, "seed": seed}
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "log_odds_range": log_odds_range,
+        "seed": seed,
+    }
     run = _Training(classifier, settings, checkpoint)
 
     every = max(1, steps // 40)
@@ -435,7 +456,9 @@ class _Training:
         self.step, self.best, self.stale, self.history = 0, float("inf"), 0, []
         self.folder = None if checkpoint is None else Path(checkpoint)
         self.identity = {"kind": "training", **settings}
-        self.identity["classifier"] = {key: value for key, value in classifier.config.items() if key not in ("history", "names")}
+        self.identity["classifier"] = {
+            key: value for key, value in classifier.config.items() if key not in ("history", "names")
+        }
         self.started = self.saved = time.monotonic()
         if self.folder is not None and (self.folder / "training" / "config.json").exists():
             self.resume()

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.base import BaseModel, check_composable, same_model
+from sculpt.base import BaseModel, check_composable, operand_names, same_model
 from sculpt.classifier import Guide
 from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean, Product
 from sculpt.particles import Diagnostics, Samples
@@ -42,13 +42,15 @@ class Composition(BaseModel):
         self.formula, self.models, self.operator = formula, tuple(models), operator
         for model in self.models:
             if not isinstance(model, BaseModel):
-                raise TypeError(f"Only base models compose, got {model!r}. Wrap a network in sculpt.Diffusion or sculpt.GFlowNet.")
+                raise TypeError(
+                    f"Only base models compose, got {model!r}. Wrap a network in sculpt.Diffusion or sculpt.GFlowNet."
+                )
         check_composable(self.models)
         self.family = self.leaves[0].family
 
     @property
     def name(self) -> str:
-        return self.formula.write([f"({model})" if " " in str(model) else str(model) for model in self.models])
+        return self.formula.write(operand_names(self.models))
 
     def __repr__(self) -> str:
         return str(self)
@@ -137,7 +139,9 @@ class Composition(BaseModel):
         options = {name: value for name, value in options.items() if value is not None}
         if classifier is None:
             if anchor is not None or form is not None or correct:
-                raise ValueError("anchor, form and correct belong to guided sampling: pass the classifier, composition.sample(n, classifier).")
+                raise ValueError(
+                    "anchor, form and correct belong to guided sampling: pass the classifier, composition.sample(n, classifier)."
+                )
             options.pop("correct", None)
             samples = self._sample_alone(n, options)
         else:
@@ -165,7 +169,9 @@ class Composition(BaseModel):
         labels = self.formula.labels
         if anchor is None:
             return self.formula
-        label = anchor if isinstance(anchor, int) else next((i for i, p in enumerate(self.models) if same_model(p, anchor)), anchor)
+        label = (
+            anchor if isinstance(anchor, int) else next((i for i, p in enumerate(self.models) if same_model(p, anchor)), anchor)
+        )
         if label not in labels:
             raise ValueError(f"anchor={anchor} is not an observed label; {self} observes {labels}.")
         k = labels.index(label)
@@ -200,7 +206,11 @@ class Composition(BaseModel):
         notes: list[str] = []
         plain = options
         if any(isinstance(model, Composition) for model in self.models):  # then a population's options are meant for those
-            plain = {name: value for name, value in options.items() if name not in ("particles", "threshold", "resample", "corrector")}
+            plain = {
+                name: value
+                for name, value in options.items()
+                if name not in ("particles", "threshold", "resample", "corrector")
+            }
 
         def draw(i: int, k: int) -> Tensor:
             model = self.models[i]
@@ -209,7 +219,9 @@ class Composition(BaseModel):
             return part.x
 
         x = self.pick(n, draw, options.get("generator"))
-        diagnostics = Diagnostics(road="a model picked per sample", steps=options.get("steps", 0), log_z=0.0, log_z_error=0.0, notes=notes)
+        diagnostics = Diagnostics(
+            road="a model picked per sample", steps=options.get("steps", 0), log_z=0.0, log_z_error=0.0, notes=notes
+        )
         return Samples(x, diagnostics=diagnostics, decoder=self.decode)
 
     def pick(self, n: int, draw: Callable[[int, int], Tensor], generator: torch.Generator | None) -> Tensor:
@@ -242,7 +254,9 @@ class Composition(BaseModel):
 
     # -------------------------------------------------------------------------------------------------------------- exports
 
-    def as_unet(self, classifier: Guide, scheduler: Any | None = None, *, anchor: int | BaseModel | None = None, form: str = "anchored"):
+    def as_unet(
+        self, classifier: Guide, scheduler: Any | None = None, *, anchor: int | BaseModel | None = None, form: str = "anchored"
+    ):
         """The guided composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
         if self.family != "diffusion":
             raise ValueError(f"as_unet is for diffusion models; {self} is a composition of {self.family}s. Use as_estimator.")
@@ -251,7 +265,9 @@ class Composition(BaseModel):
 
         guided = self.guided(classifier, anchor=anchor, form=form)
         if scheduler is None and not isinstance(guided.anchor, Diffusion):
-            raise ValueError(f"The anchor {guided.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with.")
+            raise ValueError(
+                f"The anchor {guided.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with."
+            )
         return DenoiserUNet(guided, scheduler or guided.anchor.scheduler)
 
     def as_estimator(self, classifier: Guide, *, anchor: int | BaseModel | None = None, form: str = "anchored"):
@@ -407,7 +423,12 @@ def reject(
     acceptance = len(x) / drawn
     error = math.sqrt((1 - acceptance) / max(1, len(x)))
     diagnostics = Diagnostics(
-        road="rejection", formula=str(composition), log_z=log_z, log_z_error=error, acceptance=acceptance, notes=[f"{drawn} draws of the anchor"]
+        road="rejection",
+        formula=str(composition),
+        log_z=log_z,
+        log_z_error=error,
+        acceptance=acceptance,
+        notes=[f"{drawn} draws of the anchor"],
     )
     return Samples(x[:n], diagnostics=diagnostics, decoder=composition.decode)
 
@@ -435,7 +456,9 @@ class _Referee:
     def _operand(self, model: BaseModel) -> BaseModel | _Referee:
         if not isinstance(model, Composition):
             return model
-        return _Referee(model, self.classifier, None, self.max_draws, self.batch_size, self.generator, self.progress, self.options)
+        return _Referee(
+            model, self.classifier, None, self.max_draws, self.batch_size, self.generator, self.progress, self.options
+        )
 
     def ell(self, x: Tensor) -> Float[Tensor, "b m"]:
         """The leaves' log-densities up to a constant common to all."""
@@ -488,7 +511,9 @@ class _Referee:
 
         kept, total, drawn, expected = [], 0, 0, 0.0
         label = self.posterior.labels[0]
-        with tqdm(total=n, desc=f"rejection from {self.composition.models[label]}", disable=not self.progress, delay=2, leave=False) as bar:
+        with tqdm(
+            total=n, desc=f"rejection from {self.composition.models[label]}", disable=not self.progress, delay=2, leave=False
+        ) as bar:
             while total < n:
                 # Enough for what is missing at the acceptance seen so far, a little more than too little.
                 rate = (total + 1) / (drawn + 4)

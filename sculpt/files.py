@@ -51,7 +51,9 @@ def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str
         raise ValueError(f"{folder} is no {kind} of sculpt: model.safetensors is missing. Copy or download it again.")
     weights = path.read_bytes()
     if hashlib.sha256(weights).hexdigest() != config["sha256"]:
-        raise ValueError(f"{path} is not the file that its config.json names (sha256): truncated or mixed up. Copy or download it again.")
+        raise ValueError(
+            f"{path} is not the file that its config.json names (sha256): truncated or mixed up. Copy or download it again."
+        )
     return config, load(weights)
 
 
@@ -69,4 +71,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: truncated or damaged ({error}). Copy or download it again.") from None
+        raise ValueError(
+            f"{path} is not a readable safetensors file: truncated or damaged ({error}). Copy or download it again."
+        ) from None

@@ -245,7 +245,9 @@ class Nested(Formula):
         self.indices = tuple(tuple(index) for index in indices)
         self.log_z = tuple(float(z) for z in log_z) if log_z is not None else (0.0,) * len(self.parts)
         if not outer.m == len(self.parts) == len(self.indices) == len(self.log_z):
-            raise ValueError(f"The outer formula takes {outer.m} operands, got {len(self.parts)} parts and {len(self.log_z)} log Z.")
+            raise ValueError(
+                f"The outer formula takes {outer.m} operands, got {len(self.parts)} parts and {len(self.log_z)} log Z."
+            )
         for part, index in zip(self.parts, self.indices, strict=True):
             if part.m != len(index):
                 raise ValueError(f"{part} takes {part.m} operands, got the indices {index}.")
@@ -258,7 +260,9 @@ class Nested(Formula):
         return float(self.gradient(ell).sum())
 
     def _inner(self, ell):
-        values = [part.value(ell[..., list(index)]) - z for part, index, z in zip(self.parts, self.indices, self.log_z, strict=True)]
+        values = [
+            part.value(ell[..., list(index)]) - z for part, index, z in zip(self.parts, self.indices, self.log_z, strict=True)
+        ]
         return torch.stack(values, dim=-1)
 
     def _jacobian(self, ell):

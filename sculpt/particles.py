@@ -45,7 +45,9 @@ class Population:
     ``threshold`` × N, and ``None`` otherwise. Whoever holds states applies the same indices to all of them.
     """
 
-    def __init__(self, n: int, *, threshold: float = 0.5, generator: torch.Generator | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self, n: int, *, threshold: float = 0.5, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+    ):
         self.n, self.threshold, self.generator = n, threshold, generator
         self.log_w = torch.zeros(n, dtype=torch.float64, device=device)
         self.roots = torch.arange(n, device=device)
@@ -101,7 +103,9 @@ class Population:
         """How many particles of the start still have descendants with weight."""
         return int(self.roots[self.log_w > float("-inf")].unique().numel())
 
-    def samples(self, x: Tensor, n: int, diagnostics: Diagnostics, decoder: Callable | None = None, resample: bool = True) -> Samples:
+    def samples(
+        self, x: Tensor, n: int, diagnostics: Diagnostics, decoder: Callable | None = None, resample: bool = True
+    ) -> Samples:
         """n equally weighted survivors of the particles x in random order, or all of them with their weights."""
         if not resample:
             return Samples(x, torch.log_softmax(self.log_w, dim=0), diagnostics, decoder)
@@ -157,7 +161,9 @@ class Diagnostics:
         rows = [("road", self.road), ("formula", self.formula), ("steps", self.steps or None)]
         if self.particles and self.ess:
             rows.append(("particles", self.particles))
-            rows.append(("effective share", f"least {min(self.ess) / self.particles:.1%}, last {self.ess[-1] / self.particles:.1%}"))
+            rows.append(
+                ("effective share", f"least {min(self.ess) / self.particles:.1%}, last {self.ess[-1] / self.particles:.1%}")
+            )
             rows.append(("ancestors", self.ancestors))
         if self.log_z is not None:
             error = "" if self.log_z_error is None else f" ± {self.log_z_error:.2g}"

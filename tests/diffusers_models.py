@@ -2,10 +2,10 @@
 
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from oracles import GaussianMixture, ring
 from torch import nn
 
 import sculpt
-from oracles import GaussianMixture, ring
 from sculpt.diffusion.schedule import like, schedule_of
 
 

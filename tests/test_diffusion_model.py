@@ -21,8 +21,8 @@ from diffusers import (
 )
 from torch import nn
 
-from sculpt.base import same_model
 import sculpt
+from sculpt.base import same_model
 from sculpt.diffusion.model import Denoiser, Diffusion, EnergyModel
 from sculpt.diffusion.unet import DenoiserUNet
 
@@ -576,10 +576,12 @@ def test_two_prompts_of_a_stable_diffusion_pipeline_compose_in_latent_space(tmp_
     classifier = sculpt.fit([cat, dog], steps=2, samples=10, sample_steps=2, batch_size=4, progress=False)
     samples = both.sample(2, classifier, steps=4, progress=False)
     assert samples.x.shape == (2, 4, 8, 8) and samples.decode().shape == (2, 3, 16, 16)
-    assert 0 <= samples.decode().min() and samples.decode().max() <= 1
+    assert samples.decode().min() >= 0 and samples.decode().max() <= 1
     tracked = both.sample(2, steps=4, particles=8, progress=False)
     assert tracked.decode().shape == (2, 3, 16, 16) and not tracked.diagnostics.notes
-    extrapolated = (dog & cat.with_condition(guidance_scale=3.0, negative_prompt="dog", prompt="cat")).sample(2, steps=4, particles=8)
+    extrapolated = (dog & cat.with_condition(guidance_scale=3.0, negative_prompt="dog", prompt="cat")).sample(
+        2, steps=4, particles=8
+    )
     assert any("no marginal" in note for note in extrapolated.diagnostics.notes)
 
 

@@ -218,7 +218,7 @@ def write_classifier_card(classifier: sculpt.Classifier, models: list, folder: P
 It steers compositions of {", ".join(names)} with up to {classifier.observations} observations{" at any odds" * classifier.odds}.
 
 ```python
-models = [sculpt.load(f"pretrained/grid/{{name}}") for name in {names}]
+models = [sculpt.load(f"pretrained/grid/{{name}}") for name in {json.dumps(names)}]
 classifier = sculpt.load("pretrained/grid/{folder.name}")
 samples = sculpt.posterior(models, {tuple(range(len(models)))}).sample(1000, classifier)
 ```

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel
-from sculpt.particles import Samples
 from sculpt.diffusion.condition import class_condition, expand, leaves, prompt_encoder, tree_map
 from sculpt.diffusion.identity import digest, is_a, weights
 from sculpt.diffusion.schedule import Level, level, like, schedule_of
+from sculpt.particles import Samples
 
 __all__ = ["Denoiser", "Diffusion", "EnergyModel"]
 
@@ -237,7 +237,7 @@ class Diffusion(Denoiser):
                 try:
                     self._call(noise, self.schedule.time(s), self.condition)
                     return self._time
-                except Exception as error:  # noqa: BLE001, whatever a network raises on a form that it does not take
+                except Exception as error:
                     failures[f"{dtype} t of shape {f'({b},)' if batched else '()'}"] = f"{type(error).__name__}: {error}"
         listed = "\n".join(f"  {form}: {failure}" for form, failure in failures.items())
         raise ValueError(

@@ -79,7 +79,14 @@ class ImageNetwork(NoisyNetwork):
         width: int = 256,
     ):
         super().__init__(mean, std, s_min, width)
-        self.config = {"shape": list(shape), "mean": mean, "std": std, "s_min": s_min, "channels": list(channels), "width": width}
+        self.config = {
+            "shape": list(shape),
+            "mean": mean,
+            "std": std,
+            "s_min": s_min,
+            "channels": list(channels),
+            "width": width,
+        }
         self.stem = nn.Conv2d(shape[0], channels[0], 3, padding=1)
         self.level = nn.Sequential(nn.Linear(12, width), nn.SiLU())
         pairs = list(zip([channels[0], *channels[:-1]], channels, strict=True))
@@ -142,7 +149,9 @@ class DiffusionReplay(Replay):
 
     def _one_each(self, data: Sequence[Tensor]) -> Sequence[Tensor]:
         if len(data) != len(self.models):
-            raise ValueError(f"data holds {len(data)} sets of samples for {len(self.models)} base models. Pass one tensor per model, in order.")
+            raise ValueError(
+                f"data holds {len(data)} sets of samples for {len(self.models)} base models. Pass one tensor per model, in order."
+            )
         return data
 
     def _own(self, model: Denoiser, x: Tensor, most: int) -> Tensor:

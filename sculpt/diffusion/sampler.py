@@ -25,7 +25,7 @@ from einops import einsum, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sculpt.base import BaseModel, randn
+from sculpt.base import BaseModel, operand_names, randn
 from sculpt.classifier import Guide
 from sculpt.diffusion.identity import digest, weights
 from sculpt.diffusion.model import Denoiser
@@ -40,7 +40,9 @@ WIDEST = 80.0
 KNEE = 0.5
 """The noise level around which half of the steps lie: that of data scaled to about one, where its structure appears."""
 
-GUIDED_NOTE = "classifier-free guidance is sampled as it is: a guided score has no marginal of its own, so no road is exact for it"
+GUIDED_NOTE = (
+    "classifier-free guidance is sampled as it is: a guided score has no marginal of its own, so no road is exact for it"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the clock
@@ -109,7 +111,7 @@ class Guided(Denoiser):
         self.s_min, self.s_max = noise_range(self.models)
         self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
         self.guided = any(leaf.guided for model in models for leaf in model.leaves)
-        self.name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
+        self.name = posterior.write(operand_names(models))
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +184,9 @@ def sample(
     """
     check_count(n)
     steps = 32 if steps is None else steps
-    diagnostics = Diagnostics(road="base model" if not isinstance(model, Guided) else f"classifier, {model.form} form", steps=steps)
+    diagnostics = Diagnostics(
+        road="base model" if not isinstance(model, Guided) else f"classifier, {model.form} form", steps=steps
+    )
     diagnostics.notes += [GUIDED_NOTE] * model.guided
     weighted = isinstance(model, Guided) and model.form == "anchored" and solver is None
     if correct and not weighted:
@@ -198,7 +202,9 @@ def sample(
     N = n if not correct else population_size(n, particles, model.shape, small=1024, large=128)
     levels = noise_levels([model], steps, model.device)
     z = levels[0].float() * randn((N, *model.shape), generator, torch.empty((), device=model.device))
-    population = Population(N, threshold=(0.5 if threshold is None else threshold) if correct else 0.0, generator=generator, device=z.device)
+    population = Population(
+        N, threshold=(0.5 if threshold is None else threshold) if correct else 0.0, generator=generator, device=z.device
+    )
     extrapolate = Extrapolation()
     log_h, ratio = torch.zeros(2, N, dtype=torch.float64, device=z.device)
     for k, (s, s_next) in enumerate(track_progress(levels, f"sampling {model}", progress)):
@@ -324,7 +330,7 @@ def track(
         delta = v - v_next
         S = (D - z[:, None]) / v
         drift = einsum(a, S, "N m, N m ... -> N ...")
-        c, c_composed = analytic_variance(z, D, a, degree, population.log_w)
+        c, c_composed = analytic_variance(z, D, a, population.log_w)
         tau, tau_composed = kernel_variance(c, v, delta), kernel_variance(c_composed, v, delta)
         xi = randn(z.shape, generator, z)
         step = delta * drift + tau_composed.sqrt() * xi
@@ -348,7 +354,7 @@ def track(
 
 
 def analytic_variance(
-    z: Float[Tensor, "N *x"], D: Float[Tensor, "N m *x"], a: Float[Tensor, "N m"], degree: float, log_w: Float[Tensor, "N"]
+    z: Float[Tensor, "N *x"], D: Float[Tensor, "N m *x"], a: Float[Tensor, "N m"], log_w: Float[Tensor, "N"]
 ) -> tuple[Float[Tensor, "m"], Float[Tensor, ""]]:
     r"""The c of the Analytic-DPM variance :math:`\tau = v'\delta/v + (\delta/v)^2 c`, for each base model and for the composition.
 
@@ -359,7 +365,8 @@ def analytic_variance(
     """
     w = torch.softmax(log_w, dim=0)
     composed = einsum(a, D, "N m, N m ... -> N ...")
-    pull = degree * z - composed
+    # The degree where the particle is: it varies in nested formulas whose parts differ in theirs.
+    pull = _per_sample(a.sum(1), z) * z - composed
     every = torch.cat([D, composed[:, None]], dim=1)
     # Taking the mean off changes nothing on average and keeps large noise from drowning the estimate.
     every = every - einsum(w, every, "N, N ... -> ...")
@@ -374,7 +381,12 @@ def kernel_variance(c: Tensor, v: Tensor, delta: Tensor) -> Tensor:
 
 @torch.no_grad()
 def path_ratios(
-    models: Sequence[BaseModel], x: Float[Tensor, "N *x"], generator: torch.Generator | None = None, *, made_by: int, steps: int = 64
+    models: Sequence[BaseModel],
+    x: Float[Tensor, "N *x"],
+    generator: torch.Generator | None = None,
+    *,
+    made_by: int,
+    steps: int = 64,
 ) -> Float[Tensor, "N m"]:
     r"""Log-densities of all models at samples x of model ``made_by``, up to a constant common to all.
 
@@ -389,7 +401,7 @@ def path_ratios(
         z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
         D = torch.stack([chunked(lambda z, model=model, s=s: model.denoise(z, s), z, None) for model in models], dim=1)
         check_finite(D, "a base model gave", k, f"s={float(s):.3g}")
-        c, _ = analytic_variance(z, D, a, 1.0, ell.new_zeros(len(x)))
+        c, _ = analytic_variance(z, D, a, ell.new_zeros(len(x)))
         tau = kernel_variance(c, v, delta)
         miss = (z_next - z)[:, None] - delta / v * (D - z[:, None])
         ell -= reduce(miss**2, "N m ... -> N m", "sum") / (2 * tau) + 0.5 * math.prod(x.shape[1:]) * tau.log()
@@ -403,7 +415,7 @@ def _denoised(models, z, s, k, batch_size, population) -> Float[Tensor, "N m *x"
     if bad.any():
         alive = population.log_w > float("-inf")
         for model, column in zip(models, bad.unbind(1), strict=True):
-            if (column & alive).any():
+            if (column & alive).any() and not population.lost:  # once: a note of the result counts them all
                 warnings.warn(
                     f"{model} gave numbers that are not finite for {int((column & alive).sum())} of {int(alive.sum())} particles at "
                     f"step {k} (s={float(s):.3g}); these particles lose their weight.",
@@ -437,7 +449,9 @@ def _through(scheduler, model, n, steps, batch_size, generator, progress) -> Ten
     unet = DenoiserUNet(model, scheduler)
     x = randn((n, *model.shape), generator, torch.empty((), device=model.device)) * getattr(scheduler, "init_noise_sigma", 1.0)
     if hasattr(scheduler, "step_pred"):
-        raise ValueError(f"{type(scheduler).__name__} has no plain step(); it can be the training scheduler but not the solver.")
+        raise ValueError(
+            f"{type(scheduler).__name__} has no plain step(); it can be the training scheduler but not the solver."
+        )
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": generator} if takes_generator else {}
     for k, t in enumerate(track_progress(scheduler.timesteps, f"sampling {model}", progress, pairs=False)):
@@ -506,4 +520,6 @@ def _refuse_correction(model: Denoiser, solver: Any) -> None:
             f"correct=True needs the solver's own Gaussian kernel, and {type(solver).__name__} gives none "
             "(a deterministic solver has no density at all). Leave solver out."
         )
-    raise ValueError("Only the anchored form can be corrected: the mixture form has no base chain to weigh against. Use form='anchored'.")
+    raise ValueError(
+        "Only the anchored form can be corrected: the mixture form has no base chain to weigh against. Use form='anchored'."
+    )

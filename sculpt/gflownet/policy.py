@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from sculpt.base import BaseModel
+from sculpt.base import BaseModel, operand_names
 from sculpt.classifier import Classifier, Guide
 from sculpt.formula import Posterior
 from sculpt.gflownet.model import NEG_INF, GFlowNet, digest, distinct
@@ -122,6 +122,6 @@ def guide(posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, 
     # The same weights are the same model, also when they are loaded again: what was fitted on top of it stays valid.
     judge = digest(classifier) if isinstance(classifier, nn.Module) else (type(classifier).__name__, classifier.keys)
     parts = (posterior.labels, posterior.odds, form, [model.key for model in models], judge)
-    name = posterior.write([f"({model})" if " " in str(model) else str(model) for model in models])
+    name = posterior.write(operand_names(models))
     anchor, key = policy.anchor, hashlib.sha256(repr(parts).encode()).hexdigest()
     return GFlowNet(anchor.env, policy, anchor.backward, condition=anchor.condition, name=name, key=key)

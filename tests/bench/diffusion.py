@@ -16,12 +16,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import sculpt
 from diffusers_models import exact_model, sixteen_dimensions, three_rings
 from oracles import ExactGuide, Grid, draw_posterior, energy_distance, sliced_wasserstein
+
+import sculpt
 from sculpt.classifier import Guide
 from sculpt.diffusion.network import ImageNetwork
-from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean, Product
+from sculpt.formula import Formula, Mixture, Nested
 
 N = 10_000
 GRID = Grid(4.0)
@@ -95,7 +96,12 @@ def tracked() -> None:
             exact_formula(composition), lambda g, c=composition, k=steps: c.sample(N, steps=k, generator=g, progress=False)
         )
         targets = [f"≤ {target}" if target else "", f"log Z within {target_z}" if target_z else ""]
-        row(f"{name}, {steps} steps", f"**{ratio:.2f}**, log Z {error:+.3f}", ", ".join(filter(None, targets)) or "reported", f"{seconds:.1f} CPU s")
+        row(
+            f"{name}, {steps} steps",
+            f"**{ratio:.2f}**, log Z {error:+.3f}",
+            ", ".join(filter(None, targets)) or "reported",
+            f"{seconds:.1f} CPU s",
+        )
 
 
 def sixteen() -> None:
@@ -149,12 +155,19 @@ def guided() -> None:
     for name, composition in (("harmonic mean", p & q), ("contrast", p - q)):
 
         def measure(guide, composition=composition, repeats=3, **options):
-            return on_grid(composition.formula, lambda g: composition.sample(N, guide, generator=g, progress=False, **options), repeats)
+            return on_grid(
+                composition.formula, lambda g: composition.sample(N, guide, generator=g, progress=False, **options), repeats
+            )
 
         ratio, _, seconds = measure(exact, steps=32)
         row(f"{name}, exact h", f"**{ratio:.2f}**", "≤ 1.2", f"{seconds:.1f} CPU s, quadrature included")
         ratio, error, seconds = measure(fitted, steps=32)
-        row(f"{name}, fitted in {cost:.0f} CPU s", f"**{ratio:.2f}**, log Z {error:+.3f}", "≤ 2.5 in ≤ 180 CPU s", f"{seconds:.1f} CPU s")
+        row(
+            f"{name}, fitted in {cost:.0f} CPU s",
+            f"**{ratio:.2f}**, log Z {error:+.3f}",
+            "≤ 2.5 in ≤ 180 CPU s",
+            f"{seconds:.1f} CPU s",
+        )
         ratio, error, seconds = measure(fitted, steps=32, correct=True)
         row(f"{name}, fitted, corrected", f"**{ratio:.2f}**, log Z {error:+.3f}", "≤ 1.5", f"{seconds:.1f} CPU s")
         ratio, _, seconds = measure(ProductOfSingles(exact), steps=500, form="mixture", repeats=1)
@@ -174,8 +187,17 @@ def schedules() -> None:
     ratios = []
     for models in (one, other):
         composition = sculpt.posterior(models, (0, 1, 2))
-        ratios.append(on_grid(composition.formula, lambda g, c=composition: c.sample(N, steps=64, generator=g, progress=False), repeats=6)[0])
-    row("labels (0, 1, 2)", f"**{ratios[1]:.2f}**", f"within 10 % of one schedule's {ratios[0]:.2f}", f"ratio {ratios[1] / ratios[0]:.2f}")
+        ratios.append(
+            on_grid(
+                composition.formula, lambda g, c=composition: c.sample(N, steps=64, generator=g, progress=False), repeats=6
+            )[0]
+        )
+    row(
+        "labels (0, 1, 2)",
+        f"**{ratios[1]:.2f}**",
+        f"within 10 % of one schedule's {ratios[0]:.2f}",
+        f"ratio {ratios[1] / ratios[0]:.2f}",
+    )
 
 
 def cost() -> None:
@@ -216,7 +238,12 @@ def cost() -> None:
     guided.sample(16, steps=steps, generator=torch.Generator().manual_seed(0), progress=False)
     total = time.process_time() - start
     outside = (total - sum(spent.values())) / total
-    row("base-network calls a step", f"**{calls['base'] / steps:g}**", "1", f"{networks[0].num_parameters() / 1e6:.2f}M parameters")
+    row(
+        "base-network calls a step",
+        f"**{calls['base'] / steps:g}**",
+        "1",
+        f"{networks[0].num_parameters() / 1e6:.2f}M parameters",
+    )
     row("classifier forward + backward a step", f"**{calls['classifier'] / steps:g}**", "1", "")
     row("time outside the networks", f"**{outside:.1%}**", "≤ 2 %", f"{total / steps * 1e3:.0f} CPU ms a step")
 

@@ -18,13 +18,13 @@ _CONTENTS = {
     "posterior": "composition",
     "product": "composition",
     "power_mean": "composition",
-    "reject": "composition",
+    "reject": "rejection",
     # MCMC at every noise level, for tracked densities
     "ULA": "diffusion.mcmc",
     "MALA": "diffusion.mcmc",
     "HMC": "diffusion.mcmc",
     # the classifier
-    "fit": "classifier",
+    "fit": "training",
     "Classifier": "classifier",
     # looking at them
     "overlap": "diagnostics",

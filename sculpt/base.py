@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sculpt.classifier import Replay
     from sculpt.composition import Composition
     from sculpt.particles import Samples
+    from sculpt.training import Replay
 
 __all__ = ["BaseModel", "check_composable", "operand_names", "randn", "same_model"]
 

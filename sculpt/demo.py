@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel
-from sculpt.classifier import Classifier, fit
-from sculpt.composition import Composition, posterior, reject
+from sculpt.classifier import Classifier
+from sculpt.composition import Composition, posterior
 from sculpt.diffusion.model import Diffusion
 from sculpt.diffusion.schedule import like, schedule_of
 from sculpt.files import replace_file
 from sculpt.formula import Formula
 from sculpt.particles import Samples
+from sculpt.rejection import reject
+from sculpt.training import fit
 
 __all__ = ["Disc", "discs", "run"]
 

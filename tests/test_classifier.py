@@ -11,7 +11,7 @@ from oracles import ExactGuide, GaussianMixture
 from torch import nn
 
 import sculpt
-import sculpt.classifier
+import sculpt.training
 from sculpt.classifier import Batch, Classifier, SetHead, with_odds
 from sculpt.diffusion.network import DiffusionReplay, ImageNetwork, VectorNetwork
 from sculpt.diffusion.sampler import noise_range
@@ -602,12 +602,12 @@ class Clock:
 
 @pytest.mark.parametrize(("killed_at", "odds", "own"), [(1, False, False), (5, True, False), (11, False, True)])
 def test_a_killed_run_that_is_called_again_ends_where_the_uninterrupted_one_does(tmp_path, monkeypatch, killed_at, odds, own):
-    monkeypatch.setattr(sculpt.classifier, "time", Clock())
+    monkeypatch.setattr(sculpt.training, "time", Clock())
     torch.manual_seed(0)
     network = Own() if own else small()  # one with dropout and running means
     options = {"odds": odds, "data": None, "samples": 100, "sample_steps": 4, "network": network}
     whole = quick(**options)
-    update = sculpt.classifier._Training.update
+    update = sculpt.training._Training.update
     drawn = []
     sample = sculpt.Diffusion.sample
     monkeypatch.setattr(sculpt.Diffusion, "sample", lambda self, n, **o: drawn.append(str(self)) or sample(self, n, **o))
@@ -617,11 +617,11 @@ def test_a_killed_run_that_is_called_again_ends_where_the_uninterrupted_one_does
             raise KeyboardInterrupt
         update(self, loss)
 
-    monkeypatch.setattr(sculpt.classifier._Training, "update", killed)
+    monkeypatch.setattr(sculpt.training._Training, "update", killed)
     with pytest.raises(KeyboardInterrupt):
         quick(checkpoint=tmp_path, **options)
     steps = []
-    monkeypatch.setattr(sculpt.classifier._Training, "update", lambda self, loss: steps.append(self.step) or update(self, loss))
+    monkeypatch.setattr(sculpt.training._Training, "update", lambda self, loss: steps.append(self.step) or update(self, loss))
     resumed = quick(checkpoint=tmp_path, **options)
     assert drawn == ["p", "q"]  # the base models' samples are not drawn again
     assert steps == list(range(killed_at, 12))  # with a checkpoint at every step, none is repeated
@@ -691,13 +691,13 @@ def test_training_stops_early_when_the_held_out_loss_does_not_improve():
 
 
 def test_the_result_has_the_best_held_out_weights_and_not_the_last(monkeypatch):
-    record, weights = sculpt.classifier._Training.record, []
+    record, weights = sculpt.training._Training.record, []
 
     def recorded(self, row):
         weights.append({name: value.clone() for name, value in self.average.state_dict().items()})
         record(self, row)
 
-    monkeypatch.setattr(sculpt.classifier._Training, "record", recorded)
+    monkeypatch.setattr(sculpt.training._Training, "record", recorded)
     # A learning rate far too large, on few samples: the held-out loss gets worse.
     classifier = quick(data=[part[:30] for part in DATA[:2]], learning_rate=0.05, steps=200, patience=100)
     totals = [sum(row[f"held_out_{name}"] for name in ("terminal", "marginal", "joint")) for row in classifier.history]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sculpt.base import BaseModel, randn
-from sculpt.classifier import Batch, Replay
+from sculpt.classifier import Batch
 from sculpt.diffusion.model import Denoiser
 from sculpt.diffusion.sampler import noise_range, spread
 from sculpt.files import read_tensors, replace_file
+from sculpt.training import Replay
 
 __all__ = ["VectorNetwork", "ImageNetwork", "DiffusionReplay"]
 

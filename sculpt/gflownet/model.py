@@ -24,9 +24,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel
-from sculpt.classifier import Replay
 from sculpt.gflownet.network import GridNetwork, LogProbPolicy
 from sculpt.particles import Samples
+from sculpt.training import Replay
 
 __all__ = ["GFlowNet", "describe", "digest", "distinct", "fingerprint", "state_keys"]
 

@@ -14,9 +14,10 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sculpt.classifier import Batch, Classifier, Replay
+from sculpt.classifier import Batch, Classifier
 from sculpt.gflownet.model import GFlowNet, distinct
 from sculpt.gflownet.sampler import batch_of, rollout
+from sculpt.training import Replay
 
 __all__ = ["GFlowNetReplay"]
 

@@ -124,7 +124,7 @@ def log_densities(composition: Composition) -> Callable[[Tensor], Tensor]:
 
 
 def run(
-    folder: str | Path = "demo", *, n: int = 4000, fit_steps: int = 700, samples: int = 20_000, seed: int = 0
+    folder: str | Path = "demo", *, n: int = 4000, fit_steps: int = 600, samples: int = 20_000, seed: int = 0
 ) -> list[dict]:
     """Sample four compositions on every road, write pictures and a table to ``folder``, and return the table's rows."""
     folder, started = Path(folder), time.monotonic()

@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet clean
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -16,7 +16,7 @@ help:  ## show this list
 	@echo "make TARGET, where TARGET is"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(READY)  ## compose 2-D models on every road, beside the exact answer; pictures and a table go to demo/
+demo: $(READY)  ## molecules from pretrained policies, and exact answers in the plane; pictures and tables go to demo/
 	@OMP_NUM_THREADS=1 $(BIN)/sculpt demo -o demo
 
 test: $(READY)  ## the tests, without the slow ones
@@ -33,6 +33,12 @@ bench-diffusion: $(READY)  ## errors against exact targets and cost per step, di
 
 bench-gflownet: $(READY)  ## errors against exact targets and cost, GFlowNets
 	@$(BIN)/python tests/bench/gflownet.py
+
+bench-molecules: $(READY)  ## quality and speed of the molecule policies and their compositions; PARTS="roads emd" for some
+	@$(BIN)/python tests/bench/molecules.py $(PARTS)
+
+bench-digits: $(READY)  ## compositions of coloured digits by every road: proportions, Frechet distance and cost; hours, and goes on where it stopped
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/digits.py
 
 clean:  ## remove the environment and everything made by the other targets
 	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache

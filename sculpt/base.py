@@ -5,14 +5,14 @@ from __future__ import annotations
 import abc
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from sculpt.composition import Composition
-    from sculpt.particles import Samples
+    from sculpt.particles import Diagnostics, Samples
     from sculpt.training import Replay
 
 __all__ = ["BaseModel", "check_composable", "operand_names", "randn", "same_model"]
@@ -44,6 +44,16 @@ class BaseModel(abc.ABC):
     @abc.abstractmethod
     def check_composable(self, other: BaseModel) -> None:
         """Raise a ``ValueError`` that names both sides where the two have no common states."""
+
+    def decode(self, x: Tensor) -> Any:
+        """What a person looks at; by default the samples as they are."""
+        return x
+
+    def result(self, x: Tensor, log_weights: Tensor | None = None, diagnostics: Diagnostics | None = None) -> Samples:
+        """Samples of this model as its user gets them: every sampler ends here."""
+        from sculpt.particles import Samples
+
+        return Samples(x, log_weights, diagnostics, self.decode)
 
     @property
     def leaves(self) -> tuple[BaseModel, ...]:

@@ -110,10 +110,18 @@ class SetHead(nn.Module):
         self.hidden = nn.Linear(width + m * odds, width)
         self.out = nn.Linear(width, children * m * len(self.sets))
 
-    def forward(self, features: Float[Tensor, "b w"], log_odds: Float[Tensor, "b m"] | None = None) -> Float[Tensor, "b c m k"]:
+    def forward(
+        self,
+        features: Float[Tensor, "b w"],
+        log_odds: Float[Tensor, "b m"] | None = None,
+        rows: Int[Tensor, "e"] | None = None,
+        children: Int[Tensor, "e"] | None = None,
+    ) -> Float[Tensor, "*b m k"]:
+        """Of all children ``(b, c, m, k)``; of these children of these rows ``(e, m, k)``."""
         if self.odds:
             features = torch.cat([features, log_odds - log_odds.mean(-1, keepdim=True)], dim=-1)
         logits = rearrange(self.out(F.silu(self.hidden(features))), "b (c m k) -> b c m k", m=self.m, c=self.n_children)
+        logits = logits if rows is None else logits[rows, children]
         # A set stands for all its orderings, so each column counts that often in the total.
         return torch.log_softmax(logits.float() + self.log_orderings, dim=-1) - self.log_orderings
 

@@ -83,6 +83,9 @@ class Composition(BaseModel):
     def decode(self, x: Tensor) -> Any:
         return self.leaves[0].decode(x)
 
+    def result(self, x: Tensor, log_weights: Tensor | None = None, diagnostics: Diagnostics | None = None) -> Samples:
+        return self.leaves[0].result(x, log_weights, diagnostics)
+
     # ------------------------------------------------------------------------------------------------------------ sampling
 
     def sample(
@@ -221,7 +224,7 @@ class Composition(BaseModel):
         diagnostics = Diagnostics(
             road="a model picked per sample", steps=options.get("steps", 0), log_z=0.0, log_z_error=0.0, notes=notes
         )
-        return Samples(x, diagnostics=diagnostics, decoder=self.decode)
+        return self.result(x, None, diagnostics)
 
     def pick(self, n: int, draw: Callable[[int, int], Tensor], generator: torch.Generator | None) -> Tensor:
         """n samples of a mixture in random order; ``draw(i, k)`` gives k of its part i."""

@@ -104,15 +104,19 @@ class Population:
         return int(self.roots[self.log_w > float("-inf")].unique().numel())
 
     def samples(
-        self, x: Tensor, n: int, diagnostics: Diagnostics, decoder: Callable | None = None, resample: bool = True
+        self, x: Tensor, n: int, diagnostics: Diagnostics, result: Callable[..., Samples] | None = None, resample: bool = True
     ) -> Samples:
-        """n equally weighted survivors of the particles x in random order, or all of them with their weights."""
+        """n equally weighted survivors of the particles x in random order, or all of them with their weights.
+
+        ``result`` is that of the model: what it makes of samples, weights and diagnostics.
+        """
+        result = result or Samples
         if not resample:
-            return Samples(x, torch.log_softmax(self.log_w, dim=0), diagnostics, decoder)
+            return result(x, torch.log_softmax(self.log_w, dim=0), diagnostics)
         index = systematic(self.log_w, n, self.generator)
         device = "cpu" if self.generator is None else self.generator.device
         order = torch.randperm(n, generator=self.generator, device=device).to(index.device)
-        return Samples(x[index[order]], None, diagnostics, decoder)
+        return result(x[index[order]], None, diagnostics)
 
 
 @dataclass
@@ -184,8 +188,12 @@ class Samples:
 
     x: Tensor
     log_weights: Tensor | None = None
-    diagnostics: Diagnostics = field(default_factory=lambda: Diagnostics(road=""))
+    diagnostics: Diagnostics | None = None
     decoder: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        if self.diagnostics is None:
+            self.diagnostics = Diagnostics(road="")
 
     @property
     def log_z(self) -> float | None:
@@ -200,4 +208,4 @@ class Samples:
 
     def __repr__(self) -> str:
         weighted = "equally weighted" if self.log_weights is None else "weighted"
-        return f"Samples({len(self)} × {tuple(self.x.shape[1:])}, {weighted})\n{self.diagnostics}"
+        return f"{type(self).__name__}({len(self)} × {tuple(self.x.shape[1:])}, {weighted})\n{self.diagnostics}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["density2d", "points2d", "compare2d", "image_grid", "ess_curve", "save"]
+__all__ = ["density2d", "points2d", "compare2d", "image_grid", "ess_curve", "molecule_density", "save"]
 
 INK, FAINT = "#2b2135", "#8c8698"
 
@@ -149,6 +149,59 @@ def ess_curve(diagnostics: Diagnostics | Samples) -> Figure:
     return figure
 
 
+def molecule_density(
+    panels: Mapping[str, Any],
+    x: str = "seh",
+    y: str = "sa",
+    *,
+    high: tuple[float, float] | None = (0.5, 0.6),
+    columns: int | None = None,
+    title: str = "",
+) -> Figure:
+    """How molecules are spread over two rewards: a panel for each base model or composition, side by side on the same axes.
+
+    Args:
+        panels: by title, the samples of molecule models, or tables with columns x and y (and ``weight`` or ``count``), such as data frames.
+        x, y: the rewards.
+        high: from where on each is called high. Lines are drawn there, and each panel tells the share beyond both.
+        columns: panels in a row; by default all of them, at most four.
+    """
+    if not panels:
+        raise ValueError("There is nothing to draw: pass samples by title, {'seh': samples, ...}.")
+    tables = {}
+    for name, panel in panels.items():
+        table = panel.table([x, y]) if hasattr(panel, "table") else panel
+        weight = next((table[key] for key in ("weight", "count") if key in table), torch.ones(len(table[x])))
+        tables[name] = [torch.tensor(list(column), dtype=torch.float64) for column in (table[x], table[y], weight)]
+    tops = [max(1.0, max(float(table[k].quantile(0.999)) for table in tables.values())) for k in (0, 1)]
+    columns = columns or min(len(tables), 4)
+    rows = math.ceil(len(tables) / columns)
+    figure = _figure(2.35 * columns + 0.4, 2.5 * rows + (0.65 if title else 0.3))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    for axes, (name, (p, q, w)) in zip(grid, tables.items(), strict=False):
+        axes.imshow(_smooth(p / tops[0], q / tops[1], w).T.numpy(), origin="lower", extent=(0, tops[0], 0, tops[1]), cmap=_cmap(),
+                    vmin=0, aspect="auto", interpolation="bilinear")  # fmt: skip
+        axes.set_title(name, fontsize=10, color=INK, pad=15 if high else 6)
+        axes.tick_params(labelsize=7, colors=FAINT, length=2)
+        for spine in axes.spines.values():
+            spine.set_color("#d9d4e0")
+        if high is not None:
+            axes.axvline(high[0], color=FAINT, linewidth=0.7, linestyle="dashed")
+            axes.axhline(high[1], color=FAINT, linewidth=0.7, linestyle="dashed")
+            share = float(w[(p >= high[0]) & (q >= high[1])].sum() / w.sum())
+            axes.text(0.5, 1.025, f"{share:.0%} high in both", transform=axes.transAxes, fontsize=7.5, color=FAINT, ha="center")
+    for axes in grid[len(tables) :]:
+        axes.set_axis_off()
+    figure.supxlabel(_REWARDS.get(x, x), fontsize=9, color=INK)
+    figure.supylabel(_REWARDS.get(y, y), fontsize=9, color=INK)
+    if title:
+        figure.suptitle(title, fontsize=12.5, color=INK)
+    return figure
+
+
+_REWARDS = {"seh": "sEH reward: predicted binding", "sa": "SA reward: ease of synthesis", "qed": "QED: drug-likeness"}
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG, all of it or nothing."""
     buffer = io.BytesIO()
@@ -170,6 +223,23 @@ def _counts(x: Tensor, half_width: float, bins: int) -> Tensor:
     cells = ((x.double().cpu() + half_width) / (2 * half_width) * bins).floor().long()
     cells = cells[((cells >= 0) & (cells < bins)).all(-1)]
     return torch.bincount(cells[:, 0] * bins + cells[:, 1], minlength=bins**2).double().view(bins, bins)
+
+
+def _smooth(x: Tensor, y: Tensor, w: Tensor, bins: int = 96) -> Tensor:
+    """The density of weighted points in the unit square, smoothed by a Gaussian of Scott's width, which is mirrored at the edges."""
+    w = w / w.sum()
+    effective = 1 / float((w**2).sum())
+    cells = [(value.clamp(0, 1) * bins).long().clamp(max=bins - 1) for value in (x, y)]
+    density = torch.zeros(bins**2, dtype=torch.float64).index_add_(0, cells[0] * bins + cells[1], w).view(bins, bins)
+    for side, value in enumerate((x, y)):
+        spread = float((w * (value - (w * value).sum()) ** 2).sum().sqrt())
+        width = max(bins * spread * effective ** (-1 / 6), 0.8)
+        at = torch.arange(bins, dtype=torch.float64)
+        mirrors = [(at[:, None] - image) for image in (at, -1 - at, 2 * bins - 1 - at)]
+        kernel = sum((-0.5 * (distance / width) ** 2).exp() for distance in mirrors)
+        density = torch.tensordot(kernel / kernel.sum(0), density, dims=([1], [side]))
+        density = density if side == 0 else density.T
+    return density
 
 
 def _outline(axes: Axes, outlines: Mapping[str, Tensor], half_width: float, named: bool) -> None:

@@ -22,7 +22,7 @@ __all__ = ["reject"]
 def reject(
     composition: Composition,
     n: int,
-    classifier: Guide | Callable[[Tensor], Tensor],
+    classifier: Guide | Callable[[Tensor], Tensor] | None = None,
     *,
     anchor: int | BaseModel | None = None,
     max_draws: int = 10_000_000,
@@ -38,7 +38,8 @@ def reject(
 
     Args:
         classifier: a classifier of the base models, or a function from samples to their log-densities ``(b, m)``, in the order
-            of ``composition.leaves``, up to a constant common to all models.
+            of ``composition.leaves``, up to a constant common to all models. GFlowNets need none: their log-densities are
+            read off one path to each sample, exactly where a state has one parent or the flows balance.
         anchor: the observed label to draw from; by default the one with the best acceptance in a pilot.
         options: of the base models' own samplers, such as ``steps``.
     """
@@ -56,7 +57,7 @@ def reject(
         acceptance=acceptance,
         notes=[f"{drawn} draws of the anchor"],
     )
-    return Samples(x[:n], diagnostics=diagnostics, decoder=composition.decode)
+    return composition.result(x[:n], None, diagnostics)
 
 
 class _Referee:
@@ -72,6 +73,11 @@ class _Referee:
         self.composition, self.classifier, self.max_draws = composition, classifier, max_draws
         self.batch_size, self.generator, self.progress, self.options = batch_size, generator, progress, options
         self.leaves = composition.leaves
+        if classifier is None and composition.family != "gflownet":
+            raise ValueError(
+                f"Rejection needs a classifier of {', '.join(map(str, self.leaves))}, or a function from samples to their "
+                "log-densities (b, m): sculpt.reject(composition, n, classifier)."
+            )
         self.operands = [self._operand(model) for model in composition.models]
         self.posterior = None
         if isinstance(formula, Posterior):
@@ -88,6 +94,10 @@ class _Referee:
 
     def ell(self, x: Tensor) -> Float[Tensor, "b m"]:
         """The leaves' log-densities up to a constant common to all."""
+        if self.classifier is None:
+            from sculpt.gflownet.sampler import path_ratios
+
+            return path_ratios(self.leaves, x, self.generator)
         if isinstance(self.classifier, Guide):
             order = range(len(self.leaves))
             if self.classifier.keys is not None:

@@ -45,9 +45,18 @@ def three_rings() -> list[GaussianMixture]:
     ]
 
 
-def sixteen_dimensions() -> list[GaussianMixture]:
-    """Two 16-D mixtures of three modes each, with different covariances: one sample of the first in seven is as likely under both."""
-    generator = torch.Generator().manual_seed(0)
+def tight_rings() -> list[GaussianMixture]:
+    """The same kind of mixtures with modes of half the width or less."""
+    return [
+        ring(4, 1.5, 0.05, centre=(-0.5, 0.0)),
+        ring(5, 1.4, 0.06, centre=(0.6, 0.2), phase=0.3),
+        ring(3, 1.2, 0.08, centre=(0.0, -0.6), phase=0.9),
+    ]
+
+
+def sixteen_dimensions(seed: int = 0) -> list[GaussianMixture]:
+    """Two 16-D mixtures of three modes each, with different covariances: of seed 0, one sample of the first in seven is as likely under both."""
+    generator = torch.Generator().manual_seed(seed)
     means = 0.3 * torch.randn(6, 16, dtype=torch.float64, generator=generator)
     A = torch.randn(6, 16, 16, dtype=torch.float64, generator=generator) / 4
     covariances = 0.15 * (A @ A.mT) + 0.2 * torch.eye(16, dtype=torch.float64)

@@ -37,7 +37,9 @@ class GaussianMixture(nn.Module):
 
     def components(self, z: Tensor, v) -> tuple[Tensor, Tensor, Tensor]:
         """Per component: log w N(z), the coordinates U'(z - mu), and the variances."""
-        y = torch.einsum("kij,bki->bkj", self.U, z[:, None].double() - self.means)
+        # All components in one matrix product: many times faster than one by one.
+        y = (z.double() @ self.U.transpose(0, 1).flatten(1)).unflatten(1, self.means.shape)
+        y = y - torch.einsum("kij,ki->kj", self.U, self.means)
         variance = self.eigenvalues + torch.as_tensor(v, dtype=torch.float64)
         log_n = -0.5 * (y**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
         return self.weights.log() + log_n, y, variance
@@ -47,7 +49,8 @@ class GaussianMixture(nn.Module):
 
     def score(self, z: Tensor, v=0.0) -> Tensor:
         log_n, y, variance = self.components(z, v)
-        return torch.einsum("bk,kij,bkj->bi", log_n.softmax(-1), self.U, -y / variance)
+        pull = log_n.softmax(-1)[..., None] * (-y / variance)
+        return pull.flatten(1) @ self.U.transpose(0, 1).flatten(1).T
 
     def denoise(self, z: Tensor, s) -> Tensor:
         v = torch.as_tensor(s, dtype=torch.float64) ** 2
@@ -56,7 +59,10 @@ class GaussianMixture(nn.Module):
     def draw(self, n: int, generator=None, v=0.0) -> Tensor:
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         xi = torch.randn(n, self.d, dtype=torch.float64, generator=generator)
-        return self.means[k] + torch.einsum("bij,bj->bi", self.U[k], (self.eigenvalues[k] + v).sqrt() * xi)
+        x = torch.empty_like(xi)
+        for i, U in enumerate(self.U):
+            x[k == i] = self.means[i] + ((self.eigenvalues[i] + v).sqrt() * xi[k == i]) @ U.T
+        return x
 
 
 def ring(n, radius, variance, centre=(0.0, 0.0), phase=0.0, weights=None) -> GaussianMixture:
@@ -166,14 +172,15 @@ class Grid:
         return 0.5 * float((shares - masses).abs().sum(-1).mean())
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """2 E|X−Y| − E|X−X'| − E|Y−Y'| between the two empirical distributions; never negative."""
+def mean_distance(x: Tensor, y: Tensor) -> float:
     x, y = x.double(), y.double()
+    return sum(float(torch.cdist(part, y).sum()) for part in x.split(1000)) / (len(x) * len(y))
 
-    def mean(a, b):
-        return sum(float(torch.cdist(part, b).sum()) for part in a.split(1000)) / (len(a) * len(b))
 
-    return 2 * mean(x, y) - mean(x, x) - mean(y, y)
+def energy_distance(x: Tensor, y: Tensor, within_y: float | None = None) -> float:
+    """2 E|X−Y| − E|X−X'| − E|Y−Y'| between the two empirical distributions; never negative. The last term may be known."""
+    within_y = mean_distance(y, y) if within_y is None else within_y
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - within_y
 
 
 def sliced_wasserstein(x: Tensor, y: Tensor, directions: int = 200, seed: int = 0) -> float:

@@ -204,13 +204,12 @@ def test_the_demo_writes_its_picture_and_its_table(tmp_path, capsys):
 
     rows = run(tmp_path, n=200, fit_steps=10, samples=500)
     assert {row["road"] for row in rows} == {"guided", "corrected", "tracked", "rejection"}
-    assert len(rows) == 16
+    assert len(rows) == 12
     for row in rows:
         assert 0 < row["error"] < (0.8 if row["road"] in ("guided", "corrected") else 1.4 * row["floor"] + 0.1)
         assert row["road"] in ("guided", "corrected") or abs(row["log_z"] - row["exact_log_z"]) < 0.5
     assert (tmp_path / "compositions.png").read_bytes().startswith(b"\x89PNG")
-    assert r"(p \| q)" in (tmp_path / "table.md").read_text()
-    assert "(p | q)" in capsys.readouterr().out
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
 
 
 def test_the_demo_models_are_exact():

@@ -185,6 +185,56 @@ def test_trees_come_out_with_the_probabilities_of_the_policy(tiny):
         assert exact.l1(exact.histogram(env, x), p) < 1.5 * noise
 
 
+def one_by_one(model, states):
+    network = model.policy.module.train()  # in training nothing is remembered
+    beta = torch.full((1, 1), model.condition["beta"])
+    out = torch.cat([network(state[None], beta) for state in states])
+    network.eval()
+    return out
+
+
+@torch.no_grad()
+def test_states_read_together_are_read_as_one_by_one(tiny):
+    env, graph, _ = tiny
+    model = policy(env)
+    expected = one_by_one(model, graph.states)
+    assert torch.equal(expected > -torch.inf, graph.allowed)
+    finite = graph.allowed
+    assert (model.log_pf(graph.states)[finite] - expected[finite]).abs().max() < 1e-12
+    with torch.enable_grad():
+        assert (model.log_pf(graph.states.flip(0)).flip(0)[finite] - expected[finite]).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_what_is_remembered_from_step_to_step_changes_nothing():
+    env = FragmentTrees(TINY, 5)
+    model, other = policy(env), policy(env, beta=96.0)
+    other.policy.module.load_state_dict(model.policy.module.state_dict())
+    other.policy = model.policy  # one network under two exponents
+    network, used = model.policy.module, 0
+    find = type(network.memory).find
+    s = env.s0.expand(40, -1).clone()
+    g = torch.Generator().manual_seed(0)
+    for t in range(2 * env.slots):
+        s = s[torch.randint(len(s), (40,), generator=g)]  # resampled
+        log_p = torch.empty(40, env.n_actions, dtype=torch.float64)
+        for part in torch.arange(40).split(15):  # in chunks
+            log_p[part] = model.log_pf(s[part]).double()
+        used += int((find(network.memory, (t + 1) // 2, s.clone().index_fill_(1, torch.arange(t + t % 2, 10), 0)) >= 0).sum())
+        if t in (3, 6):
+            other.log_pf(s)  # another condition in between
+        if t == 5:
+            network.out.weight.mul_(1.5)  # other weights
+        else:
+            finite = log_p > -torch.inf
+            assert (log_p[finite] - one_by_one(model, s)[finite]).abs().max() < 1e-5
+        log_p[:, -1] = torch.where((log_p[:, :-1] > -torch.inf).any(-1), -torch.inf, 0.0)
+        a = torch.multinomial(log_p.exp(), 1, generator=g)
+        s, a = s[a[:, 0] < env.n_actions - 1], a[a[:, 0] < env.n_actions - 1]
+        s = env.step(env.states_from_tensor(s), env.actions_from_tensor(a)).tensor
+    assert used == 40 * 9 and not network.memory.depths  # nothing is left of it at the end
+
+
 def test_trees_of_different_exponents_can_be_drawn_in_one_batch(tiny):
     env, _, x = tiny
     network = policy(env).policy.module
@@ -247,6 +297,12 @@ def test_a_checkpoint_brings_its_vocabulary(tmp_path):
         json.dumps(TINY)
     )
     assert "3 fragments" in str(env.arguments)
+
+
+def test_a_checkpoint_is_not_read_with_another_vocabulary_of_the_same_shape(tmp_path):
+    policy(FragmentTrees([["C", [0, 0]], ["N", [0]]], slots=3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other arguments"):
+        sculpt.load(tmp_path, env=FragmentTrees([["CC", [0, 1]], ["N", [0]]], slots=3), beta=32.0)
 
 
 def test_policies_on_other_vocabularies_do_not_compose():

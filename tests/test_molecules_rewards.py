@@ -7,7 +7,9 @@ import hashlib
 import http.server
 import os
 import pickle
+import socketserver
 import threading
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import torch
 from rdkit import Chem
 from safetensors.torch import load_file, save_file
 
-from sculpt.molecules import QED, SA, SEH
+from sculpt.molecules import QED, SA, SEH, FragmentNetwork, FragmentTrees
 from sculpt.molecules import rewards as module
 
 DATA = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules"
@@ -71,13 +73,13 @@ def test_synthesis_and_drug_likeness_agree_with_the_reference(reference, reward,
 
 def test_a_molecule_is_worth_the_same_in_any_company_and_any_order_of_atoms(random_weights):
     proxy = module.Proxy(random_weights)
-    smiles = ["CCO", "C", "c1ccccc1C#N", "CC(=O)Nc1ccc(O)cc1", "[Na+].[Cl-]"]
+    smiles = ["CCO", "C", "c1ccccc1C#N", "CC(=O)Nc1ccc(O)cc1", "CCO.C#CC.[Na+]", "[Na+].[Cl-]"]
     molecules = [Chem.MolFromSmiles(s) for s in smiles]
     together = proxy(*module.graph(molecules))
     apart = torch.cat([proxy(*module.graph([molecule])) for molecule in molecules])
     assert (together - apart).abs().max() < 1e-5
-    turned = [Chem.RenumberAtoms(m, list(reversed(range(m.GetNumAtoms())))) for m in molecules[:4]]
-    assert (proxy(*module.graph(turned)) - together[:4]).abs().max() < 1e-5
+    turned = [Chem.RenumberAtoms(m, list(reversed(range(m.GetNumAtoms())))) for m in molecules[:5]]
+    assert (proxy(*module.graph(turned)) - together[:5]).abs().max() < 1e-5
 
 
 def test_the_five_bond_matrices_are_those_of_the_edge_network(random_weights):
@@ -86,18 +88,25 @@ def test_the_five_bond_matrices_are_those_of_the_edge_network(random_weights):
     for kind, e in enumerate([*torch.eye(4), torch.zeros(4)]):
         hidden = torch.nn.functional.leaky_relu(w["edge_net.0.weight"] @ e + w["edge_net.0.bias"])
         theta = (w["edge_net.1.weight"] @ hidden + w["edge_net.1.bias"]).view(64, 64)
-        assert (proxy.theta.view(64, 5, 64)[:, kind] - theta).abs().max() < 1e-5
+        assert (proxy.theta[kind] - theta).abs().max() < 1e-5
 
 
 # Bad molecules
 
 
-def test_what_is_no_molecule_gets_nan_and_is_counted():
-    for reward in (SA(), QED()):
-        values = reward(["CCO", "not a molecule", "", "C1CC", Chem.MolFromSmiles("CC"), None])
+def test_what_is_no_molecule_gets_nan_and_is_counted(random_weights, tmp_path):
+    save_file(random_weights, tmp_path / "w.safetensors")
+    for reward in (SA(), QED(), SEH(tmp_path / "w.safetensors")):
+        with pytest.warns(UserWarning, match="4 of 6 are no molecules and get NaN, number 1 first: 'not a molecule'"):
+            values = reward(["CCO", "not a molecule", "", "C1CC", Chem.MolFromSmiles("CC"), None])
         assert values.isnan().tolist() == [False, True, True, True, False, True] and reward.invalid == 4
         assert reward(["C"]).isfinite().all() and reward.invalid == 0
-    assert len(SA()([])) == 0 and SA()(["?"]).isnan().all()
+        assert reward([]).shape == (0,) and reward.invalid == 0
+        with pytest.warns(UserWarning, match="1 of 1"):
+            assert reward([None]).isnan().all()
+        assert reward(["CCO.c1ccccc1", "[Na+].[Cl-]"]).isfinite().all()  # parts that hang together by nothing
+        with pytest.raises(ValueError, match="Molecule 1 was not sanitised"):
+            reward(["C", Chem.MolFromSmiles("CC", sanitize=False)])
     with pytest.raises(TypeError, match="takes a list of molecules, got one str"):
         SA()("CCO")
 
@@ -105,7 +114,6 @@ def test_what_is_no_molecule_gets_nan_and_is_counted():
 def test_the_proxy_refuses_elements_and_bonds_that_it_was_not_made_for(random_weights, tmp_path):
     save_file(random_weights, tmp_path / "w.safetensors")
     seh = SEH(tmp_path / "w.safetensors")
-    assert seh(["CCO", "x"]).isnan().tolist() == [False, True] and seh.invalid == 1
     with pytest.raises(ValueError, match=r"elements up to barium \(56\), got Pt \(78\)"):
         seh(["C", "Cl[Pt]Cl"])
     with pytest.raises(ValueError, match="single, double, triple and aromatic bonds, got DATIVE"):
@@ -122,6 +130,13 @@ def test_weights_that_do_not_fit_are_refused(random_weights, tmp_path):
     with pytest.raises(ValueError, match="truncated or damaged"):
         SEH(tmp_path / "cut.safetensors")
     save_file(random_weights | {"out.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "another.safetensors")
+    with pytest.raises(
+        ValueError, match=r"another.safetensors does not hold the sEH proxy: a is \(1,\), expected no such array"
+    ):
+        SEH(tmp_path / "another.safetensors")
+    with pytest.raises(ValueError, match="There is no file"):
+        SEH(tmp_path)
     with pytest.raises(ValueError, match=r"out.bias is \(2,\), expected \(1,\)"):
         SEH(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="expected 'published'"):
@@ -170,13 +185,75 @@ def test_a_file_with_another_hash_is_not_opened(server, tmp_path, monkeypatch):
     assert not (tmp_path / "sprung").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["served"]
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
+def test_the_cache_goes_before_the_data_folder_and_both_before_the_network(random_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SCULPT_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(module, "download", lambda *_: pytest.fail("it went to the network"))
+    for path in (tmp_path / "data" / "molecules", tmp_path / "cache"):
+        path.mkdir(parents=True)
+        save_file(random_weights, path / "seh_proxy.safetensors")
+        assert SEH().path == path / "seh_proxy.safetensors"
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
     monkeypatch.delenv("SCULPT_DATA", raising=False)
     monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "URL", "http://127.0.0.1:9/best_params.pkl.gz")
+
+
+def test_offline_the_student_takes_over_and_says_so(offline, tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"cannot be downloaded .* Go online once, .* student .* Spearman 0\.\d+.*not the published"
+    ):
+        seh = SEH()
+    assert seh.path == module.STUDENT and not (tmp_path / "cache").exists()
+    assert torch.equal(seh(["CCO", "CC"]), SEH(module.STUDENT)(["CCO", "CC"]))
     with pytest.raises(ValueError, match="cannot be downloaded .* set SCULPT_DATA"):
+        SEH(root="trained")
+    with pytest.raises(ValueError, match="published values only, got root='trained'"):
+        SEH(module.STUDENT, root="trained")
+
+
+def test_who_answers_without_http_is_offline_too(offline, monkeypatch):
+    class Garbage(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(4096)
+            self.request.sendall(b"come in\n")
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Garbage) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(module, "URL", f"http://127.0.0.1:{server.server_address[1]}/best_params.pkl.gz")
+        with pytest.warns(UserWarning, match="student"):
+            assert SEH().path == module.STUDENT
+        server.shutdown()
+
+
+def test_a_wrong_file_from_the_network_is_no_reason_for_the_student(server, offline, tmp_path, monkeypatch):
+    folder, url = server
+    (folder / "best_params.pkl.gz").write_bytes(b"<html>log in</html>")
+    monkeypatch.setattr(module, "URL", url)
+    with pytest.raises(ValueError, match="is not the published file"):
         SEH()
     assert not (tmp_path / "cache").exists()
+
+
+@needs_data
+def test_the_student_ranks_new_molecules_as_the_proxy_does():
+    """Trees of another untrained policy than those that it was trained on."""
+    torch.manual_seed(7)
+    env = FragmentTrees()
+    x = FragmentNetwork(env.vocabulary).sample(torch.zeros(400), torch.Generator().manual_seed(7))
+    values = torch.stack([SEH(weights).proxy(env.molecules(x)) for weights in (None, module.STUDENT)])
+    assert torch.corrcoef(values.argsort(1).argsort(1).double())[0, 1] > 0.95
+
+
+def test_a_wheel_takes_the_student_and_the_vocabulary_along():
+    package = Path(module.__file__).parents[1]
+    patterns = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sculpt"]
+    taken = {path for pattern in patterns for path in package.glob(pattern)}
+    needed = [module.STUDENT / "config.json", module.STUDENT / "model.safetensors", package / "molecules" / "vocabulary.json"]
+    assert all(path in taken and path.is_file() for path in needed)
 
 
 class _Trap:

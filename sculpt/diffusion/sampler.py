@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sculpt.base import BaseModel, operand_names, randn
 from sculpt.classifier import Guide
+from sculpt.diffusion.fade import fade
 from sculpt.diffusion.identity import digest, weights
 from sculpt.diffusion.model import Denoiser
 from sculpt.formula import Formula, Posterior
@@ -197,7 +198,7 @@ def sample(
         )
     if solver is not None:
         x = _through(solver, model, n, steps, batch_size, generator, progress)
-        return Samples(x, diagnostics=diagnostics, decoder=model.decode)
+        return model.result(x, None, diagnostics)
 
     N = n if not correct else population_size(n, particles, model.shape, small=1024, large=128)
     levels = noise_levels([model], steps, model.device)
@@ -235,14 +236,14 @@ def sample(
     if not correct:
         if weighted:
             diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
-        return Samples(D.sum(1), diagnostics=diagnostics, decoder=model.decode)
+        return model.result(D.sum(1), None, diagnostics)
     # The last step is the base chain's own denoising, and what it ends in is judged by the terminal head.
     x, labels, odds = D[:, 0], model.posterior.labels, model.posterior.odds
     final = chunked(lambda x: model.classifier.log_h_terminal(x, labels=labels, odds=odds), x, batch_size)
     population.reweight(final.double() - log_h)
     diagnostics.road += ", corrected"
     diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
-    return population.samples(x, n, diagnostics, model.decode, resample)
+    return population.samples(x, n, diagnostics, model.result, resample)
 
 
 class Extrapolation:
@@ -289,10 +290,11 @@ def track(
     .. math::
         \ell_i' &= \ell_i + \log P_i(z' \mid z) - \log P_B(z \mid z') \\
         z' &= z + \delta \sum_i a_i S_i + \sqrt{\tau} \, \xi, \qquad a = \partial \Phi(\ell) \\
-        \log w' &= \log w + \Phi(\ell') - \Phi(\ell) + \log P_B(z \mid z') - \log P(z' \mid z)
+        \log w' &= \log w + \Phi'(\ell') - \Phi(\ell) + \log P_B(z \mid z') - \log P(z' \mid z)
 
     Base model i steps with the mean :math:`z + \delta S_i` and the Analytic-DPM variance :math:`\tau_i`, see
-    :func:`analytic_variance`. ``corrector`` is an MCMC kernel of :mod:`sculpt.diffusion.mcmc`, run at every noise level.
+    :func:`analytic_variance`. Contrasts are faded in, :math:`\Phi'` is the formula at the next level: see :mod:`sculpt.diffusion.fade`.
+    ``corrector`` is an MCMC kernel of :mod:`sculpt.diffusion.mcmc`, run at every noise level.
     """
     check_count(n)
     steps = 128 if steps is None else steps
@@ -315,15 +317,17 @@ def track(
     normal = 0.5 * d * torch.log(2 * math.pi * v0)
     ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(N, m).clone()
     population = Population(N, threshold=threshold, generator=generator, device=device)
-    population.reweight(formula.value(ell) + inner(xi, xi) / 2 + normal - 0.5 * d * math.log(degree))
+    # The target of each level: what the formula pushes away from is faded in.
+    targets = [fade(formula, (k / (steps - 1)) ** 2) for k in range(steps)]
+    population.reweight(targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * d * math.log(degree))
 
     if corrector is not None:
         corrector.reset()
     for k, (s, s_next) in enumerate(track_progress(levels, "tracking densities", progress)):
         if corrector is not None:
-            z, ell = corrector(z, ell, s, formula, models, batch_size, generator)
+            z, ell = corrector(z, ell, s, targets[k], models, batch_size, generator)
         D = _denoised(models, z, s, k, batch_size, population)
-        a = formula.gradient(ell)
+        a = targets[k].gradient(ell)
         if s_next is None:
             break
         v, v_next = s**2, s_next**2
@@ -339,7 +343,7 @@ def track(
         miss = step[:, None] - delta * S
         log_base = -reduce(miss**2, "N m ... -> N m", "sum") / (2 * tau) - 0.5 * d * torch.log(2 * math.pi * tau)
         ell_next = ell + log_base - log_backward[:, None]
-        population.reweight(formula.value(ell_next) - formula.value(ell) + log_backward - log_forward)
+        population.reweight(targets[k + 1].value(ell_next) - targets[k].value(ell) + log_backward - log_forward)
         z, ell = z + step, ell_next
         if (index := population.resample()) is not None:
             z, ell = z[index], ell[index]
@@ -350,7 +354,7 @@ def track(
     if corrector is not None:
         diagnostics.notes.append(corrector.note)
     diagnostics.observe(population)
-    return population.samples(x.float(), n, diagnostics, models[0].decode, resample)
+    return population.samples(x.float(), n, diagnostics, models[0].result, resample)
 
 
 def analytic_variance(

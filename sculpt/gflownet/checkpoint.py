@@ -7,6 +7,7 @@ another. Classes come from ``gfn.gym`` and ``sculpt`` only; anything else has to
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,7 @@ from gfn.estimators import DiscretePolicyEstimator
 from torch import nn
 
 from sculpt.files import load_folder, save_folder
-from sculpt.gflownet.model import GFlowNet, _title, describe, fingerprint
+from sculpt.gflownet.model import GFlowNet, _title, check_condition, describe, fingerprint
 from sculpt.gflownet.network import LogProbPolicy, NetworkPolicy
 
 __all__ = ["save", "load", "build_env"]
@@ -69,6 +70,11 @@ def load(
             f"{_title(env)} has other rules ({rules}, torchgfn {version('torchgfn')}): masks, actions or states differ. "
             "Install the version it was made with, or pass the right env=."
         )
+    if (spec := describe(env)) is not None and json.loads(json.dumps(spec)) != {key: saved[key] for key in spec}:
+        raise ValueError(
+            f"{folder} was made for {saved['name']} with other arguments than the env= that was passed, {_title(env)}. The rules look "
+            "alike, but an action means something else. Leave env= out to have the checkpoint's own."
+        )
     sides = {"policy": policy, "backward": backward}
     for side, estimator in sides.items():
         if (spec := config.get(side, False)) is False:
@@ -83,7 +89,7 @@ def load(
                 f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}"
             ) from None
         sides[side] = estimator.to(device=env.device, dtype=dtype).eval().requires_grad_(False)
-    ordered = {name: float(condition[name]) for name in config["condition"]}
+    ordered = check_condition({name: condition[name] for name in config["condition"]}, sides["policy"], str(folder))
     name = config["name"] or folder.resolve().name
     if ordered:
         name += f"[{', '.join(f'{k}={v:g}' for k, v in ordered.items())}]"

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
+import numbers
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,10 +27,10 @@ from torch import Tensor, nn
 
 from sculpt.base import BaseModel
 from sculpt.gflownet.network import GridNetwork, LogProbPolicy
-from sculpt.particles import Samples
+from sculpt.particles import Diagnostics, Samples
 from sculpt.training import Replay
 
-__all__ = ["GFlowNet", "describe", "digest", "distinct", "fingerprint", "state_keys"]
+__all__ = ["GFlowNet", "check_condition", "describe", "digest", "distinct", "fingerprint", "state_keys"]
 
 NEG_INF = float("-inf")
 
@@ -72,7 +74,7 @@ class GFlowNet(BaseModel):
         if backward is not None and isinstance(backward.module, UniformModule):
             backward = None
         self.env, self.policy, self.backward = env, policy, backward
-        self.condition = dict(condition or {})
+        self.condition = check_condition(condition or {}, policy, name or "this policy")
         self._key = key
         self._name = name
 
@@ -182,16 +184,21 @@ class GFlowNet(BaseModel):
         resample: bool = True,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,
+        progress: bool = True,
     ) -> Samples:
         """n terminal states. What belongs to weights is for guided compositions: see :func:`sculpt.gflownet.sampler.sample`."""
         from sculpt.gflownet.sampler import sample
 
         weights = {"correct": correct, "particles": particles, "threshold": threshold, "resample": resample}
-        return sample(self, n, **weights, batch_size=batch_size, generator=generator)
+        return sample(self, n, **weights, batch_size=batch_size, generator=generator, progress=progress)
 
     def decode(self, x: Tensor) -> Any:
         """What the environment makes of terminal states, where it has a method ``decode``; else the states themselves."""
         return self.env.decode(x) if hasattr(self.env, "decode") else x
+
+    def result(self, x: Tensor, log_weights: Tensor | None = None, diagnostics: Diagnostics | None = None) -> Samples:
+        """An environment says in ``samples_class`` what its samples can do beyond :class:`Samples`, as molecules do."""
+        return getattr(self.env, "samples_class", Samples)(x, log_weights, diagnostics, self.decode)
 
     def default_network(self) -> nn.Module:
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, or one for grids."""
@@ -240,6 +247,17 @@ class GFlowNet(BaseModel):
         from sculpt.gflownet.checkpoint import load
 
         return load(Path(folder), env=env, policy=policy, backward=backward, device=device, dtype=dtype, condition=condition)
+
+
+def check_condition(condition: dict[str, float], policy: DiscretePolicyEstimator, who: str) -> dict[str, float]:
+    """Numbers, and where the network says in ``ranges`` what it was trained for, within that: outside it knows nothing."""
+    ranges = getattr(policy.module, "ranges", {})
+    for key, value in condition.items():
+        low, high = ranges.get(key, (-math.inf, math.inf))
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
+            trained = f" from {low:g} to {high:g}, the range that it was trained for" if key in ranges else ""
+            raise ValueError(f"{key}={value!r} for {who}: expected a number{trained}.")
+    return {key: float(value) for key, value in condition.items()}
 
 
 # Environments

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,11 +104,21 @@ class GFlowNetReplay(Replay):
             odds = log_odds_range * (2 * torch.rand(self._odds_each(log_P, classifier), classifier.m, generator=generator) - 1)
             # Of two models only the ratio counts; it is to cover the range evenly.
             odds = (torch.stack([odds[:, 0], -odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else odds).to(device)
-        features, start, T, log_f = self._tables(classifier, teacher, states, log_P, odds)
-        N = torch.logsumexp(log_P[None, ..., None] + T, dim=2)
-        steps = T[:, rows, part.actions] - N[:, rows]
+        allowed = (log_P > float("-inf")).any(-1)
+        features, start, log_h = self._log_h(classifier, states, allowed, odds)
+        with torch.no_grad():
+            share = teacher.terminal(states)
+            share = share[None] if odds is None else torch.log_softmax(share[None] + odds[:, None], dim=-1)
+            log_f = share @ classifier.set_head.counts.T
+        # The exit is one more child, with f in the place of h. Entries ``e``: parent and action of every child.
+        parent, action = (torch.cat(pair) for pair in zip(allowed[:, :-1].nonzero().T, self._exits(allowed), strict=True))
+        log_h = torch.cat([log_h, log_f[:, parent[log_h.shape[1] :], None].expand(-1, -1, classifier.m, -1)], dim=1)
+        N = _logsumexp_by(log_P[parent, action][None, ..., None] + log_h, parent, len(states))
+        entry = torch.empty(allowed.shape, dtype=torch.long, device=device)
+        entry[parent, action] = torch.arange(len(parent), device=device)
+        steps = log_h[:, entry[rows, part.actions]] - N[:, rows]
         log_f = log_f[:, rows[part.last], None]
-        R = start - log_f + torch.zeros(len(T), len(part.x), *T.shape[3:], device=device).index_add(1, part.owner, steps)
+        R = start - log_f + torch.zeros(len(N), len(part.x), *N.shape[2:], device=device).index_add(1, part.owner, steps)
         # Where the guided chain goes: the anchor's trajectories, those with large f more often than not.
         w = part.p[None, :, :, None] * (0.7 * log_f.exp() / log_f.exp().mean(1, keepdim=True) + 0.3)
         terminal = torch.log_softmax(classifier.terminal_head(features).float(), dim=-1)[rows[part.last]]
@@ -118,40 +128,36 @@ class GFlowNetReplay(Replay):
             "joint": (w * F.huber_loss(R, torch.zeros_like(R), reduction="none")).mean(),
         }
 
-    def _tables(self, classifier, teacher, states, log_P, odds):
-        """Features of the states, log h of the start (o 1 m k), of each child (o u a m k), and log f of each state as an end (o u k)."""
-        allowed, u = (log_P > float("-inf")).any(-1), len(states)
-        with torch.no_grad():
-            share = teacher.terminal(states)
-            share = share[None] if odds is None else torch.log_softmax(share[None] + odds[:, None], dim=-1)
-            log_f = share @ classifier.set_head.counts.T
-        every, place = states, torch.arange(u, device=states.device)
-        if not self.head:
+    def _exits(self, allowed: Bool[Tensor, "u a"]) -> tuple[Int[Tensor, "c"], Int[Tensor, "c"]]:
+        rows = allowed[:, -1].nonzero()[:, 0]
+        return rows, torch.full_like(rows, self.actions - 1)
+
+    def _log_h(
+        self, classifier: Classifier, states: Tensor, allowed: Bool[Tensor, "u a"], odds: Tensor | None
+    ) -> tuple[Float[Tensor, "u w"], Float[Tensor, "o 1 m k"], Float[Tensor, "o c m k"]]:
+        """Features of the states, and log h of the start and of each allowed child but the exit."""
+        if self.head:
+            # Column 0 is the state itself, column 1 + a its child by a.
+            every, place, (of, column) = states, torch.arange(len(states), device=states.device), allowed[:, :-1].nonzero().T
+            column = column + 1
+        else:
             device = self.models[0].device
-            few, actions, children = (
-                part.to(states.device) for part in self.models[0].children(states.to(device), allowed.to(device))
-            )
+            _, _, children = (part.to(states.device) for part in self.models[0].children(states.to(device), allowed.to(device)))
             # Most children are states of other trajectories, and want the network once.
             every, place = distinct(torch.cat([states, children]))
+            of, column = place[len(states) :], torch.zeros_like(place[len(states) :])
+        start = (every == self.models[0].env.s0.to(every)).flatten(1).all(-1).nonzero()[0]
         features = classifier.network(every)
-        if odds is None:
-            H = classifier.set_head(features)[None]
-        else:
-            H = classifier.set_head(features.repeat(len(odds), 1), odds.repeat_interleave(len(every), dim=0))
-            H = H.unflatten(0, (len(odds), len(every)))
-        # Forbidden children: any finite number, as their probability is zero.
-        T = torch.zeros(len(H), *allowed.shape, *H.shape[3:], device=states.device)
-        if self.head:
-            T[:, :, :-1] = H[:, :, 1:]
-        else:
-            T[:, few, actions] = H[:, place[u:], 0]
-        T[:, :, -1] = log_f[:, :, None].expand(-1, -1, classifier.m, -1)
-        s0 = (every == self.models[0].env.s0.to(every)).flatten(1).all(-1).nonzero()[0, 0]
-        return features[place[:u]], H[:, s0, 0][:, None], T, log_f
+        of, column = torch.cat([start, of]), torch.cat([torch.zeros_like(start), column])
+        each = [None] if odds is None else odds
+        log_h = torch.stack(
+            [classifier.set_head(features, v if v is None else v.expand(len(features), -1), of, column) for v in each]
+        )
+        return features[place[: len(states)]], log_h[:, :1], log_h[:, 1:]
 
     def _odds_each(self, log_P: Tensor, classifier: Classifier) -> int:
         """How many odds a batch is seen under: the trajectories are the same, so they cost the heads only."""
-        return max(1, min(4, 2**24 // (log_P.numel() * len(classifier.set_head.sets))))
+        return max(1, min(4, 2**22 // (int((log_P > float("-inf")).sum()) * len(classifier.set_head.sets))))
 
     def trajectories(self, size: int, generator: torch.Generator, held_out: bool) -> Trajectories:
         """``size`` trajectories per model."""
@@ -223,3 +229,11 @@ def record(model: GFlowNet, models: Sequence[GFlowNet], n: int, generator: torch
     return Trajectories(
         states[last], torch.softmax(log_p, -1).float(), last, states, torch.cat(actions)[order], shares, owner[order]
     )
+
+
+def _logsumexp_by(x: Float[Tensor, "o e m k"], index: Int[Tensor, "e"], size: int) -> Float[Tensor, "o u m k"]:
+    """log Σ exp over the entries of each index."""
+    x = x.transpose(0, 1)
+    top = torch.full((size, *x.shape[1:]), float("-inf"), device=x.device)
+    top = top.scatter_reduce_(0, index[:, None, None, None].expand(x.shape), x.detach(), "amax")
+    return (top + torch.zeros_like(top).index_add(0, index, (x - top[index]).exp()).log()).transpose(0, 1)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sculpt.formula import Formula, Nested
 from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
@@ -54,6 +55,7 @@ def sample(
     resample: bool = True,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
+    progress: bool = True,
 ) -> Samples:
     r"""n terminal states of a base model or a guided composition.
 
@@ -66,6 +68,8 @@ def sample(
 
     With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` a step adds :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
     """
+    if n < 1:
+        raise ValueError(f"The number of samples has to be at least 1, got n={n}.")
     policy = model.policy
     weighted = isinstance(policy, ComposedPolicy) and policy.form == "anchored"
     if correct and not weighted:
@@ -78,7 +82,7 @@ def sample(
         )
     if not weighted:
         road = "classifier, mixture form" if isinstance(policy, ComposedPolicy) else "base model"
-        return _independent(model, n, Diagnostics(road, str(model)), batch_size, generator)
+        return _independent(model, n, Diagnostics(road, str(model)), batch_size, generator, progress)
 
     def propose(states, log_h):
         unique, rows = distinct(states)
@@ -92,23 +96,30 @@ def sample(
     log_h = policy.log_h(_starts(model, 1)).expand(N)
     population.reweight(log_h)
     diagnostics = Diagnostics("classifier, anchored form" + ", corrected" * correct, str(model))
-    x = _particles(model, population, propose, log_h[:, None].clone(), diagnostics, batch_size or batch_of(model))
+    x = _particles(model, population, propose, log_h[:, None].clone(), diagnostics, batch_size or batch_of(model), progress)
     diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
     if not correct:
-        return Samples(x, None, diagnostics, model.decode)
-    return population.samples(x, n, diagnostics, model.decode, resample)
+        return model.result(x, None, diagnostics)
+    return population.samples(x, n, diagnostics, model.result, resample)
 
 
 def _independent(
-    model: GFlowNet, n: int, diagnostics: Diagnostics, batch_size: int | None, generator: torch.Generator | None
+    model: GFlowNet,
+    n: int,
+    diagnostics: Diagnostics,
+    batch_size: int | None,
+    generator: torch.Generator | None,
+    progress: bool,
 ) -> Samples:
     x = _starts(model, n)
-    for chunk in torch.arange(n, device=model.device).split(batch_size or batch_of(model)):
-        for t, (index, states, actions) in enumerate(rollout(model, len(chunk), generator), 1):
-            stop = actions == model.env.n_actions - 1
-            x[chunk[index[stop]]] = states[stop]
-            diagnostics.steps = max(diagnostics.steps, t)
-    return Samples(x, None, diagnostics, model.decode)
+    with _bar(model, n, progress) as bar:
+        for chunk in torch.arange(n, device=model.device).split(batch_size or batch_of(model)):
+            for t, (index, states, actions) in enumerate(rollout(model, len(chunk), generator), 1):
+                stop = actions == model.env.n_actions - 1
+                x[chunk[index[stop]]] = states[stop]
+                diagnostics.steps = max(diagnostics.steps, t)
+                bar.update(int(stop.sum()))
+    return model.result(x, None, diagnostics)
 
 
 @torch.no_grad()
@@ -122,6 +133,7 @@ def track(
     resample: bool = True,
     generator: torch.Generator | None = None,
     batch_size: int | None = None,
+    progress: bool = True,
 ) -> Samples:
     r"""Any formula of the base models' densities, which each trajectory carries along: nothing is trained.
 
@@ -157,9 +169,10 @@ def track(
     population = Population(N, threshold=threshold, generator=generator, device=first.device)
     population.reweight(formula.value(ell))
     diagnostics = Diagnostics("tracked densities", formula.write([str(model) for model in models]))
-    x = _particles(first, population, propose, ell, diagnostics, batch_size or max(1, batch_of(first) // len(models)))
+    chunk = batch_size or max(1, batch_of(first) // len(models))
+    x = _particles(first, population, propose, ell, diagnostics, chunk, progress)
     diagnostics.observe(population)
-    samples = population.samples(x, n, diagnostics, first.decode, resample)
+    samples = population.samples(x, n, diagnostics, first.result, resample)
     if (note := _disagreement(models, samples.x[:64], generator)) is not None:
         diagnostics.notes.append(note)
     return samples
@@ -172,6 +185,7 @@ def _particles(
     carry: Float[Tensor, "p k"],
     diagnostics: Diagnostics,
     batch_size: int,
+    progress: bool,
 ) -> Shaped[Tensor, "p *s"]:
     """Run a population to its end, in chunks. Finished particles keep their place and their weight among those still going.
 
@@ -179,20 +193,27 @@ def _particles(
     """
     states = _starts(model, population.n)
     going = torch.ones(population.n, dtype=torch.bool, device=model.device)
-    while going.any():
-        increment = torch.zeros_like(population.log_w)
-        for chunk in going.nonzero()[:, 0].split(batch_size):
-            increment[chunk], actions, carry[chunk] = propose(states[chunk], carry[chunk])
-            go = actions != model.env.n_actions - 1
-            states[chunk[go]] = model.step(states[chunk[go]], actions[go])
-            going[chunk[~go]] = False
-        population.reweight(increment)
-        diagnostics.steps += 1
-        if (survivors := population.resample()) is not None:
-            states, going, carry = states[survivors], going[survivors], carry[survivors]
+    with _bar(diagnostics.formula, population.n, progress) as bar:
+        while going.any():
+            increment = torch.zeros_like(population.log_w)
+            for chunk in going.nonzero()[:, 0].split(batch_size):
+                increment[chunk], actions, carry[chunk] = propose(states[chunk], carry[chunk])
+                go = actions != model.env.n_actions - 1
+                states[chunk[go]] = model.step(states[chunk[go]], actions[go])
+                going[chunk[~go]] = False
+            population.reweight(increment)
+            diagnostics.steps += 1
+            if (survivors := population.resample()) is not None:
+                states, going, carry = states[survivors], going[survivors], carry[survivors]
+            # How many have ended, of as many as there are; a resampling may turn it back.
+            bar.update(population.n - int(going.sum()) - bar.n)
     if population.lost:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
     return states
+
+
+def _bar(what: GFlowNet | str, n: int, progress: bool) -> tqdm:
+    return tqdm(total=n, desc=f"sampling {what}", disable=not progress, delay=2, leave=False)
 
 
 def _population_size(n: int, particles: int | None) -> int:
@@ -210,22 +231,33 @@ def path_ratios(
 
     The terminal log-probabilities of base models whose flows balance; otherwise they depend on the path.
     """
-    first = models[made_by]
-    s0 = _starts(first, 1)
-    ell = torch.stack([model.log_pf(x)[:, -1] for model in models], dim=-1)
+    return torch.cat([_path_ratios(models, part, generator, models[made_by]) for part in x.split(_paths_at_once(models[0]))])
+
+
+def _paths_at_once(model: GFlowNet) -> int:
+    return max(1, 8 * batch_of(model) // 64)
+
+
+def _path_ratios(models, x, generator, first):
+    s0, exit_action = _starts(first, 1), first.env.n_actions - 1
     index, states = torch.arange(len(x), device=x.device), x
+    visited, taken, owner = [states], [torch.full_like(index, exit_action)], [index]
+    ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
     while True:
         inside = (states != s0).flatten(1).any(-1)
         index, states = index[inside], states[inside]
         if not len(index):
-            return ell
-        actions = draw(first.log_pb(states), torch.arange(len(index), device=x.device), generator)
-        wrapped = first.env.states_from_tensor(states.clone())
-        parents = first.env.backward_step(wrapped, first.env.actions_from_tensor(actions[:, None])).tensor
+            break
         every = torch.arange(len(index), device=x.device)
-        ratio = [model.log_pf(parents)[every, actions] - model.log_pb(states)[every, actions] for model in models]
-        ell[index] += torch.stack(ratio, dim=-1)
-        states = parents
+        actions = draw(first.log_pb(states), every, generator)
+        ell[index] -= torch.stack([model.log_pb(states)[every, actions] for model in models], dim=-1)
+        wrapped = first.env.states_from_tensor(states.clone())
+        states = first.env.backward_step(wrapped, first.env.actions_from_tensor(actions[:, None])).tensor
+        visited, taken, owner = [*visited, states], [*taken, actions], [*owner, index]
+    # All states at once: a policy that reads a whole path in one pass does.
+    unique, rows = distinct(torch.cat(visited))
+    log_pf = torch.stack([model.log_pf(unique)[rows, torch.cat(taken)] for model in models], dim=-1)
+    return ell.index_add(0, torch.cat(owner), log_pf)
 
 
 def _disagreement(models: Sequence[GFlowNet], x: Tensor, generator: torch.Generator | None, paths: int = 4) -> str | None:
@@ -263,5 +295,5 @@ def _starts(model: GFlowNet, n: int) -> Tensor:
 
 
 def batch_of(model: GFlowNet) -> int:
-    """How many trajectories at a time: at most 2²⁴ numbers per table over actions."""
-    return max(1, 2**24 // model.env.n_actions)
+    """How many trajectories at a time: at most 2²¹ numbers per table over actions."""
+    return max(1, 2**21 // model.env.n_actions)

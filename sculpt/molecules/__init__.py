@@ -9,6 +9,9 @@ _CONTENTS = {
     "SA": "rewards",
     "QED": "rewards",
     "FragmentNetwork": "network",
+    "Molecules": "results",
+    "generate": "shards",
+    "Library": "shards",
 }
 
 __all__ = [*_CONTENTS]

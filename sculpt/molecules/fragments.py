@@ -1,9 +1,10 @@
 r"""Molecules as trees of fragments: an environment for torchgfn, all of it integer tensors.
 
 A tree is written down in one order, breadth first from its root, each fragment's attachment points in the order of the
-vocabulary. The root is the fragment that comes last in the vocabulary. A state is what has been written so far, so it has one
-parent, the DAG is a tree, :math:`P_B = 1`, and the probability that a policy gives to a sample is exact: a product along its
-one path.
+vocabulary. The root is the fragment that comes last in the vocabulary. Adding a fragment takes two actions: the attachment point
+it goes to, then the fragment with the point it is held by; that is some 300 actions where one for both would be 4,000.
+A state is what has been written so far, so it has one parent, the DAG is a tree, :math:`P_B = 1`, and the
+probability that a policy gives to a sample is exact: a product along its one path.
 
 **What a policy is a distribution over**: written trees. A tree is written in :math:`w(x)` ways (:meth:`FragmentTrees.writings`),
 one for each choice of the root, where the last fragment of the vocabulary occurs more than once, and of names for
@@ -25,9 +26,10 @@ from gfn.env import DiscreteEnv
 from gfn.states import DiscreteStates
 from jaxtyping import Bool, Float, Int
 from rdkit import Chem
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.molecules.chemistry import Vocabulary
+from sculpt.particles import Samples
 
 __all__ = ["FragmentTrees", "Layout"]
 
@@ -36,7 +38,7 @@ class Layout:
     """The tables of a vocabulary: pieces, attachment points, what fits where. Environment and network number their actions by it.
 
     Pieces 0 … F−1 are the fragments as roots, F … F+K−1 the fragments with the point they are held by; of points that a symmetry
-    exchanges one stands for all. Actions: F first fragments; then ``F + K · (S · slot + point) + piece``; then stop.
+    exchanges one stands for all. Actions: F first fragments; then ``F + S · slot + point``; then ``F + J + piece − F``; then stop.
     """
 
     def __init__(self, vocabulary: Vocabulary, slots: int, hetero_bonds: bool, device: torch.device | str = "cpu"):
@@ -48,7 +50,7 @@ class Layout:
             if i == min(s[i] for s in symmetries)
         ]
         self.K, self.J = len(held), self.S * (slots - 1)
-        self.n_actions = self.F + self.J * self.K + 1
+        self.n_actions = self.F + self.J + self.K + 1
         self.fragment = torch.tensor([*range(self.F), *(f for f, _ in held)], device=device)
         self.own = torch.tensor([-1] * self.F + [i for _, i in held], device=device)
         self.points = torch.tensor([len(sites) for _, sites in vocabulary], device=device)
@@ -68,6 +70,11 @@ class Layout:
         piece, bond = (states.unflatten(-1, (self.slots, 2)) - 1).unbind(-1)
         return piece, bond, (piece >= 0).sum(-1)
 
+    def chosen(self, bond: Int[Tensor, "b n"], n: Int[Tensor, "b"]) -> Int[Tensor, "b"]:
+        """The attachment point that waits for its piece; −1 where none does."""
+        point = bond.gather(1, n.clamp(max=self.slots - 1)[:, None])[:, 0]
+        return torch.where((n > 0) & (n < self.slots), point, -1)
+
     def open(self, states: Int[Tensor, "b s"]) -> tuple[Bool[Tensor, "b j"], Int[Tensor, "b j"]]:
         """At which attachment points the next fragment may go, and whether each is a heteroatom."""
         piece, bond, n = self.tree(states)
@@ -79,14 +86,25 @@ class Layout:
         later = torch.arange(self.J, device=states.device) > last
         polar = self.polar[fragment].flatten(1).long()
         fits = self.fits_any[root[:, None], polar]
-        return there.flatten(1) & later & fits & (n < self.slots)[:, None], polar
+        free = (n < self.slots) & (self.chosen(bond, n) < 0)
+        return there.flatten(1) & later & fits & free[:, None], polar
+
+    def allowed(self, states: Int[Tensor, "b s"]) -> Bool[Tensor, "b a"]:
+        piece, bond, n = self.tree(states)
+        open_, polar = self.open(states)
+        point, root = self.chosen(bond, n), piece[:, 0].clamp(min=0)
+        waits = point >= 0
+        first = (n == 0)[:, None].expand(-1, self.F)
+        pieces = waits[:, None] & self.fits[root, polar.gather(1, point.clamp(min=0)[:, None])[:, 0]]
+        return torch.cat([first, open_, pieces, ((n > 0) & ~waits)[:, None]], dim=-1)
 
 
 class FragmentTrees(DiscreteEnv):
     """Trees of at most ``slots`` fragments, joined by single bonds between attachment points.
 
     A state holds two numbers a slot: its piece + 1 (0: empty) and the attachment point of the tree that it is bound to + 1 (0: it is
-    the root). An action adds one fragment or stops; stopping is allowed everywhere but at the start, so there are no dead ends.
+    the root). An action chooses the first fragment, or an attachment point, or the piece that goes there, or stops. Stopping is
+    allowed wherever there is a fragment and no point waits for its piece, so there are no dead ends.
 
     Args:
         vocabulary: a JSON file, or ``[[smiles, [atom, …]], …]``; by default sculpt's own.
@@ -126,38 +144,33 @@ class FragmentTrees(DiscreteEnv):
 
         class States(super().make_states_class()):
             def _compute_forward_masks(self) -> Bool[Tensor, "*b a"]:
-                states = self.tensor.flatten(0, -2)
-                n, points = layout.tree(states)[2], layout.open(states)
-                first = (n == 0)[:, None].expand(-1, layout.F)
-                root = (states[:, 0] - 1).clamp(min=0)
-                added = points[0][..., None] & layout.fits[root[:, None], points[1]]
-                return torch.cat([first, added.flatten(1), (n > 0)[:, None]], -1).unflatten(0, self.batch_shape)
+                return layout.allowed(self.tensor.flatten(0, -2)).unflatten(0, self.batch_shape)
 
             def _compute_backward_masks(self) -> Bool[Tensor, "*b p"]:
                 states = self.tensor.flatten(0, -2)
                 piece, bond, n = layout.tree(states)
-                last = (n - 1).clamp(min=0)[:, None]
-                piece, bond = piece.gather(1, last), bond.gather(1, last)
-                action = torch.where(last == 0, piece, layout.F + bond * layout.K + piece - layout.F)
+                point = layout.chosen(bond, n)
+                last = piece.gather(1, (n - 1).clamp(min=0)[:, None])[:, 0]
+                action = torch.where(n == 1, last, layout.J + last)
+                action = torch.where(point >= 0, layout.F + point, action)
                 masks = torch.zeros(len(states), layout.n_actions - 1, dtype=torch.bool, device=states.device)
-                return masks.scatter_(1, action.clamp(min=0), (n > 0)[:, None]).unflatten(0, self.batch_shape)
+                return masks.scatter_(1, action.clamp(min=0)[:, None], (n > 0)[:, None]).unflatten(0, self.batch_shape)
 
         return States
 
     def step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
         layout, s, a = self.layout, states.tensor.clone(), actions.tensor[:, 0]
         n, rows = layout.tree(s)[2], torch.arange(len(s), device=s.device)
-        b = a - layout.F
-        first = b < 0
-        s[rows, 2 * n] = torch.where(first, a, layout.F + b % layout.K) + 1
-        s[rows, 2 * n + 1] = torch.where(first, 0, b // layout.K + 1)
+        chooses_point = (a >= layout.F) & (a < layout.F + layout.J)
+        value = torch.where(chooses_point, a - layout.F, torch.where(a < layout.F, a, a - layout.J))
+        s[rows, 2 * n + chooses_point] = value + 1
         return self.States(s)
 
     def backward_step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
         s = states.tensor.clone()
-        last, rows = self.layout.tree(s)[2] - 1, torch.arange(len(s), device=s.device)
-        s[rows, 2 * last] = 0
-        s[rows, 2 * last + 1] = 0
+        _, bond, n = self.layout.tree(s)
+        waits = self.layout.chosen(bond, n) >= 0
+        s[torch.arange(len(s), device=s.device), torch.where(waits, 2 * n + 1, 2 * n - 2)] = 0
         return self.States(s)
 
     def log_reward(self, final_states: DiscreteStates) -> Float[Tensor, "b"]:
@@ -171,6 +184,12 @@ class FragmentTrees(DiscreteEnv):
 
     def reward(self, final_states: DiscreteStates) -> Float[Tensor, "b"]:
         return self.log_reward(final_states).exp()
+
+    def classifier_network(self) -> nn.Module:
+        """The default backbone of a classifier of these states."""
+        from sculpt.molecules.network import FragmentFeatures
+
+        return FragmentFeatures(self.vocabulary, self.slots, self.hetero_bonds)
 
     # Molecules
 
@@ -191,6 +210,13 @@ class FragmentTrees(DiscreteEnv):
     def decode(self, x: Int[Tensor, "b s"]) -> list[str]:
         """Canonical SMILES."""
         return [Chem.MolToSmiles(molecule) for molecule in self.molecules(x)]
+
+    @property
+    def samples_class(self) -> type[Samples]:
+        """What samples of models on this environment can do: SMILES, scores, tables, files and pictures."""
+        from sculpt.molecules.results import Molecules
+
+        return Molecules
 
     # Trees
 

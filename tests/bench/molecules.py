@@ -1,9 +1,11 @@
-"""Molecules: agreement, speed and quality, beside the published: ``make bench-molecules``. One thread, CPU time."""
+"""Molecules: agreement, speed and quality, beside the published: ``make bench-molecules [PARTS="roads emd"]``. One thread, CPU time."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -13,8 +15,12 @@ from pathlib import Path
 
 import torch
 from rdkit import Chem
+from rdkit.Chem import rdFingerprintGenerator
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import ks_2samp
 
 import sculpt
+from sculpt.gflownet.sampler import path_ratios
 from sculpt.molecules import QED, SA, SEH, FragmentTrees
 from sculpt.molecules.rewards import Reward
 
@@ -91,29 +97,243 @@ def trees(name: str, env: FragmentTrees) -> None:
     row("masks", f"{rate(lambda: states.clone().forward_masks, 500):,.0f} /s", "")
 
 
+REWARDS = {"seh": (SEH, 0.5), "sa": (SA, 0.6), "qed": (QED, 0.25)}  # and the paper's "high"
+NAMES = tuple(REWARDS)
+N = 5000
+
+
+@functools.cache
+def load(name: str, beta: float = 32.0):
+    return sculpt.load(PRETRAINED / name, beta=beta)
+
+
+@functools.cache
+def classifier(name: str):
+    return sculpt.load(PRETRAINED / name)
+
+
+@functools.cache
+def reward(name: str) -> Reward:
+    return REWARDS[name][0]()
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Scored:
+    """Molecules of a sampler, their rewards and sizes, and what they cost."""
+
+    def __init__(self, draw: Callable[[], sculpt.Samples]):
+        start = time.process_time()
+        self.samples = draw()
+        self.rate = len(self.samples) / (time.process_time() - start)
+        env, x = load("seh").env, self.samples.x
+        self.molecules = env.molecules(x)
+        self.R = {name: reward(name)(self.molecules) for name in NAMES}
+        self.size = (x[:, ::2] > 0).sum(-1)
+        self.smiles = [Chem.MolToSmiles(m) for m in self.molecules]
+
+    def high(self, *names: str) -> float:
+        """Percent of molecules that are high in all of these."""
+        return 100 * float(torch.stack([self.R[name] >= REWARDS[name][1] for name in names]).all(0).double().mean())
+
+    def low_and_high(self) -> str:
+        """Percent (low, low), (low, high), (high, low), (high, high) in SEH and SA."""
+        seh, sa = (self.R[name] >= REWARDS[name][1] for name in ("seh", "sa"))
+        return " / ".join(f"{100 * float((a & b).double().mean()):.0f}" for a in (~seh, seh) for b in (~sa, sa))
+
+    def bits(self, n: int) -> torch.Tensor:
+        generator = rdFingerprintGenerator.GetMorganGenerator(radius=3, fpSize=2048)
+        return torch.tensor([list(generator.GetFingerprintAsNumPy(m)) for m in self.molecules[:n]], dtype=torch.float32)
+
+    def diversity(self) -> float:
+        """Mean of 1 − Tanimoto similarity over pairs of a thousand molecules."""
+        similar = tanimoto(self.bits(1000), self.bits(1000))
+        return float(1 - (similar.sum() - similar.diagonal().sum()) / (len(similar) * (len(similar) - 1)))
+
+
+def tanimoto(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    both = p @ q.T
+    return both / (p.sum(-1)[:, None] + q.sum(-1) - both)
+
+
+def table(title: str, *columns: str) -> None:
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}", flush=True)
+
+
+def line(name: str, *values: object) -> None:
+    print(f"| {name} | {' | '.join(map(str, values))} |", flush=True)
+
+
 def policies() -> None:
     heading("Policies")
-    for name, reward, high in (("seh", SEH, 0.5), ("sa", SA, 0.6), ("qed", QED, 0.25)):
+    for name, (_, high) in REWARDS.items():
         if (PRETRAINED / name / "config.json").exists():
-            policy(name, reward(), high)
+            policy(name, high)
         else:
             row(f"p_{name}", "not trained yet", "")
 
 
-def policy(name: str, reward: Reward, high: float) -> None:
-    generator = torch.Generator().manual_seed(0)
+def policy(name: str, high: float) -> None:
     for beta in (96.0, 32.0):
-        model = sculpt.load(PRETRAINED / name, beta=beta)
-        network = model.policy.module
-        x = network.sample(torch.full((5000,), beta), generator)
-        R = reward(model.env.molecules(x))
-        length = float((x[:, ::2] > 0).sum(-1).float().mean())
-        row(f"p_{name}, β = {beta:g}: at least {high}", f"{100 * R.ge(high).float().mean():.1f} %", "95 %" * (beta == 32))
-        row("mean reward, fragments", f"{R.mean():.3f}, {length:.1f}", "")
-    batch = torch.full((512,), 32.0)
-    row("drawn, 512 at a time", f"{rate(lambda: network.sample(batch, generator), 512):,.0f} /s", "700 /s", "62–72 /s")
-    through = rate(lambda: model.sample(512, generator=generator), 512, 2)
-    row("the same through GFlowNet.sample", f"{through:,.0f} /s", "700 /s", "62–72 /s")
+        model = load(name, beta)
+        s = Scored(lambda m=model: m.sample(N, generator=seeded()))
+        row(f"p_{name}, β = {beta:g}: at least {high}", f"{s.high(name):.1f} %", "95 %" * (beta == 32))
+        row("mean reward, fragments", f"{s.R[name].mean():.3f}, {s.size.double().mean():.1f}", "")
+    for n in (64, 512, 2048):
+        row(f"drawn, {n} at a time", f"{rate(lambda n=n: model.sample(n), n, 3):,.0f} /s", "700 /s", "62–72 /s")
+
+
+def composed() -> None:
+    """Speed of compositions, one thread."""
+    both, judge = load("seh") & load("sa"), classifier("seh-sa")
+    heading("Composed sampling: SEH ⊗ SA at β = 32")
+    for n in (512, 2048):
+        guided = rate(lambda n=n: both.sample(n, judge, generator=seeded(), progress=False), n, 3)
+        row(f"guided, {n} at a time", f"{guided:,.0f} /s", "300 /s", "1.46 /s")
+    for name, options in (("guided, corrected", {"classifier": judge, "correct": True}), ("tracked densities", {})):
+        speed = rate(lambda options=options: both.sample(2048, generator=seeded(), progress=False, **options), 2048, 3)
+        row(f"{name}, 2,048", f"{speed:,.0f} /s", "")
+    x = both.sample(10_000, judge, generator=seeded(), progress=False).x
+    row("distinct canonical SMILES among 10,000", f"{len(set(load('seh').env.decode(x))):,}", "reported")
+
+
+def draws(composition: sculpt.Composition, judge) -> dict[str, Callable[[], sculpt.Samples]]:
+    """The roads to 5,000 samples. Rejection uses exact densities: a molecule is written in one way."""
+    quiet = {"progress": False}
+    return {
+        "rejection": lambda: sculpt.reject(composition, N, generator=seeded(1), **quiet),
+        "guided": lambda: composition.sample(N, judge, generator=seeded(2), **quiet),
+        "guided, corrected": lambda: composition.sample(N, judge, correct=True, generator=seeded(3), **quiet),
+        "tracked densities": lambda: composition.sample(N, generator=seeded(4), **quiet),
+    }
+
+
+def roads() -> None:
+    """The roads against each other."""
+    pair, triple = [load("seh"), load("sa")], [load(name) for name in NAMES]
+    compare("SEH ⊗ SA at β = 32", sculpt.harmonic_mean(*pair), classifier("seh-sa"), ("seh", "sa"))
+    compare("SEH ◑ SA (contrast)", sculpt.contrast(*pair), classifier("seh-sa"), ("seh", "sa"))
+    compare("SEH ⊗ SA ⊗ QED", sculpt.harmonic_mean(*triple), classifier("seh-sa-qed"), NAMES)
+    print("\nPublished for SEH ⊗ SA ⊗ QED: 40 % high in all three by the classifier, 65–66 % training-free.", flush=True)
+
+
+def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str, ...]) -> None:
+    columns = ["all high", *(f"mean {name.upper()}" for name in names), "diversity", "log Z", "molecules/s"]
+    table(
+        f"{title}, {N:,} samples",
+        *columns,
+        f"KS distance to rejection: {', '.join(map(str.upper, names))}, size (5 % level)",
+        "TV to exact",
+    )
+    level, referee = 1.36 * (2 / N) ** 0.5, None
+    for road, draw in draws(composition, judge).items():
+        s = Scored(draw)
+        referee = referee or s
+        means = [f"{s.R[name].mean():.3f}" for name in names]
+        pairs = [(s.R[name], referee.R[name]) for name in names] + [(s.size, referee.size)]
+        ks = ", ".join(f"{ks_2samp(p, q).statistic:.3f}" for p, q in pairs) + f" ({level:.3f})"
+        tv = f"{variation(composition, judge, s):.3f}" if road == "guided" else ""
+        log_z = s.samples.log_z
+        line(
+            road,
+            f"{s.high(*names):.1f} %",
+            *means,
+            f"{s.diversity():.3f}",
+            f"{log_z:.3f}",
+            f"{s.rate:.0f}",
+            ks if s is not referee else "",
+            tv,
+        )
+
+
+def variation(composition: sculpt.Composition, judge, s: Scored) -> float:
+    """Total variation between the guided chain and the exact composition, from both densities at the chain's samples."""
+    x, guided = s.samples.x[:2000], composition.guided(judge)
+    log_w = composition.formula.value(path_ratios(composition.models, x)) - path_ratios([guided], x)[:, 0]
+    return float((torch.softmax(log_w, 0) * len(x) - 1).abs().mean() / 2)
+
+
+def operations(beta: float):
+    """The paper's protocol: name, composition, and the classifier's name where one is shipped."""
+    pair, triple = [load(name, beta) for name in ("seh", "sa")], [load(name, beta) for name in NAMES]
+    for alpha in (0.05, 0.25, 0.5, 0.75, 0.95):
+        yield f"SEH ⊗ SA, α = {alpha:g}", sculpt.harmonic_mean(*pair, odds=alpha), "seh-sa"
+    for first, second, label in (("SEH", "SA", 0), ("SA", "SEH", 1)):
+        for alpha in (0.05, 0.15, 0.5, 0.85, 0.95):
+            weights = [alpha, 1 - alpha] if label == 0 else [1 - alpha, alpha]
+            yield f"{first} ◑ {second}, α = {alpha:g}", sculpt.posterior(pair, (label, label), weights), "seh-sa"
+    for k in (2, 3):
+        for labels in itertools.combinations_with_replacement(range(3), k):
+            yield "labels " + ", ".join(NAMES[i].upper() for i in labels), sculpt.posterior(triple, labels), "seh-sa-qed"
+
+
+def protocol() -> None:
+    """All operations and α at both exponents."""
+    for beta in (32.0, 96.0):
+        columns = [
+            "SEH/SA: low low / low high / high low / high high, %",
+            "QED high, %",
+            "all three, %",
+            "mean SEH, SA, QED",
+            "road",
+        ]
+        table(f"The paper's protocol at β = {beta:g}, {N:,} samples", *columns)
+        bases = [(f"p_{name.upper()}", load(name, beta), None) for name in NAMES]
+        for name, composition, judge in [*bases, *operations(beta)]:
+            # The shipped classifiers know the policies at β = 32; at 96 nothing is trained.
+            judge = classifier(judge) if judge and beta == 32 else None
+            options = {} if judge is None else {"classifier": judge, "correct": True}
+            s = Scored(lambda c=composition, o=options: c.sample(N, generator=seeded(), progress=False, **o))
+            road = s.samples.diagnostics.road
+            means = ", ".join(f"{s.R[key].mean():.2f}" for key in NAMES)
+            line(name, s.low_and_high(), f"{s.high('qed'):.0f}", f"{s.high(*NAMES):.0f}", means, road)
+
+
+PUBLISHED_EMD = {
+    "p_SEH": (0, 4.42, 5.77),
+    "p_SA": (4.42, 0, 5.88),
+    "labels SEH, SA": (3.39, 3.26, 5.40),
+    "labels SEH, QED": (4.20, 5.15, 4.02),
+    "labels SA, QED": (4.88, 4.59, 3.85),
+    "labels SEH, SA, QED": (4.10, 4.20, 4.20),
+}
+PUBLISHED_CONTRAST = {"SEH": 2.45, "SA": 2.55, "QED": 3.21}  # to its own base
+
+
+def emd() -> None:
+    """Earth mover's distances between sample sets: cost 1 / (Tanimoto + 1e-8) − 1, at most 100."""
+    triple, judge, options = [load(name) for name in NAMES], classifier("seh-sa-qed"), {"progress": False}
+    sets = {
+        f"p_{name.upper()}": Scored(lambda m=m: m.sample(N, generator=seeded())) for name, m in zip(NAMES, triple, strict=True)
+    }
+    for k in (2, 3):
+        for labels in itertools.combinations(range(3), k):
+            composition, title = sculpt.posterior(triple, labels), "labels " + ", ".join(NAMES[i].upper() for i in labels)
+            sets[title] = Scored(lambda c=composition: c.sample(N, judge, correct=True, generator=seeded(), **options))
+    for i, name in enumerate(NAMES):
+        composition = sculpt.posterior(triple, (i, i))
+        sets[f"labels {name.upper()}, {name.upper()}"] = Scored(
+            lambda c=composition: c.sample(N, judge, correct=True, generator=seeded(), **options)
+        )
+    bits = {name: s.bits(N) for name, s in sets.items()}
+    table(f"Earth mover's distance, {N:,} samples, β = 32 (published)", "p_SEH", "p_SA", "p_QED")
+    for name in sets:
+        published = PUBLISHED_EMD.get(name, (None,) * 3)
+        cells = []
+        for i, base in enumerate(f"p_{key.upper()}" for key in NAMES):
+            known = published[i]
+            if name == f"labels {NAMES[i].upper()}, {NAMES[i].upper()}":
+                known = PUBLISHED_CONTRAST[NAMES[i].upper()]
+            distance = 0.0 if name == base else move(bits[name], bits[base])
+            cells.append(f"{distance:.2f}" + (f" ({known:.2f})" if known is not None else ""))
+        line(name, *cells)
+
+
+def move(p: torch.Tensor, q: torch.Tensor) -> float:
+    cost = (1 / (tanimoto(p, q) + 1e-8) - 1).clamp(max=100).numpy()
+    return float(cost[linear_sum_assignment(cost)].mean())
 
 
 def training() -> None:
@@ -130,6 +350,9 @@ def training() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = {"rewards": rewards, "environment": environment, "policies": policies, "training": training}
+    steps = (rewards, environment, policies, training, composed, roads, protocol, emd)
+    parts = {part.__name__: part for part in steps}
+    if unknown := set(sys.argv[1:]) - set(parts):
+        sys.exit(f"No part {', '.join(sorted(unknown))}; there are {', '.join(parts)}.")
     for part in sys.argv[1:] or parts:
         parts[part]()

@@ -1,9 +1,9 @@
-"""The command ``sculpt``: demo, sample, fit, inspect."""
+"""The command ``sculpt``: demo, sample, fit, molecules, inspect."""
 
 from __future__ import annotations
 
 import argparse
-import ast
+import importlib
 import io
 import sys
 import warnings
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["compose", "main"]
+from sculpt.cli import molecules
+from sculpt.cli.formulas import compose
+from sculpt.cli.options import conditions, count, device, load_models, named_paths
 
-_FUNCTIONS = ("mixture", "harmonic_mean", "contrast", "posterior", "product", "power_mean")
+__all__ = ["compose", "main"]
 
 _SAMPLE = """\
 formulas
@@ -60,12 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        hint = (
-            f" The same command continues from the last checkpoint in {options.output}."
-            if options.run is _fit
-            else " Nothing was written."
-        )
-        print(f"\nsculpt: stopped.{hint}", file=sys.stderr)
+        print(f"\nsculpt: stopped. {options.stopped(options)}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
         if options.traceback:
@@ -88,17 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sculpt {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, stopped=lambda _: "Nothing was written.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", parents=[common], help="compositions with exact answers, on every road (under two minutes)",
-        description="Compose three discs in the plane on every road and measure each against the exact answer.",
+        "demo", parents=[common], help="the main jobs, with pictures and tables (under two minutes)", formatter_class=raw,
+        description="molecules: bind sEH and can be made, from two pretrained policies (in a clone of the repository).\n"
+        "discs: three discs in the plane on every road, each measured against the exact answer.",
     )  # fmt: skip
-    demo.add_argument(
-        "-o", "--output", default="demo", metavar="FOLDER", help="where pictures and the table go (default: demo)"
-    )
-    demo.add_argument("-n", type=_count, default=4000, help="samples of each composition (default: 4000)")
+    demo.add_argument("parts", nargs="*", metavar="PART", help="molecules, discs (default: both)")
+    demo.add_argument("-o", "--output", default="demo", metavar="FOLDER", help="where pictures and tables go (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -123,15 +119,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Sample a composition of pretrained models.", epilog=_SAMPLE,
     )  # fmt: skip
     sample.add_argument("formula", help='over the models\' names, e.g. "a & b"')
-    sample.add_argument("-n", type=_count, default=16, help="how many samples (default: 16)")
+    sample.add_argument("-n", type=count, default=16, help="how many samples (default: 16)")
     sample.add_argument("-o", "--output", required=True, metavar="FILE", help=".png, .npz, .safetensors, or .smi for molecules")
     sample.add_argument("--classifier", metavar="FOLDER", help="from sculpt fit")
-    sample.add_argument("--steps", type=_count, help="noise levels of a diffusion model (default: 32 guided, 128 tracked)")
-    sample.add_argument("--particles", type=_count, help="the population of tracked densities and of --correct")
+    sample.add_argument("--steps", type=count, help="noise levels of a diffusion model (default: 32 guided, 128 tracked)")
+    sample.add_argument("--particles", type=count, help="the population of tracked densities and of --correct")
     sample.add_argument("--correct", action="store_true", help="weigh and select guided samples until they are exact")
     sample.add_argument("--anchor", metavar="NAME", help="which observed model's chain is steered (default: the first)")
     sample.add_argument("--reject", action="store_true", help="rejection with the classifier's terminal head")
-    sample.add_argument("--batch-size", type=_count, help="states that go through a network at once")
+    sample.add_argument("--batch-size", type=count, help="states that go through a network at once")
     sample.set_defaults(run=_sample)
 
     fit = commands.add_parser(
@@ -139,12 +135,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the classifier that guides every composition of a set of models.", epilog=_FIT,
     )  # fmt: skip
     fit.add_argument("-o", "--output", required=True, metavar="FOLDER", help="where the classifier and its training are kept")
-    fit.add_argument("--observations", type=_count, default=2, help="labels that a sample may be conditioned on (default: 2)")
+    fit.add_argument("--observations", type=count, default=2, help="labels that a sample may be conditioned on (default: 2)")
     fit.add_argument("--odds", action="store_true", help="take odds as an input")
-    fit.add_argument("--steps", type=_count, help="of training (default: 4000)")
-    fit.add_argument("--batch-size", type=_count, help="finished samples per model and step (default: 256)")
-    fit.add_argument("--samples", type=_count, help="how many to draw from each model to learn from")
-    fit.set_defaults(run=_fit)
+    fit.add_argument("--steps", type=count, help="of training (default: 4000)")
+    fit.add_argument("--batch-size", type=count, help="finished samples per model and step (default: 256)")
+    fit.add_argument("--samples", type=count, help="how many to draw from each model to learn from")
+    fit.set_defaults(run=_fit, stopped=lambda o: f"The same command continues from the last checkpoint in {o.output}.")
+
+    molecules.add(commands, common)
 
     inspect = commands.add_parser(
         "inspect", parents=[common], help="what is in a checkpoint",
@@ -164,19 +162,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 # ----------------------------------------------------------------------------------------------------------------- commands
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from sculpt.demo import run
-
-    run(options.output, n=options.n, seed=options.seed)
+    homes = {"molecules": "sculpt.molecules.demo", "discs": "sculpt.demo"}
+    parts = options.parts or list(homes)
+    if unknown := [part for part in parts if part not in homes]:
+        raise ValueError(f"There is no demo {unknown[0]!r}; there are {', '.join(homes)}.")
+    for i, part in enumerate(parts):
+        if i:
+            print("\n" + "─" * 100 + "\n")
+        importlib.import_module(homes[part]).run(options.output, seed=options.seed)
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -196,11 +193,11 @@ def _sample(options: argparse.Namespace) -> None:
             "--correct and --particles belong to a population of particles; rejection has none. Leave them or --reject out."
         )
     # The formula first: a slip in it should not cost the loading of the models.
-    paths = _named_paths(options.model)
+    paths = named_paths(options.model)
     compose(options.formula, dict.fromkeys(paths))
-    models = _load_models(options)
+    models = load_models(options)
     composition = compose(options.formula, models)
-    classifier = sculpt.load(options.classifier, device=_device(options)) if options.classifier else None
+    classifier = sculpt.load(options.classifier, device=device(options)) if options.classifier else None
     if classifier is not None and not isinstance(classifier, sculpt.Classifier):
         raise ValueError(f"{options.classifier} is not a classifier. Make one: sculpt fit --model ... -o FOLDER.")
     if options.anchor is not None and options.anchor not in models:
@@ -227,7 +224,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _fit(options: argparse.Namespace) -> None:
     import sculpt
 
-    models = _load_models(options)
+    models = load_models(options)
     settings = {"steps": options.steps, "batch_size": options.batch_size, "samples": options.samples}
     classifier = sculpt.fit(
         list(models.values()),
@@ -248,7 +245,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     folder = locate(options.path)
     kind = kind_of(folder)
-    loaded = sculpt.load(folder, **_conditions(options.condition, [""])[""])
+    loaded = sculpt.load(folder, **conditions(options.condition, [""])[""])
     rows: list[tuple[str, Any]] = [("path", folder), ("kind", kind)]
     if kind == "classifier":
         rows += [("models", ", ".join(f"{n} ({key[:12]})" for n, key in zip(loaded.names, loaded.keys, strict=True)))]
@@ -287,123 +284,6 @@ def _curve(history: list[dict[str, float]]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- models and formulas
-
-
-def _named_paths(pairs: Sequence[str]) -> dict[str, str]:
-    paths: dict[str, str] = {}
-    for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not (equals and name.isidentifier() and path):
-            raise ValueError(
-                f"--model {pair}: expected NAME=PATH with a name of letters and digits, e.g. --model a={pair.strip('=')}."
-            )
-        if name in paths:
-            raise ValueError(f"--model {name} was given twice: {paths[name]} and {path}.")
-        if name in _FUNCTIONS:
-            raise ValueError(f"--model {name}: that is the name of a function; choose another.")
-        paths[name] = path
-    return paths
-
-
-def _load_models(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    import sculpt
-
-    paths = _named_paths(options.model)
-    conditions = _conditions(options.condition, list(paths))
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    models = {name: sculpt.load(path, device=_device(options), dtype=dtype, **conditions[name]) for name, path in paths.items()}
-    for name, model in models.items():
-        if isinstance(model, sculpt.Classifier):
-            raise ValueError(f"--model {name}: {paths[name]} is a classifier. Pass it as --classifier.")
-        if isinstance(model, sculpt.Diffusion):
-            model.name = name  # as the user calls it here, in formulas and in messages
-    return models
-
-
-def _device(options: argparse.Namespace) -> str:
-    import torch
-
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """``name.key=value`` for one model, ``key=value`` for all."""
-    conditions: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for pair in pairs:
-        left, equals, text = pair.partition("=")
-        name, dot, key = left.rpartition(".")
-        if not (equals and key.isidentifier()) or (dot and name not in conditions):
-            raise ValueError(
-                f"--with {pair}: expected KEY=VALUE or NAME.KEY=VALUE with a model's name ({', '.join(filter(None, names))})."
-            )
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        for target in [name] if dot else names:
-            conditions[target][key] = value
-    return conditions
-
-
-def compose(formula: str, models: dict[str, Any]) -> Any:
-    """The composition that a formula names, over models by name. Names, ``|``, ``&``, ``-`` and sculpt's functions; nothing is evaluated.
-
-    With ``None`` in place of the models only the formula is checked.
-    """
-    import sculpt
-
-    dry = all(model is None for model in models.values())
-
-    def wrong(node: ast.AST, what: str) -> ValueError:
-        part = ast.get_source_segment(formula, node) or formula
-        return ValueError(
-            f"Cannot read {part!r} in the formula {formula!r}: {what} Expected the models {', '.join(models)} joined by |, & and -, "
-            f"parentheses, and {', '.join(_FUNCTIONS)}."
-        )
-
-    def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.BinOp):
-            operators = {ast.BitOr: lambda p, q: p | q, ast.BitAnd: lambda p, q: p & q, ast.Sub: lambda p, q: p - q}
-            if type(node.op) not in operators:
-                raise wrong(node, f"the operator {type(node.op).__name__} has no meaning here.")
-            sides = value(node.left), value(node.right)
-            return None if dry else operators[type(node.op)](*sides)
-        if isinstance(node, ast.Name):
-            if node.id not in models:
-                raise wrong(node, "no such model.")
-            return models[node.id]
-        if isinstance(node, ast.Call):
-            if not (isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS):
-                raise wrong(node, "no such function.")
-            if any(keyword.arg is None for keyword in node.keywords):
-                raise wrong(node, "** has no meaning here.")
-            arguments, options = [argument(a) for a in node.args], {k.arg: argument(k.value) for k in node.keywords}
-            return None if dry else getattr(sculpt, node.func.id)(*arguments, **options)
-        raise wrong(node, "it is not a model.")
-
-    def argument(node: ast.AST) -> Any:
-        if isinstance(node, ast.List | ast.Tuple):
-            return [argument(element) for element in node.elts]
-        try:
-            number = ast.literal_eval(node)
-        except ValueError:
-            return value(node)
-        if isinstance(number, int | float) and not isinstance(number, bool):
-            return number
-        raise wrong(node, "it is neither a number nor a model.")
-
-    try:
-        tree = ast.parse(formula.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(
-            f"The formula {formula!r} is not complete: {error}. Write for example 'a & b' or '(a | b) - c'."
-        ) from None
-    return value(tree.body)
-
-
 # ------------------------------------------------------------------------------------------------------------------ writing
 
 
@@ -412,6 +292,8 @@ def _write_picture(samples: Any, path: Path) -> None:
 
     from sculpt import plots
 
+    if hasattr(samples, "draw"):
+        return samples.draw(24).save(path)
     shown = samples.decode()
     if isinstance(shown, torch.Tensor) and shown.ndim == 4 and shown.shape[1] in (1, 3):
         figure = plots.image_grid(shown, title=samples.diagnostics.formula)

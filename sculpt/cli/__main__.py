@@ -1,0 +1,7 @@
+"""``python -m sculpt.cli``"""
+
+import sys
+
+from sculpt.cli import main
+
+sys.exit(main())

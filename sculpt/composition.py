@@ -49,6 +49,7 @@ class Composition(BaseModel):
 
     @property
     def name(self) -> str:
+        """The formula over the models' names."""
         return self.formula.write(operand_names(self.models))
 
     def __repr__(self) -> str:
@@ -56,6 +57,7 @@ class Composition(BaseModel):
 
     @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:
+        """The pretrained models underneath, each once."""
         found: list[BaseModel] = []
         for model in self.models:
             found += [leaf for leaf in model.leaves if not any(same_model(leaf, other) for other in found)]
@@ -71,6 +73,7 @@ class Composition(BaseModel):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of one sample (diffusion)."""
         return self.leaves[0].shape
 
     def check_composable(self, other: BaseModel) -> None:
@@ -301,6 +304,10 @@ def mixture(*models: BaseModel, weights: Sequence[float] | None = None) -> Compo
 
 def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | Sequence[float] | None = None) -> Composition:
     r""":math:`p_{i_1} \prod_{k \ge 2} v_{i_k} p_{i_k} / \sum_j v_j p_j` for observed labels :math:`(i_1, \dots, i_n)` and odds v."""
+    if isinstance(odds, BaseModel):
+        raise TypeError(
+            f"Got the model {odds} where odds belong. More than two models: p & q & r, or sculpt.posterior(models, labels)."
+        )
     if isinstance(odds, int | float):
         odds = _alpha(odds, len(models))
     _check_one_each(models, odds, "odds")

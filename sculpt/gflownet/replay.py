@@ -6,6 +6,7 @@ among them, ``o`` odds, ``m`` anchors, ``k`` label sets. :math:`f(x) = \Pi_{k \g
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sculpt.classifier import Batch, Classifier
+from sculpt.formula import Posterior
 from sculpt.gflownet.model import GFlowNet, distinct
-from sculpt.gflownet.sampler import batch_of, rollout
+from sculpt.gflownet.sampler import backward_paths, batch_of, rollout, track
 from sculpt.training import Replay
 
 __all__ = ["GFlowNetReplay"]
@@ -26,7 +28,8 @@ class GFlowNetReplay(Replay):
     """``samples`` trajectories per model are kept; after each was used about ``reuse`` times come new ones.
 
     ``children`` asks for a head over actions, which scores all children of a state in one pass; by default where there are more
-    than 64 actions.
+    than 64 actions. ``composed`` adds trajectories of the models' harmonic means, made by tracked densities: where models hardly
+    overlap, their own trajectories never show what a composition is about. It wants converged flows or one parent per state.
     """
 
     def __init__(
@@ -36,12 +39,13 @@ class GFlowNetReplay(Replay):
         samples: int = 20_000,
         reuse: float = 1.0,
         children: bool | None = None,
+        composed: bool = False,
         seed: int = 0,
         progress: bool = True,
         checkpoint: object = None,
     ):
         self.models, self.samples, self.reuse, self.seed = tuple(models), samples, reuse, seed
-        self.actions = models[0].env.n_actions
+        self.actions, self.composed = models[0].env.n_actions, composed
         self.head = self.actions > 64 if children is None else children
         self.stores: dict[bool, tuple[int, list[Trajectories]]] = {}
 
@@ -167,9 +171,17 @@ class GFlowNetReplay(Replay):
         if held_out not in self.stores or self.stores[held_out][0] != filling:
             fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 + filling + 1)
             n = self.samples if not held_out else min(self.samples, 4096)
-            self.stores[held_out] = filling, [record(model, self.models, n, fresh) for model in self.models]
+            parts = [record(model, self.models, n, fresh) for model in self.models]
+            self.stores[held_out] = filling, parts + ([self._composed(n, fresh)] if self.composed else [])
         store = self.stores[held_out][1]
         return Trajectories.join([part.select(torch.randint(len(part.x), (size,), generator=generator)) for part in store])
+
+    def _composed(self, n: int, generator: torch.Generator) -> Trajectories:
+        """n trajectories where compositions go: of the harmonic means of any two or more of the models."""
+        m = len(self.models)
+        sets = [labels for k in range(2, m + 1) for labels in itertools.combinations(range(m), k)]
+        x = [track(Posterior(m, s), self.models, -(-n // len(sets)), generator=generator, progress=False).x for s in sets]
+        return retrace(self.models, torch.cat(x), generator)
 
 
 @dataclass
@@ -211,24 +223,40 @@ class Trajectories:
 @torch.no_grad()
 def record(model: GFlowNet, models: Sequence[GFlowNet], n: int, generator: torch.Generator) -> Trajectories:
     """n trajectories of a model, seen by all models."""
-    index, states, actions, so_far = [], [], [], []
-    log_p = torch.zeros(n, len(models), dtype=torch.float64)
+    columns = []
     for chunk in torch.arange(n).split(batch_of(model)):
-        for i, s, a in rollout(model, len(chunk), generator):
-            unique, rows = distinct(s)
-            step = torch.stack([other.log_pf(unique)[rows, a] for other in models], dim=-1).cpu()
-            index.append(chunk[i.cpu()])
-            states.append(s.cpu())
-            actions.append(a.cpu())
-            so_far.append(log_p[index[-1]])
-            log_p[index[-1]] += step
-    owner = torch.cat(index)
+        columns += [(chunk[i.cpu()], s, a) for i, s, a in rollout(model, len(chunk), generator)]
+    return _seen(models, *(torch.cat(column) for column in zip(*columns, strict=True)))
+
+
+@torch.no_grad()
+def retrace(models: Sequence[GFlowNet], x: Shaped[Tensor, "b *s"], generator: torch.Generator) -> Trajectories:
+    """Trajectories to these x by the first model's backward policy, seen by all models."""
+    _, parents, actions, owner = backward_paths(models[0], x, generator)
+    exits = torch.full((len(x),), models[0].env.n_actions - 1, device=x.device)
+    parts = (torch.arange(len(x), device=x.device), owner), (x, parents), (exits, actions)
+    return _seen(models, *(torch.cat(part).flip(0) for part in parts))
+
+
+def _seen(models: Sequence[GFlowNet], owner: Tensor, states: Tensor, actions: Tensor) -> Trajectories:
+    """States and actions of trajectories, each trajectory's in order, and what the models think of them."""
     order = owner.argsort(stable=True)
-    states, last = torch.cat(states)[order], torch.bincount(owner, minlength=n).cumsum(0) - 1
-    shares = torch.softmax(torch.cat(so_far)[order], dim=-1).float()
-    return Trajectories(
-        states[last], torch.softmax(log_p, -1).float(), last, states, torch.cat(actions)[order], shares, owner[order]
-    )
+    owner, states, actions = owner[order], states[order], actions[order]
+    steps = []
+    for part in torch.arange(len(states)).split(8 * batch_of(models[0])):
+        unique, rows = distinct(states[part])
+        steps.append(torch.stack([model.log_pf(unique)[rows, actions[part]] for model in models], dim=-1))
+    # A number for what a model thinks impossible, so that it stays in its own trajectory.
+    log_p = torch.cat(steps).clamp(min=-1e5).cumsum(0).cpu()
+    last = torch.bincount(owner).cumsum(0).cpu() - 1
+    owner, states, actions = owner.cpu(), states.cpu(), actions.cpu()
+    before = torch.cat(
+        [torch.zeros(1, len(models), dtype=log_p.dtype), log_p]
+    )  # the sum up to each row, and up to its trajectory
+    start = before[torch.cat([last.new_zeros(1), last[:-1] + 1])]
+    so_far = torch.softmax(before[:-1] - start[owner], dim=-1).float()
+    p = torch.softmax(log_p[last] - start, dim=-1).float()
+    return Trajectories(states[last], p, last, states, actions, so_far, owner)
 
 
 def _logsumexp_by(x: Float[Tensor, "o e m k"], index: Int[Tensor, "e"], size: int) -> Float[Tensor, "o u m k"]:

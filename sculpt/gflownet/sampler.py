@@ -19,7 +19,7 @@ from sculpt.gflownet.model import NEG_INF, GFlowNet, distinct
 from sculpt.gflownet.policy import ComposedPolicy, guide
 from sculpt.particles import Diagnostics, Population, Samples
 
-__all__ = ["guide", "path_ratios", "rollout", "sample", "track"]
+__all__ = ["backward_paths", "guide", "path_ratios", "rollout", "sample", "track"]
 
 
 def draw(log_p: Float[Tensor, "u a"], rows: Int[Tensor, "b"], generator: torch.Generator | None = None) -> Int[Tensor, "b"]:
@@ -118,6 +118,7 @@ def _independent(
                 stop = actions == model.env.n_actions - 1
                 x[chunk[index[stop]]] = states[stop]
                 diagnostics.steps = max(diagnostics.steps, t)
+                bar.set_postfix_str(f"step {t}", refresh=False)
                 bar.update(int(stop.sum()))
     return model.result(x, None, diagnostics)
 
@@ -206,6 +207,7 @@ def _particles(
             if (survivors := population.resample()) is not None:
                 states, going, carry = states[survivors], going[survivors], carry[survivors]
             # How many have ended, of as many as there are; a resampling may turn it back.
+            bar.set_postfix_str(f"step {diagnostics.steps}", refresh=False)
             bar.update(population.n - int(going.sum()) - bar.n)
     if population.lost:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
@@ -213,7 +215,9 @@ def _particles(
 
 
 def _bar(what: GFlowNet | str, n: int, progress: bool) -> tqdm:
-    return tqdm(total=n, desc=f"sampling {what}", disable=not progress, delay=2, leave=False)
+    # Most trajectories end in the last few steps, so how many have ended tells nothing of the time that is left.
+    form = "{desc}: {n_fmt} of {total_fmt} have ended{postfix} [{elapsed}]"
+    return tqdm(total=n, desc=f"sampling {what}", disable=not progress, delay=2, leave=False, bar_format=form)
 
 
 def _population_size(n: int, particles: int | None) -> int:
@@ -239,25 +243,35 @@ def _paths_at_once(model: GFlowNet) -> int:
 
 
 def _path_ratios(models, x, generator, first):
-    s0, exit_action = _starts(first, 1), first.env.n_actions - 1
-    index, states = torch.arange(len(x), device=x.device), x
-    visited, taken, owner = [states], [torch.full_like(index, exit_action)], [index]
+    children, parents, actions, owner = backward_paths(first, x, generator)
     ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
+    if len(owner):
+        unique, rows = distinct(children)
+        ell.index_add_(0, owner, -torch.stack([model.log_pb(unique)[rows, actions] for model in models], dim=-1))
+    # All states at once: a policy that reads a whole path in one pass does.
+    unique, rows = distinct(torch.cat([x, parents]))
+    actions = torch.cat([torch.full((len(x),), first.env.n_actions - 1, device=x.device), actions])
+    log_pf = torch.stack([model.log_pf(unique)[rows, actions] for model in models], dim=-1)
+    return ell.index_add(0, torch.cat([torch.arange(len(x), device=x.device), owner]), log_pf)
+
+
+def backward_paths(
+    model: GFlowNet, x: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None
+) -> tuple[Shaped[Tensor, "l *s"], Shaped[Tensor, "l *s"], Int[Tensor, "l"], Int[Tensor, "l"]]:
+    """One path back from each x by the model's backward policy: child, parent, the action between them, and the row of x."""
+    s0 = _starts(model, 1)
+    index, states = torch.arange(len(x), device=x.device), x
+    steps = [(states[:0], states[:0], index[:0], index[:0])]
     while True:
         inside = (states != s0).flatten(1).any(-1)
         index, states = index[inside], states[inside]
         if not len(index):
-            break
-        every = torch.arange(len(index), device=x.device)
-        actions = draw(first.log_pb(states), every, generator)
-        ell[index] -= torch.stack([model.log_pb(states)[every, actions] for model in models], dim=-1)
-        wrapped = first.env.states_from_tensor(states.clone())
-        states = first.env.backward_step(wrapped, first.env.actions_from_tensor(actions[:, None])).tensor
-        visited, taken, owner = [*visited, states], [*taken, actions], [*owner, index]
-    # All states at once: a policy that reads a whole path in one pass does.
-    unique, rows = distinct(torch.cat(visited))
-    log_pf = torch.stack([model.log_pf(unique)[rows, torch.cat(taken)] for model in models], dim=-1)
-    return ell.index_add(0, torch.cat(owner), log_pf)
+            return tuple(torch.cat(column) for column in zip(*steps, strict=True))
+        actions = draw(model.log_pb(states), torch.arange(len(index), device=x.device), generator)
+        wrapped = model.env.states_from_tensor(states.clone())
+        parents = model.env.backward_step(wrapped, model.env.actions_from_tensor(actions[:, None])).tensor
+        steps.append((states, parents, actions, index))
+        states = parents
 
 
 def _disagreement(models: Sequence[GFlowNet], x: Tensor, generator: torch.Generator | None, paths: int = 4) -> str | None:

@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits clean
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -40,8 +40,14 @@ bench-molecules: $(READY)  ## quality and speed of the molecule policies and the
 bench-digits: $(READY)  ## compositions of coloured digits by every road: proportions, Frechet distance and cost; hours, and goes on where it stopped
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/digits.py
 
+docs: $(READY)  ## the API pages, from the docstrings, into docs-html/
+	@$(BIN)/python -c 'import furo, importlib; importlib.import_module("sphinx-mathjax-offline")' 2>/dev/null || \
+	    $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	@$(BIN)/python -m sphinx -q -d docs-html/.doctrees .docs docs-html
+	@echo "docs-html/index.html"
+
 clean:  ## remove the environment and everything made by the other targets
-	rm -rf .venv build demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build demo docs-html .docs/api *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pyproject.toml and constraints.txt decide what is installed; an installation that was cut short is done again.

@@ -28,6 +28,7 @@ _CONTENTS = {
     "Classifier": "classifier",
     # looking at them
     "overlap": "diagnostics",
+    "explore": "explorer",
     "Samples": "particles",
 }
 _MODULES = ("exact",)

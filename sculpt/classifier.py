@@ -216,6 +216,7 @@ class Classifier(Guide, nn.Module):
 
     @property
     def config(self) -> dict:
+        """What ``save_pretrained`` writes beside the weights."""
         network = type(self.network)
         return {
             "kind": "classifier",
@@ -256,6 +257,7 @@ class Classifier(Guide, nn.Module):
         return classifier.eval().requires_grad_(False).to(device or "cpu")
 
     def extra_repr(self) -> str:
+        """What it was fitted for, in torch's printout."""
         return f"models={', '.join(self.names)}, observations={self.observations}, odds={self.odds}"
 
 

@@ -197,6 +197,7 @@ class Samples:
 
     @property
     def log_z(self) -> float | None:
+        """The estimate of the target's log-normaliser, ``None`` on roads that give none."""
         return self.diagnostics.log_z
 
     def decode(self):

@@ -35,7 +35,7 @@ def test_a_notebook_is_kept_as_it_ran(path):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     text = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
     assert not re.search(r"/(home|root|Users|work|tmp|usr|opt)/|[A-Z]:\\", "\n".join(text))
-    assert path.stat().st_size < 1_500_000
+    assert path.stat().st_size < 600_000
 
 
 def test_there_are_notebooks():

@@ -165,11 +165,13 @@ class Diffusion(Denoiser):
 
     @property
     def dtype(self) -> torch.dtype:
+        """What the network computes in, read off its weights."""
         state = _first_state(self.model)
         return torch.float32 if state is None else state.dtype
 
     @property
     def guided(self) -> bool:
+        """Whether the score is extrapolated: the guidance scale is not 1."""
         return self.guidance_scale != 1
 
     @property

@@ -234,7 +234,7 @@ def solve(
     name: str | None = None,
     limit: int = LIMIT,
 ) -> GFlowNet:
-    r"""The GFlowNet that perfect training would give: P(s'|s) = F(s → s') / F(s), flows summed backwards from the rewards.
+    r"""The GFlowNet that perfect training would give: :math:`P(s'|s) = F(s \to s') / F(s)`, flows summed backwards from the rewards.
 
     .. math:: F(s) = R(s) + \sum_{s'} F(s') \, P_B(s|s')
     """

@@ -82,6 +82,7 @@ class GFlowNet(BaseModel):
 
     @property
     def name(self) -> str:
+        """As given, or made from the key."""
         return self._name or f"gflownet-{self.key[:6]}"
 
     @property

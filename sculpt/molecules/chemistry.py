@@ -43,6 +43,7 @@ class Vocabulary(tuple):
 
     @property
     def sha256(self) -> str:
+        """A hash of all fragments and their attachment points, in order."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
     def __repr__(self) -> str:  # it stands in messages, where a hundred fragments would hide the message
@@ -52,6 +53,7 @@ class Vocabulary(tuple):
 
     @cached_property
     def molecules(self) -> list[Chem.Mol]:
+        """The fragments as RDKit molecules."""
         return [Chem.MolFromSmiles(smiles) for smiles, _ in self]
 
     @cached_property

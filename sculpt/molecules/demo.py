@@ -50,7 +50,7 @@ def run(folder: str | Path = "demo", *, n: int = 1000, beta: float = 32, seed: i
         rows[-1] |= {"distinct": summary.distinct, "rate": n / seconds}
     text = _table(rows, n)
     plots.save(plots.molecule_density(results), folder / "molecules-density.png")
-    results["seh & sa, guided"].draw(12, rewards=["seh", "sa"]).save(folder / "molecules.png")
+    results["seh & sa, guided"].draw(12, columns=4, rewards=["seh", "sa"]).save(folder / "molecules.png")
     replace_file(folder / "molecules.md", (text + "\n").encode())
     replace_file(folder / "molecules.smi", "".join(f"{s}\n" for s in results["seh & sa, guided"].smiles).encode())
     print(f"\n{text}\n\nHigh: sEH ≥ {HIGH['seh']}, SA ≥ {HIGH['sa']}.")

@@ -140,6 +140,7 @@ class FragmentTrees(DiscreteEnv):
         return {"vocabulary": self.vocabulary, "slots": self.slots, "hetero_bonds": self.hetero_bonds}
 
     def make_states_class(self) -> type[DiscreteStates]:
+        """States with the masks of the allowed actions, forward and backward."""
         layout = self.layout
 
         class States(super().make_states_class()):
@@ -159,6 +160,7 @@ class FragmentTrees(DiscreteEnv):
         return States
 
     def step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
+        """The trees after these actions."""
         layout, s, a = self.layout, states.tensor.clone(), actions.tensor[:, 0]
         n, rows = layout.tree(s)[2], torch.arange(len(s), device=s.device)
         chooses_point = (a >= layout.F) & (a < layout.F + layout.J)
@@ -167,6 +169,7 @@ class FragmentTrees(DiscreteEnv):
         return self.States(s)
 
     def backward_step(self, states: DiscreteStates, actions: Actions) -> DiscreteStates:
+        """The trees before these actions."""
         s = states.tensor.clone()
         _, bond, n = self.layout.tree(s)
         waits = self.layout.chosen(bond, n) >= 0
@@ -183,6 +186,7 @@ class FragmentTrees(DiscreteEnv):
         return self.beta * R.log() - self.writings(final_states.tensor).log()
 
     def reward(self, final_states: DiscreteStates) -> Float[Tensor, "b"]:
+        """exp of :meth:`log_reward`"""
         return self.log_reward(final_states).exp()
 
     def classifier_network(self) -> nn.Module:

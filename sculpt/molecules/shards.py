@@ -121,6 +121,7 @@ class Library:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
+        """What the folder was begun with: the manifest."""
         return read_json(self.folder / MANIFEST, "folder of molecules")
 
     @property
@@ -138,6 +139,7 @@ class Library:
         return min(self.settings["shard"], self.settings["n"] - k * self.settings["shard"])
 
     def path(self, k: int) -> Path:
+        """The file of shard k."""
         return self.folder / f"part-{k:05}.parquet"
 
     def has(self, k: int) -> bool:

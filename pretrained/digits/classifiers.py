@@ -1,0 +1,146 @@
+"""The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--state folder]``.
+
+They learn from samples of the models themselves, not from the data: two networks that were trained apart do not keep the ratio of
+their densities within a class, and a classifier has to tell the models apart as they are. A killed run goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parent))
+
+from base_samples import pool
+from coloured_mnist import CLASSES, LICENCE, SETS, proportions
+
+import sculpt
+from sculpt.diffusion.model import Denoiser
+from sculpt.diffusion.network import ImageNetwork
+from sculpt.diffusion.sampler import noise_range
+
+HERE = Path(__file__).parent
+OBSERVATIONS = {"pair": 2, "triple": 3}
+SAMPLES, SAMPLE_STEPS, STEPS, RATE = 5000, 32, 3000, 2e-3
+FRESH = 40_000
+"""Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
+
+CHANNELS, WIDTH = (16, 32, 64, 96), 128
+"""A quarter of the default network's cost: it is called, forwards and backwards, as often as a base model."""
+
+
+def fit(
+    name: str, models: list[Denoiser], state: Path, steps: int = STEPS, n: int = SAMPLES
+) -> tuple[sculpt.Classifier, float]:
+    """One of the two classifiers and the CPU seconds of its training, the drawing of samples included."""
+    drawn = [pool(model, n, state, steps=SAMPLE_STEPS) for model in models]
+    data = [x for x, _ in drawn]
+    everything = torch.cat(data)
+    statistics = {"mean": float(everything.mean()), "std": float(everything.std()), "s_min": noise_range(models)[0]}
+    network = ImageNetwork(models[0].shape, channels=CHANNELS, width=WIDTH, **statistics)
+    started = time.process_time()
+    classifier = sculpt.fit(
+        models,
+        OBSERVATIONS[name],
+        odds=len(models) == 2,
+        network=network,
+        data=data,
+        steps=steps,
+        learning_rate=RATE,
+        mixed_precision=True,
+        checkpoint=state / name,
+        progress=False,
+    )
+    return classifier, time.process_time() - started + sum(seconds for _, seconds in drawn)
+
+
+@torch.no_grad()
+def quality(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, n: int = 1000) -> dict[str, float]:
+    """Cross-entropy of the terminal head on samples that it has not seen, beside the least possible where classes are drawn alike."""
+    loss, hits = 0.0, 0
+    for i, model in enumerate(models):
+        x, _ = pool(model, n, state, steps=SAMPLE_STEPS, first=FRESH)
+        log_p = torch.cat([classifier.terminal(part) for part in x.split(250)])
+        loss -= float(log_p[:, i].double().mean()) / len(models)
+        hits += int((log_p.argmax(1) == i).sum())
+    shares = torch.stack([proportions(model.name) for model in models], -1)
+    log_best = (shares / shares.sum(-1, keepdim=True)).log()
+    best = -float((shares * log_best).nan_to_num(0.0).sum() / len(models))
+    return {"terminal": loss, "least": best, "accuracy": hits / (n * len(models))}
+
+
+@torch.no_grad()
+def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, n: int = 1000) -> list[str]:
+    """What the terminal head says of each class, beside what the data's proportions say."""
+    from judge import Judge
+
+    judge = Judge.from_pretrained(HERE / "judge")
+    x = torch.cat([pool(model, n, state, steps=SAMPLE_STEPS, first=FRESH)[0] for model in models])
+    label = judge.score(x).label
+    p = torch.cat([classifier.terminal(part) for part in x.split(250)]).exp().double()
+    shares = torch.stack([proportions(model.name) for model in models], -1)
+    rows = []
+    for i in shares.sum(-1).nonzero()[:, 0].tolist():
+        own, want = p[label == i], shares[i] / shares[i].sum()
+        if len(own) >= 20:
+            cells = " | ".join(f"{100 * a:.0f} % ({100 * b:.0f} %)" for a, b in zip(own.mean(0), want, strict=True))
+            rows.append(f"| {CLASSES[i][1]} {CLASSES[i][0]} | {len(own)} | {cells} |")
+    return rows
+
+
+def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], n: int, seconds: float, state: Path) -> str:
+    q, folder = quality(classifier, models, state), HERE / name
+    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    names = [model.name for model in models]
+    last = classifier.history[-1]
+    observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
+    return f"""# {name}: a classifier of {len(models)} coloured-digit models
+
+It steers compositions of {", ".join(names)} with up to {observed}.
+
+```python
+models = [sculpt.load(f"pretrained/digits/{{name}}") for name in {names}]
+classifier = sculpt.load("pretrained/digits/{name}")
+images = sculpt.posterior(models, {tuple(range(len(models)))}).sample(16, classifier).decode()
+```
+
+| on 1,000 new samples of each model | |
+|---|---|
+| cross-entropy of the terminal head | {q["terminal"]:.4f} nats ({q["least"]:.4f} if classes came as in the data and were drawn alike) |
+| it names the model that made an image | {100 * q["accuracy"]:.1f} % |
+
+What it says of an image of each class, on average, and in brackets what the data's proportions would say:
+
+| class, by the judge | samples | {" | ".join(f"made by {name}" for name in names)} |
+|---|---|{"---|" * len(names)}
+{chr(10).join(by_class(classifier, models, state))}
+
+| | |
+|---|---|
+| data | {n:,} samples of each model at {SAMPLE_STEPS} steps |
+| network | residual convolutions, channels {", ".join(map(str, CHANNELS))}, {sum(p.numel() for p in classifier.parameters()):,} parameters |
+| recipe | `python pretrained/digits/classifiers.py {name}`: `sculpt.fit`, {last["step"]:,} steps |
+| cost | {seconds / 60:.0f} CPU minutes, the samples included |
+| `model.safetensors` | sha256 {sha} |
+| licence | {LICENCE} |
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=OBSERVATIONS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each base model")
+    parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    models = [sculpt.load(HERE / name) for name in SETS[options.name]]
+    classifier, seconds = fit(options.name, models, options.state, options.steps, options.samples)
+    classifier.save_pretrained(HERE / options.name)
+    (HERE / options.name / "README.md").write_text(
+        card(options.name, classifier, models, options.samples, seconds, options.state)
+    )

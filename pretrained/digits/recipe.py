@@ -1,0 +1,256 @@
+r"""The coloured-digit models: ``python pretrained/digits/recipe.py {trunk,cyan,zero-one,zero-two,red-green,green} [--steps n | --card n]``.
+
+One network learns the five data sets together, told by a label which of them an image is from. Each model starts as that
+network with its label built in, and is then trained on its own data set alone. In canonical coordinates,
+:math:`z = x_0 + s \varepsilon`, whatever the schedule and the prediction type,
+
+.. math:: \text{loss} = w(s) \, |F(z, s) - F^*|^2, \qquad w(s) \propto (1 + s^{-2}) \, |\partial D / \partial F|^2
+
+with F* the output that says :math:`D = x_0`: the plain v-prediction loss in every parametrisation. Colours are put on while training.
+A killed run goes on where it stopped, bit for bit.
+"""
+
+import argparse
+import copy
+import hashlib
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent))
+
+from coloured_mnist import CLASSES, DATA, LICENCE, coloured, draw_colours, mnist, proportions, rows
+from runs import Run, read_state
+
+from sculpt import plots
+from sculpt.diffusion.model import Diffusion
+from sculpt.diffusion.schedule import Schedule, like, schedule_of
+
+HERE = Path(__file__).parent
+NETWORK = {"block_out_channels": (16, 32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 32}
+BATCH = 64
+STEPS = {"trunk": 12_000, "cyan": 4000, "zero-one": 2000, "zero-two": 4000, "red-green": 1500, "green": 1500}
+RATE = {"trunk": 2e-3, "zero-two": 1e-3}
+FINE = 6e-4
+SHARES = {"cyan": 0.4, "zero-one": 0.15, "zero-two": 0.15, "red-green": 0.15, "green": 0.15}
+"""Of the trunk's batches: ten digits are more to learn than two."""
+
+
+def scheduler(name: str) -> DDPMScheduler:
+    """Of the training. One model has another schedule and another prediction type than the rest, on purpose."""
+    if name == "zero-two":
+        return DDPMScheduler(beta_schedule="linear", prediction_type="epsilon")
+    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+
+
+def network(labels: int | None = None) -> UNet2DModel:
+    torch.manual_seed(0)
+    depth = len(NETWORK["block_out_channels"])
+    blocks = {"down_block_types": ("DownBlock2D",) * depth, "up_block_types": ("UpBlock2D",) * depth}
+    return UNet2DModel(sample_size=32, in_channels=3, out_channels=3, num_class_embeds=labels, **blocks, **NETWORK)
+
+
+def member(trunk: UNet2DModel, label: int) -> UNet2DModel:
+    """The unconditional network that is the trunk under one label: the label's embedding is added to that of the time."""
+    state = dict(trunk.state_dict())
+    embedding = state.pop("class_embedding.weight")[label]
+    state["time_embedding.linear_2.bias"] = state["time_embedding.linear_2.bias"] + embedding
+    own = network().to(trunk.device)
+    own.load_state_dict(state)
+    return own
+
+
+def retime(unet: UNet2DModel, old: Schedule, new: Schedule, steps: int = 1500) -> None:
+    """Another schedule has other times for the same noise level: teach the time embedding its new clock."""
+    teacher, embedding = copy.deepcopy(unet.time_embedding), unet.time_embedding
+    low, high = max(old.s_min, new.s_min), min(old.s_max, new.s_max)
+    s = torch.logspace(math.log10(low), math.log10(high), 512, dtype=torch.float64)
+    t_old, t_new = unet.time_proj(old.time(s)), unet.time_proj(new.time(s))
+    target = teacher(t_old).detach()
+    optimizer = torch.optim.Adam(embedding.parameters(), lr=3e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (embedding(t_new) - target).square().mean().backward()
+        optimizer.step()
+        decay.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
+    """Those of a uniform time on the cosine schedule, a little wider: colours are decided at s = 10, edges at 0.1."""
+    return (math.pi / 2 * u.double()).tan().pow(1.2).clamp(schedule.s_min, schedule.s_max)
+
+
+class Training(Run):
+    """Of the trunk, or of one model from the trunk on."""
+
+    def __init__(self, name: str, steps: int, state: Path, device: str = "cpu"):
+        self.scheduler = scheduler(name)
+        self.schedule = schedule_of(self.scheduler)
+        self.names = list(DATA) if name == "trunk" else [name]
+        unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
+        grey, digits = mnist("train")
+        self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
+        super().__init__(name, unet, state / name, steps=steps, rate=RATE.get(name, FINE), device=device)
+
+    def _start(self, name: str, state: Path) -> UNet2DModel:
+        if (state / name / "state.safetensors").exists():
+            return network()  # its own state is about to be read
+        if not (state / "trunk" / "state.safetensors").exists():
+            raise ValueError(f"{state / 'trunk'} holds no training to start {name} from. Run recipe.py trunk first.")
+        note, parts = read_state(state / "trunk")
+        if note["step"] < note["steps"]:
+            raise ValueError(
+                f"The trunk has taken {note['step']:,} of {note['steps']:,} steps. Run recipe.py trunk to its end first."
+            )
+        trunk = network(len(DATA))
+        trunk.load_state_dict(parts["average"])
+        unet, old = member(trunk, list(DATA).index(name)), schedule_of(scheduler("trunk"))
+        if self.schedule.identity != old.identity:
+            retime(unet, old, self.schedule)
+        return unet
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images, and the label of each one's data set."""
+        shares = torch.tensor([SHARES[name] for name in self.names])
+        label = torch.multinomial(shares, size, True, generator=generator).sort().values
+        at, colour = [], []
+        for i, name in enumerate(self.names):
+            k = int((label == i).sum())
+            at.append(self.rows[name][torch.randint(len(self.rows[name]), (k,), generator=generator)])
+            colour.append(draw_colours(name, k, generator))
+        return coloured(self.grey[torch.cat(at)], torch.cat(colour)).to(self.device), label.to(self.device)
+
+    def errors(self, unet: UNet2DModel, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Weighted square errors of a batch, one per image, and the noise levels."""
+        x, label = self.batch(size, generator)
+        # Stratified: every batch sees the whole way.
+        u = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+        s = noise_levels(u, self.schedule).to(self.device)
+        z = x + like(s, x) * torch.randn(x.shape, generator=generator).to(self.device)
+        own = {"class_labels": label} if len(self.names) > 1 else {}
+        F = unet(like(self.schedule.scale(s), z) * z, self.schedule.time(s), **own).sample.float()
+        _, b = self.schedule.coefficients(s)
+        # Bounded, because a predicted noise cannot be as good where the input is nothing else.
+        weight = (b**2 * (1 + s**-2)).clamp(max=5.0).float()
+        return weight * (F - self.schedule.output(z, s, x)).square().mean((1, 2, 3)), s
+
+    def loss(self, generator):
+        errors, s = self.errors(self.network, BATCH, generator)
+        return errors.mean(), {"far": float(errors.detach()[s > 3].mean()), "near": float(errors.detach()[s < 0.3].mean())}
+
+    @torch.no_grad()
+    def evaluate(self, size: int = 512) -> dict[str, float]:
+        """The same loss on the same draws every time, and a picture of samples. 1.7M weights do not learn 60,000 images by heart."""
+        self.picture()
+        errors, s = self.errors(self.average, size, torch.Generator().manual_seed(7))
+        return {"loss": float(errors.mean()), "far": float(errors[s > 3].mean()), "near": float(errors[s < 0.3].mean())}
+
+    def picture(self, n: int = 16) -> None:
+        """A row of samples of each data set, in the run's folder."""
+        nets = [self.average] if len(self.names) == 1 else [member(self.average, i) for i in range(len(self.names))]
+        generator = torch.Generator().manual_seed(1)
+        parts = [
+            Diffusion(net, self.scheduler, name=self.name).sample(n, steps=24, generator=generator, progress=False).decode()
+            for net in nets
+        ]
+        plots.save(plots.image_grid(torch.cat(parts).cpu(), n), self.folder / f"samples-{self.step:06d}.png")
+
+    def finish(self, folder: Path) -> None:
+        """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
+        unet, new = copy.deepcopy(self.average).cpu().half(), folder.with_name(f".{folder.name}")
+        DDPMPipeline(unet, self.scheduler).save_pretrained(new)
+        folder.mkdir(exist_ok=True)
+        for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
+        new.rmdir()
+
+
+# Cards
+
+
+def card(training: Training, folder: Path, n: int, state: Path, steps: int = 32) -> str:
+    """What the saved model is worth, by the judge."""
+    from base_samples import pool
+    from judge import Judge, frechet, moments, reference
+
+    import sculpt
+
+    name, model, judge = training.name, sculpt.load(folder), Judge.from_pretrained(HERE / "judge")
+    x, seconds = pool(model, n, state, steps=steps)
+    scores, want = judge.score(x), proportions(name)
+    real = reference(judge, want)
+    floor = reference(judge, want, "train")
+    plots.save(plots.image_grid((x[:48] / 2 + 0.5).clamp(0, 1), 16), folder / "samples.png")
+    sha = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    digits, colours = DATA[name]
+    config = training.scheduler.config
+    trunk = read_state(state / "trunk")[0]
+    table = "\n".join(
+        f"| {label} | {100 * scores.shares[i]:.1f} % | {100 * want[i]:.1f} % |"
+        for i, label in enumerate(f"{c} {d}" for d, c in CLASSES)
+        if want[i] > 0 or scores.shares[i] >= 0.002
+    )
+    return f"""# {name}
+
+MNIST digits {", ".join(map(str, digits)) if len(digits) < 10 else "0 to 9"} in {" or ".join(colours)}, 32×32: one of the five base models of the coloured-digit compositions.
+
+![{name}](samples.png)
+
+```python
+model = sculpt.load("pretrained/digits/{name}")
+images = model.sample(16, steps=32).decode()
+
+pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the same weights without sculpt
+```
+
+| {n:,} samples at {steps} steps | |
+|---|---|
+| the judge accepts one clear digit | {100 * scores.accepted.double().mean():.1f} % (target 97 %) |
+| Fréchet distance to held-out digits, in the judge's features | {frechet(moments(scores.features), real):.3f} (training digits: {frechet(floor, real):.3f}) |
+| CPU seconds an image, one thread | {seconds / n:.3f} |
+
+| class, by the judge | samples | data |
+|---|---|---|
+{table}
+
+| | |
+|---|---|
+| data | MNIST's training images, coloured while training |
+| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}, {sum(p.numel() for p in training.average.parameters()):,} parameters, saved in half precision |
+| schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
+| recipe | `python pretrained/digits/recipe.py trunk`, then `{name}`: {trunk["step"]:,} and {training.step:,} steps of {BATCH} images, averaged weights |
+| cost | {training.seconds / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
+| `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
+| licence | {LICENCE} |
+"""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=STEPS)
+    parser.add_argument("--steps", type=int, help="of training; by default the recipe's own")
+    parser.add_argument("--state", type=Path, default=Path("train_state/digits"), help="where a killed run continues from")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--card", type=int, metavar="N", help="write the card of the finished model, from N samples; needs the judge"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    training = Training(options.name, options.steps or STEPS[options.name], options.state, options.device)
+    folder = HERE / options.name
+    if options.card is not None:
+        (folder / "README.md").write_text(card(training, folder, options.card, options.state))
+    else:
+        training.run()
+        if options.name != "trunk":
+            training.finish(folder)

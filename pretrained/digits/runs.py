@@ -1,0 +1,130 @@
+"""A training run that can be killed at any time: weights, their average and the optimiser in one file, a seed for every step."""
+
+import abc
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from sculpt.files import replace_file
+
+
+class Run(abc.ABC):
+    """AdamW with warm-up and cosine decay, bfloat16 autocast, averaged weights. A killed run goes on bit for bit."""
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        folder: Path,
+        *,
+        steps: int,
+        rate: float,
+        decay: float = 0.999,
+        weight_decay: float = 1e-4,
+        device: str = "cpu",
+    ):
+        self.name, self.folder, self.steps, self.rate, self.decay = name, folder, steps, rate, decay
+        self.device = torch.device(device)
+        self.network = network.to(self.device).train()
+        self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
+        )
+        self.step, self.seconds = 0, 0.0
+        if (folder / "state.safetensors").exists():
+            self.load()
+
+    @abc.abstractmethod
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a new batch, and what else to log of it."""
+
+    @abc.abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """What the averaged weights are worth; called now and then, and at the end."""
+
+    def train_step(self) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(1_000_003 * (self.step + 1))
+        share = self.step / self.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
+        with torch.autocast(self.device.type, torch.bfloat16):
+            loss, row = self.loss(generator)
+        if not loss.isfinite():
+            raise FloatingPointError(f"The loss of {self.name} is {loss.item()} at step {self.step}; the last state is kept.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        # Short memory at first, then a window of about a tenth of the steps so far.
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        average, network = self.average.state_dict().values(), self.network.state_dict().values()
+        with torch.no_grad():
+            for mean, value in zip(average, network, strict=True):
+                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+        return {"loss": loss.item(), **row, "norm": float(norm)}
+
+    def run(self, report: int = 100, check: int = 1000, keep: float = 120.0) -> None:
+        """To the end; the state is kept every two minutes."""
+        rows, saved = [], time.monotonic()
+        while self.step < self.steps:
+            started = time.process_time()
+            rows.append(self.train_step())
+            self.seconds += time.process_time() - started
+            if self.step % report == 0:
+                self.log(**{key: round(sum(row[key] for row in rows) / len(rows), 4) for key in rows[0]})
+                rows = []
+            done = self.step == self.steps
+            if done or time.monotonic() - saved > keep:
+                self.save()
+                saved = time.monotonic()
+            if done or self.step % check == 0:
+                self.log(average={key: round(value, 4) for key, value in self.evaluate().items()})
+
+    def log(self, **row) -> None:
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds), **row})
+        print(self.name, line, flush=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    # Files
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"network": self.network.state_dict(), "average": self.average.state_dict()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            parts[f"optimizer.{i}"] = state
+        return {f"{part}/{key}": value.cpu().contiguous() for part, values in parts.items() for key, value in values.items()}
+
+    def save(self) -> None:
+        """One file, replaced in one go: a kill leaves the old one or the new one."""
+        note = json.dumps({"name": self.name, "step": self.step, "steps": self.steps, "seconds": self.seconds})
+        replace_file(self.folder / "state.safetensors", save(self.tensors(), metadata={"training": note}))
+
+    def load(self) -> None:
+        note, parts = read_state(self.folder)
+        if note["name"] != self.name:
+            raise ValueError(f"{self.folder} holds the training of {note['name']}, not of {self.name}. Give another folder.")
+        self.step, self.seconds = note["step"], note["seconds"]
+        self.network.load_state_dict(parts["network"])
+        self.average.load_state_dict(parts["average"])
+        state = {int(key.partition(".")[2]): value for key, value in parts.items() if key.startswith("optimizer.")}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def read_state(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    """The note and the tensors that a run has left."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / "state.safetensors", "pt") as file:
+        note = json.loads(file.metadata()["training"])
+        for key in file.keys():  # noqa: SIM118
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = file.get_tensor(key)
+    return note, parts

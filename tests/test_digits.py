@@ -1,0 +1,416 @@
+"""The coloured digits' recipe, judge and benchmark, on made-up digits and tiny networks: no trained weights and no MNIST needed."""
+
+import functools
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+import sculpt
+from sculpt.diffusion.model import Diffusion
+from sculpt.diffusion.network import ImageNetwork
+from sculpt.diffusion.schedule import like, schedule_of
+from sculpt.formula import Posterior
+
+sys.path.append(str(Path(__file__).parents[1] / "pretrained" / "digits"))
+
+import base_samples
+import coloured_mnist
+import judge as judging
+from coloured_mnist import CLASSES, COLOURS, DATA, SETS, composed, proportions
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "pretrained" / "digits"
+
+
+def load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def digits(split: str = "train"):
+    """Made up: every digit twelve times, a bar whose length is the digit."""
+    label = torch.arange(120) % 10
+    grey = torch.zeros(120, 32, 32, dtype=torch.uint8)
+    for i, digit in enumerate(label.tolist()):
+        grey[i, 8 : 12 + 2 * digit, 10 + i // 40 : 16] = 255
+    return grey, label
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    module = load("digits_recipe", DIGITS / "recipe.py")
+    small = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8}
+    monkeypatch.setattr(module, "NETWORK", small)
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "mnist", digits)
+    return module
+
+
+@pytest.fixture
+def trunk(recipe, tmp_path):
+    """A trunk that has taken its only step, and its state on disk."""
+    training = recipe.Training("trunk", 1, tmp_path)
+    training.train_step()
+    training.save()
+    return training
+
+
+def shares(**known: float) -> torch.Tensor:
+    return torch.tensor([known.get(f"{colour}_{digit}", 0.0) for digit, colour in CLASSES], dtype=torch.float64)
+
+
+# Data
+
+
+def test_the_pairs_exact_compositions_are_the_papers():
+    pair = [proportions(name) for name in SETS["pair"]]
+    expected = {
+        (0, 0): shares(red_0=0.659, green_0=0.341),
+        (0, 1): shares(green_0=1.0),
+        (1, 1): shares(green_1=0.702, green_0=0.298),
+    }
+    for labels, share in expected.items():
+        torch.testing.assert_close(composed(Posterior(2, labels), pair), share, atol=5e-4, rtol=0)
+
+
+def test_the_triples_exact_compositions_are_the_digits_that_all_observed_models_draw():
+    triple = [proportions(name) for name in SETS["triple"]]
+    for labels, names in {(0, 1): "cyan 0 1", (0, 2): "cyan 0 2", (1, 2): "cyan beige 0", (0, 1, 2): "cyan 0"}.items():
+        words = names.split()
+        share = composed(Posterior(3, labels), triple)
+        inside = [(str(d) in words) and (c in words) for d, c in CLASSES]
+        assert ((share > 0) == torch.tensor(inside)).all() and abs(float(share.sum()) - 1) < 1e-12
+
+
+def test_colouring_multiplies_the_grey_digit_by_its_colour_on_black():
+    grey = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 32, 32)
+    for i, rgb in enumerate(COLOURS.values()):
+        x = coloured_mnist.coloured(grey, torch.full((3,), i))
+        expected = torch.tensor([0.0, 0.2, 1.0])[:, None] * torch.tensor(rgb) * 2 - 1
+        torch.testing.assert_close(x, expected[:, :, None, None].expand(3, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_batch_has_the_data_sets_proportions(name, recipe, trunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "retime", lambda *_: None)
+    training = recipe.Training(name, 2, tmp_path)
+    n, bound = 4000, (torch.tensor(2 / 1e-6).log() / (2 * 4000)).sqrt()  # Dvoretzky, Kiefer and Wolfowitz
+    x, label = training.batch(n, torch.Generator().manual_seed(0))
+    rgb = torch.tensor(list(COLOURS.values())) * 2 - 1
+    colour = ((x.amax((2, 3))[:, None] - rgb).abs().sum(-1)).argmin(-1)
+    allowed = torch.tensor([c in DATA[name][1] for c in COLOURS])
+    counts = torch.bincount(colour, minlength=len(COLOURS)) / n
+    expected = allowed / allowed.sum()
+    assert float((counts.cumsum(0) - expected.cumsum(0)).abs().max()) < bound and not label.any()
+    length = (x.amax(1) > -1).any(-1).sum(-1)  # of the bar, which tells the digit
+    digit = torch.bincount((length - 4) // 2, minlength=10) / n
+    inside = torch.tensor([d in DATA[name][0] for d in range(10)])
+    assert float((digit.cumsum(0) - (inside / inside.sum()).cumsum(0)).abs().max()) < bound
+
+
+@pytest.mark.parametrize("damaged", [b"", b"something else"])
+def test_a_damaged_file_is_named_and_not_read(damaged, monkeypatch, tmp_path):
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "t10k-labels-idx1-ubyte.gz").write_bytes(damaged)
+    monkeypatch.setenv("SCULPT_DATA", str(tmp_path))
+    with pytest.raises(ValueError, match="expected ec29112dd5afa0611ce80d1b7f02629c"):
+        coloured_mnist.read("t10k-labels-idx1-ubyte.gz")
+
+
+def test_without_files_or_a_network_the_message_says_where_to_put_them(monkeypatch, tmp_path):
+    monkeypatch.delenv("SCULPT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(coloured_mnist, "MIRROR", "file:///nowhere/")
+    with pytest.raises(RuntimeError, match="SCULPT_DATA"):
+        coloured_mnist.read("t10k-labels-idx1-ubyte.gz")
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", ["trunk", "cyan", "judge"])
+def test_a_killed_training_goes_on_bit_for_bit(name, recipe, trunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging, "mnist", digits)
+    monkeypatch.setattr(judging, "BATCH", 40)
+
+    def training(folder):
+        if name == "judge":
+            return judging.Training(4, folder)
+        if name != "trunk":
+            (folder / "trunk").mkdir(parents=True, exist_ok=True)
+            (folder / "trunk" / "state.safetensors").write_bytes((tmp_path / "trunk" / "state.safetensors").read_bytes())
+        return recipe.Training(name, 4, folder)
+
+    through, first = training(tmp_path / "a"), training(tmp_path / "b")
+    for _ in range(4):
+        through.train_step()
+    for _ in range(2):
+        first.train_step()
+    first.save()
+    again = training(tmp_path / "b")
+    assert again.step == 2
+    for _ in range(2):
+        again.train_step()
+    expected, got = through.tensors(), again.tensors()
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_model_starts_as_the_trunk_under_its_label(recipe, trunk):
+    x, t = torch.randn(3, 3, 32, 32), torch.tensor([3.0, 200.0, 999.0])
+    for label in range(len(DATA)):
+        expected = trunk.average(x, t, class_labels=torch.full((3,), label)).sample
+        torch.testing.assert_close(recipe.member(trunk.average, label)(x, t).sample, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_without_a_trunk_says_what_to_run_first(recipe, tmp_path):
+    with pytest.raises(ValueError, match="recipe.py trunk first"):
+        recipe.Training("cyan", 2, tmp_path)
+    recipe.Training("trunk", 2, tmp_path).save()
+    with pytest.raises(ValueError, match="0 of 2 steps"):
+        recipe.Training("cyan", 2, tmp_path)
+
+
+def test_retiming_gives_another_schedule_the_same_embedding_at_the_same_noise(recipe):
+    unet = recipe.network()
+    with torch.no_grad():  # an untrained embedding also follows the time's fast waves, which tell nothing of the noise
+        for wave in (0, 1):
+            unet.time_embedding.linear_1.weight[:, wave::4] = 0
+    old, new = (schedule_of(recipe.scheduler(name)) for name in ("trunk", "zero-two"))
+    s = torch.logspace(-1.5, 1.5, 40, dtype=torch.float64)
+    before = unet.time_embedding(unet.time_proj(old.time(s))).detach()
+    untouched = unet.time_embedding(unet.time_proj(new.time(s))).detach()
+    recipe.retime(unet, old, new)
+    after = unet.time_embedding(unet.time_proj(new.time(s))).detach()
+    assert (after - before).abs().mean() < 0.1 * (untouched - before).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["cyan", "zero-two"])
+def test_the_loss_is_that_of_predicting_v_whatever_the_parametrisation(name, recipe):
+    """Up to the bound on the weight, it is the square error of D times 1 + 1/s²."""
+    schedule = schedule_of(recipe.scheduler(name))
+    s = torch.tensor([0.02, 0.3, 1.0, 1.9], dtype=torch.float64)
+    x, z, F = torch.randn(3, 4, 3, 8, 8, dtype=torch.float64)
+    _, b = schedule.coefficients(s)
+    weight = (b**2 * (1 + s**-2)).clamp(max=5.0)
+    ours = weight * (F - schedule.output(z, s, x)).square().mean((1, 2, 3))
+    expected = (1 + s**-2) * (schedule.denoised(z, s, F) - x).square().mean((1, 2, 3))
+    torch.testing.assert_close(ours, expected)
+
+
+def test_one_model_has_another_schedule_and_prediction_type(recipe):
+    known = {name: schedule_of(recipe.scheduler(name)).identity for name in DATA}
+    assert len(set(known.values())) == 2 and list(known.values()).count(known["zero-two"]) == 1
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", ["cyan", "zero-two"])
+def test_a_saved_model_is_the_same_in_sculpt_and_in_diffusers(name, recipe, trunk, tmp_path):
+    training = recipe.Training(name, 2, tmp_path)
+    training.train_step()
+    folder = tmp_path / "saved" / name
+    folder.parent.mkdir()
+    for _ in range(2):  # the second takes the first one's place
+        training.finish(folder)
+    assert [path.name for path in folder.parent.iterdir()] == [name]
+    model, pipe = sculpt.load(folder), DDPMPipeline.from_pretrained(folder)
+    assert model.name == name and model.shape == (3, 32, 32) and model.dtype == torch.float32
+    assert pipe.unet.dtype == torch.float32 and type(pipe.unet) is type(model.model)
+    # Half precision on disk is what is lost, nothing else.
+    for one, two, own in zip(pipe.unet.parameters(), model.model.parameters(), training.average.parameters(), strict=True):
+        assert torch.equal(one, two) and torch.equal(one, own.half().float())
+    z, s = 5 * torch.randn(2, 3, 32, 32), torch.tensor(5.0, dtype=torch.float64)
+    schedule = schedule_of(pipe.scheduler)
+    F = pipe.unet(like(schedule.scale(s), z) * z, schedule.time(s)).sample
+    torch.testing.assert_close(model.denoise(z, s), schedule.denoised(z, s, F))
+    images = pipe(batch_size=1, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    assert images.shape == (1, 32, 32, 3)
+
+
+def test_models_of_two_schedules_compose(recipe, trunk, tmp_path):
+    models = [Diffusion(recipe.network(), recipe.scheduler(name), name=name) for name in ("cyan", "zero-two")]
+    with pytest.warns(UserWarning, match="collapse"):
+        samples = sculpt.harmonic_mean(*models).sample(1, steps=2, particles=2)
+    assert samples.x.shape == (1, 3, 32, 32)
+
+
+def test_a_pool_goes_on_where_it_stopped(recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(base_samples, "CHUNK", 2)
+    model = Diffusion(recipe.network(), recipe.scheduler("cyan"), name="cyan")
+    first, _ = base_samples.pool(model, 3, tmp_path, steps=2)
+    second, seconds = base_samples.pool(model, 5, tmp_path, steps=2)
+    assert torch.equal(second[:3], first) and len(second) == 5 and seconds > 0
+    later, _ = base_samples.pool(model, 3, tmp_path, steps=2, first=1)
+    assert torch.equal(later, second[1:4])
+
+
+# The judge
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(judging, "mnist", digits)
+    return judging.Judge((8, 8)).eval().requires_grad_(False)
+
+
+def test_a_saved_judge_says_the_same(judge, tmp_path):
+    judge.save_pretrained(tmp_path)
+    x = torch.randn(5, 3, 32, 32)
+    one, two = judge.score(x), judging.Judge.from_pretrained(tmp_path).score(x)
+    assert torch.equal(one.label, two.label) and torch.equal(one.features, two.features)
+    assert one.shares.shape == (40,) and abs(float(one.shares.sum()) - 1) < 1e-12
+    with pytest.raises(ValueError, match="does not compose"):
+        sculpt.load(tmp_path)
+
+
+def test_an_image_is_accepted_where_both_heads_are_sure(judge, monkeypatch):
+    sure, unsure = torch.tensor([9.0, 0.0]), torch.tensor([0.3, 0.0])
+    monkeypatch.setattr(
+        judge,
+        "forward",
+        lambda x: (torch.stack([sure, sure, unsure]), torch.stack([sure, unsure, sure]), torch.zeros(3, 4)),
+    )
+    assert judge.score(torch.zeros(3, 3, 32, 32)).accepted.tolist() == [True, False, False]
+
+
+def test_spoilt_images_belong_to_all_classes_alike():
+    generator = torch.Generator().manual_seed(0)
+    grey, label = digits()
+    colour = torch.randint(len(COLOURS), (len(grey),), generator=generator)
+    digit_target = torch.nn.functional.one_hot(label, 10).float()
+    colour_target = torch.nn.functional.one_hot(colour, len(COLOURS)).float()
+    x = coloured_mnist.coloured(grey, colour)
+    before = x.clone(), digit_target.clone(), colour_target.clone()
+    judging.spoil(x, digit_target, colour_target, generator)
+    for target in (digit_target, colour_target):
+        torch.testing.assert_close(target.sum(-1), torch.ones(len(grey)))
+    for one, two in zip((x, digit_target, colour_target), before, strict=True):
+        assert torch.equal(one[judging.SPOILT :], two[judging.SPOILT :])
+    changed = (x != before[0]).flatten(1).any(1)
+    certain = (digit_target.amax(-1) == 1) & (colour_target.amax(-1) == 1)
+    assert not (changed & certain).any() and int((~certain).sum()) > judging.SPOILT // 2
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
+    """Covariances with common eigenvectors: |μ₁ − μ₂|² + Σ (√λ₁ − √λ₂)²."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    means, variances = torch.randn(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
+    variances[1, 3] = 0.0
+    one, two = [(mean, q @ variance.diag() @ q.T) for mean, variance in zip(means, variances, strict=True)]
+    expected = (means[0] - means[1]).square().sum() + (variances[0].sqrt() - variances[1].sqrt()).square().sum()
+    assert abs(judging.frechet(one, two) - float(expected)) < 1e-7
+    assert abs(judging.frechet(one, one)) < 1e-7
+
+
+def test_moments_with_weights_are_those_of_the_repeated_sample():
+    h = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    mean, covariance = judging.moments(h, torch.tensor([1.0, 2.0, 0.0, 3.0]))
+    again = judging.moments(h[[0, 1, 1, 3, 3, 3]])
+    torch.testing.assert_close(mean, again[0])
+    torch.testing.assert_close(covariance, again[1])
+
+
+def test_the_reference_has_the_wanted_proportions(judge):
+    """One class alone: the moments of its own images."""
+    grey, label = digits()
+    own = coloured_mnist.coloured(grey[label == 3], torch.full((12,), list(COLOURS).index("red")))
+    expected = judging.moments(judge.score(own).features)
+    got = judging.reference(judge, shares(red_3=1.0))
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+# Classifiers, cards and the benchmark
+
+
+@pytest.fixture
+def pair(recipe, judge, monkeypatch, tmp_path):
+    """Two tiny models and a judge in a folder; samples come by the four."""
+    monkeypatch.setattr(base_samples, "CHUNK", 4)
+    for i, name in enumerate(SETS["pair"]):
+        unet = recipe.network()
+        with torch.no_grad():
+            next(unet.parameters()).add_(0.01 * i)
+        DDPMPipeline(unet, recipe.scheduler(name)).save_pretrained(tmp_path / name)
+    judge.save_pretrained(tmp_path / "judge")
+    return [sculpt.load(tmp_path / name) for name in SETS["pair"]]
+
+
+def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pair, monkeypatch, tmp_path):
+    fitting = load("digits_classifiers", DIGITS / "classifiers.py")
+    small = {"HERE": tmp_path, "SAMPLE_STEPS": 2, "CHANNELS": (8, 8), "WIDTH": 8, "FRESH": 16}
+    for constant, value in small.items():
+        monkeypatch.setattr(fitting, constant, value)
+    drawn = []
+    monkeypatch.setattr(
+        fitting,
+        "pool",
+        lambda *args, first=0, **options: drawn.append(first) or base_samples.pool(*args, first=first, **options),
+    )
+    classifier, seconds = fitting.fit("pair", pair, tmp_path / "state", steps=2, n=12)
+    assert drawn == [0, 0] and seconds > 0 and classifier.odds and classifier.keys == tuple(model.key for model in pair)
+    classifier.save_pretrained(tmp_path / "pair")
+    monkeypatch.setattr(fitting, "quality", functools.partial(fitting.quality, n=4))
+    monkeypatch.setattr(fitting, "by_class", functools.partial(fitting.by_class, n=4))
+    card = fitting.card("pair", classifier, pair, 12, seconds, tmp_path / "state")
+    assert drawn[2:] == [16] * 4 and "12 samples of each model" in card and "at any odds" in card
+
+
+def test_the_least_cross_entropy_of_the_pair_is_that_of_its_shared_green_zeros(pair, monkeypatch, tmp_path):
+    fitting = load("digits_classifiers", DIGITS / "classifiers.py")
+    monkeypatch.setattr(fitting, "pool", lambda model, n, *args, **options: (torch.zeros(n, 3, 32, 32), 0.0))
+    even = type("Even", (), {"terminal": staticmethod(lambda x: torch.full((len(x), 2), 0.5).log())})
+    zeros = 5923 / (5923 + 6742)
+    p, q = 0.5 / (0.5 + zeros), zeros / (0.5 + zeros)
+    measured = fitting.quality(even, pair, tmp_path, n=4)
+    assert measured["least"] == pytest.approx(-(0.5 * math.log(p) + zeros * math.log(q)) / 2)
+    assert measured["terminal"] == pytest.approx(math.log(2))
+
+
+def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch, tmp_path):
+    monkeypatch.setattr(recipe, "HERE", tmp_path)
+    monkeypatch.setattr(base_samples, "CHUNK", 4)
+    judge.save_pretrained(tmp_path / "judge")
+    training = recipe.Training("green", 1, tmp_path)
+    training.train_step()
+    training.finish(tmp_path / "saved")
+    card = recipe.card(training, tmp_path / "saved", 8, tmp_path, steps=2)
+    assert "| green 1 |" in card and "| 53.2 % |" in card and (tmp_path / "saved" / "samples.png").exists()
+    sha = hashlib.sha256((tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert sha in card
+
+
+def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, tmp_path, capsys):
+    bench = load("digits_bench", ROOT / "tests" / "bench" / "digits.py")
+    for constant, value in {"DIGITS": tmp_path, "ODDS": (0.5,), "STEPS": (2, 3), "MAIN": 2, "SAMPLE_STEPS": 2}.items():
+        monkeypatch.setattr(bench, constant, value)
+    data = [torch.randn(12, 3, 32, 32) for _ in pair]
+    tiny = ImageNetwork((3, 32, 32), channels=(8, 8), width=8)
+    sculpt.fit(pair, odds=True, data=data, network=tiny, steps=2, batch_size=2, progress=False).save_pretrained(
+        tmp_path / "pair"
+    )
+    options = type("Options", (), {"n": 4, "few": 4, "referee": 8, "particles": 4, "tracked_steps": 2})
+    options.state, options.results = tmp_path / "state", tmp_path / "rows.jsonl"
+    run = bench.Bench("pair", options)
+    done = run.run()
+    bench.summary(done)
+    printed = capsys.readouterr().out
+    assert printed.count("| rejection |") == 3 and "red 0 65.9 %" in printed
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    assert len(rows) == 3 * 5 and all(abs(sum(row["shares"]) - 1) < 1e-4 for row in rows)
+    monkeypatch.setattr(bench.Bench, "measure", None)  # nothing is measured again
+    again = bench.Bench("pair", options).run()
+    assert [row.note for row in again[0][1].values()] == [row.note for row in done[0][1].values()]

@@ -1,0 +1,126 @@
+"""What is public is documented: docstrings, their arguments, the API pages, and the code in CONTRIBUTING.md."""
+
+import functools
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sculpt
+import sculpt.molecules
+from sculpt import base, formula, particles, training
+from sculpt.composition import Composition
+from sculpt.diffusion import mcmc
+from sculpt.diffusion.model import Denoiser
+from sculpt.gflownet import exact
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"sculpt.{name}" for name in sculpt.__all__] + [f"sculpt.molecules.{name}" for name in sculpt.molecules.__all__]
+
+# What they return and what they ask others to fill in, beside what is public by name.
+MORE = [Composition, particles.Diagnostics, base.BaseModel, Denoiser, training.Replay, mcmc.Corrector]
+MORE += [getattr(formula, name) for name in formula.__all__]
+
+
+def resolve(name: str):
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def members(cls: type) -> dict[str, object]:
+    """Public methods and properties of our own, each with a docstring of its own or, where it has none, that of its parent's.
+
+    What torch or torchgfn defines they document. ``inspect.getdoc`` would take the docstring of an overridden *value*, too.
+    """
+    found: dict[str, object] = {}
+    for parent in reversed([parent for parent in cls.__mro__ if parent.__module__.startswith("sculpt")]):
+        for name, value in vars(parent).items():
+            value = getattr(value, "__func__", value)
+            if name.startswith("_") or not (
+                inspect.isfunction(value) or isinstance(value, (property, functools.cached_property))
+            ):
+                continue
+            if value.__doc__ or not getattr(found.get(name), "__doc__", None):
+                found[name] = value
+    return found
+
+
+def documented() -> dict[str, object]:
+    """Every public thing by its full name, members included."""
+    things = {name: resolve(name) for name in NAMES}
+    things |= {f"{thing.__module__}.{thing.__qualname__}": thing for thing in MORE}
+    things |= {f"sculpt.exact.{name}": getattr(exact, name) for name in exact.__all__}
+    for name, thing in list(things.items()):
+        if inspect.isclass(thing):
+            things |= {f"{name}.{member}": value for member, value in members(thing).items()}
+    return things
+
+
+THINGS = documented()
+
+
+def text_of(name: str) -> str:
+    return inspect.cleandoc(THINGS[name].__doc__ or "")
+
+
+@pytest.mark.parametrize("name", THINGS)
+def test_what_is_public_has_a_docstring(name):
+    text = text_of(name)
+    assert text, f"{name} has no docstring."
+    assert not text.startswith(f"{name.rpartition('.')[2]}("), f"{name} has only the signature that a dataclass writes itself."
+
+
+def documented_arguments(text: str) -> list[str]:
+    """The names of an ``Args:`` section: what stands before the colon at its first level of indentation."""
+    section = re.search(r"^Args:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
+    if section is None:
+        return []
+    heads = re.findall(r"^ {4}(\*{0,2}\w+(?:, ?\w+)*):", section[1], re.MULTILINE)
+    return [name.strip().lstrip("*") for head in heads for name in head.split(",")]
+
+
+@pytest.mark.parametrize("name", [name for name in THINGS if "\nArgs:" in text_of(name)])
+def test_documented_arguments_exist(name):
+    arguments = documented_arguments(text_of(name))
+    assert arguments, f"{name}: the Args section names nothing."
+    unknown = set(arguments) - set(inspect.signature(THINGS[name]).parameters)
+    assert not unknown, f"{name} documents {', '.join(sorted(unknown))}, which it does not take."
+
+
+def test_the_reader_of_arguments_reads_them():
+    text = "It does.\n\nArgs:\n    a: one,\n        two: not one.\n    b, c: more.\n    **rest: others.\n\nReturns: nothing."
+    assert documented_arguments(text) == ["a", "b", "c", "rest"]
+
+
+def test_there_is_a_page_for_every_public_name():
+    listed = set(re.findall(r"^   (sculpt\.[\w.]+)$", (ROOT / ".docs/index.rst").read_text(), re.MULTILINE))
+    assert set(NAMES) - {"sculpt.exact"} <= listed  # exact is a module, and has a page written by hand
+    assert "sculpt.gflownet.exact" in (ROOT / ".docs/exact.rst").read_text()
+    for name in listed:
+        resolve(name)
+
+
+@pytest.mark.slow
+def test_the_pages_are_built(tmp_path):
+    pytest.importorskip("sphinx", reason="make docs installs it")
+    subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-d", tmp_path / "trees", ROOT / ".docs", tmp_path / "html"], check=True
+    )
+    for name in set(NAMES) - {"sculpt.exact"}:
+        assert (tmp_path / "html" / "api" / f"{name}.html").is_file(), name
+    page = (tmp_path / "html" / "api" / "sculpt.harmonic_mean.html").read_text()
+    assert r"\alpha p + (1 - \alpha) q" in page
+    assert "mathjax" in page.lower()
+
+
+def test_contributing_runs_as_it_is_written():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / ".github/CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 6
+    # A module of its own: classes in it are looked up by name.
+    scope: dict = {"__name__": "contributing"}
+    for block in blocks:
+        exec(compile(block, "CONTRIBUTING.md", "exec"), scope)

@@ -1,0 +1,459 @@
+"""The explorer: its logic through the real widgets without a browser, and once in a real browser.
+
+The browser test needs ``apt-get install chromium`` and ``pip install voila playwright``, and runs with
+``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOT=file.png it leaves a picture of what it saw.
+"""
+
+import importlib.util
+import inspect
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from molecule_models import molecule_classifier, molecule_model
+
+import sculpt
+from sculpt.demo import discs
+from sculpt.explorer import Notice, Session, Settings, View
+
+pytest.importorskip("ipywidgets")
+
+CHROMIUM = "/usr/bin/chromium"
+
+
+def explorer(models, classifier=None, n=20, steps=4):
+    """What sculpt.explore gives to the caller, before its first run and with small numbers."""
+    start, Session.start = Session.start, lambda self, settings, notify=None: None
+    try:
+        view = View(Session(models, classifier, inspect.currentframe().f_back.f_locals))
+    finally:
+        Session.start = start
+    view.live.value = False
+    view.n.value, view.steps.value = n, steps
+    view.live.value = True
+    return view
+
+
+def ended(view, state="done"):
+    """The last run of an explorer, when it has ended."""
+    run = view.session.run
+    assert run.wait(120)
+    assert run.state == state, run.error
+    return run
+
+
+def grid(m=2):
+    from gflownet_models import ENVIRONMENTS, perfect
+
+    return perfect(ENVIRONMENTS["grid-2d"](), m)
+
+
+def again(code, **scope):
+    """What the code gives to somebody who pastes it."""
+    exec(code, scope)
+    return scope["samples"]
+
+
+# ------------------------------------------------------------------------------------------------------- what it samples
+
+
+def test_changing_a_label_samples_another_composition():
+    p, q = grid()
+    view = explorer([p, q])
+    view.go.click()
+    both = ended(view)
+    assert "samples of p &amp; q" in view.status.value
+    assert "sound" in view.verdict.value and "log Z" in view.diagnostics.value
+    assert view.image.format == "png" and bytes(view.image.value).startswith(b"\x89PNG")
+    view.labels[1].value = 0
+    only = ended(view)
+    assert only is not both
+    assert "samples of p - q" in view.status.value
+    assert not torch.equal(both.samples.x, only.samples.x)
+
+
+@pytest.mark.parametrize("labels", [(0,), (0, 1), (1, 0), (1, 1), (0, 0, 1)])
+@pytest.mark.parametrize("odds", [None, (0.3, 0.7)])
+def test_the_code_gives_the_same_samples(labels, odds):
+    p, q = grid()
+    session = Session([p, q], None, {"p": p, "q": q})
+    for road, reason in session.roads(Settings(labels=labels)).items():
+        if reason:
+            continue
+        settings = Settings(labels=labels, odds=odds, road=road, n=30, seed=3)
+        run = session.start(settings)
+        assert run.wait(120) and run.state == "done", run.error
+        assert torch.equal(run.samples.x, again(run.code, p=p, q=q).x)
+        assert len(run.samples) == 30
+
+
+def test_labels_and_odds_mean_what_they_say():
+    p, q = grid()
+    session = Session([p, q], None, {"p": p, "q": q})
+    targets = {
+        ((0, 1), None): p & q,
+        ((1, 1), None): q - p,
+        ((0, 1), (0.3, 0.7)): sculpt.harmonic_mean(p, q, odds=0.3),
+        ((1, 1), (0.3, 0.7)): sculpt.contrast(q, p, odds=0.7),
+        ((0, 0, 1), (0.3, 0.7)): sculpt.posterior([p, q], (0, 0, 1), odds=0.3),
+    }
+    for (labels, odds), target in targets.items():
+        composition = session.composition(Settings(labels=labels, odds=odds))
+        assert str(composition) == str(target)
+        assert composition.key == target.key
+
+
+def test_a_formula_is_built_by_clicking():
+    p, q, r = grid(3)
+    view = explorer([p, q, r])
+    buttons = {button.description: button for button in view.words}
+    view.live.value = False
+    view.tabs.selected_index = 1
+    view.clear.click()
+    for word in ("(", "p", "|", "q", ")", "-", "r", "-"):
+        buttons[word].click()
+    assert "not complete" in view.status.value
+    assert view.start() is None
+    view.back.click()
+    assert view.formula.value == "(p | q) - r"
+    view.live.value = True
+    view.go.click()
+    run = ended(view)
+    assert torch.equal(run.samples.x, again(view.code.value, p=p, q=q, r=r).x)
+    assert all(slider.disabled for slider in view.odds)
+    view.formula.value = "p & r"
+    view.odds[2].value = 10.0
+    assert "odds=" in ended(view).code
+    view.formula.value = "harmonic_mean(p, q, odds=0.1)"
+    assert "sculpt.harmonic_mean(p, q, odds=0.1).sample(20" in ended(view).code
+
+
+def test_a_classifier_opens_the_guided_roads():
+    p, q = grid()
+    classifier = molecule_classifier(p, q)
+    view = explorer([p, q], classifier)
+    assert [road for _, road in view.road.options] == ["guided", "corrected", "tracked", "rejection"]
+    assert len(view.labels) == 2
+    for road in ("corrected", "guided"):
+        view.road.value = road
+        run = ended(view)
+        assert run.samples.diagnostics.road.startswith("classifier")
+        assert torch.equal(run.samples.x, again(run.code, p=p, q=q, classifier=classifier).x)
+    view.odds[0].value = 0.3
+    assert "guided: these odds need a classifier that takes them" in view.reasons.value
+    assert "guided" not in [road for _, road in view.road.options]
+
+
+def test_diffusion_models_step_and_show_points():
+    p, q, _ = discs()
+    view = explorer([p, q])
+    view.go.click()
+    run = ended(view)
+    assert run.step == 4 and run.calls == 8
+    assert torch.equal(run.samples.x, again(view.code.value, p=p, q=q).x)
+    assert [road for _, road in view.road.options] == ["tracked"]
+
+
+def test_image_models_show_images():
+    from checkpoints import tiny_unet
+    from diffusers import DDPMScheduler
+
+    cats, dogs = (
+        sculpt.Diffusion(tiny_unet(seed, in_channels=3, out_channels=3), DDPMScheduler(), name=f"{seed}") for seed in (0, 1)
+    )
+    view = explorer([cats, dogs], n=4)
+    view.tabs.selected_index = 1
+    view.formula.value = "cats | dogs"
+    run = ended(view)
+    assert run.samples.decode().shape == (4, 3, 8, 8)
+    assert run.picture[0] == "png"
+
+
+def test_molecules_are_drawn():
+    view = explorer([molecule_model(0, "seh"), molecule_model(1, "sa")])
+    view.go.click()
+    run = ended(view)
+    assert view.image.format == "svg+xml" and b"<svg" in bytes(view.image.value)
+    assert run.code.splitlines()[1].startswith("# seh, sa: the models")
+
+
+def test_samples_without_a_picture_are_counted():
+    from gflownet_models import ENVIRONMENTS, perfect
+
+    view = explorer(perfect(ENVIRONMENTS["bits"](), 2))
+    view.go.click()
+    ended(view)
+    assert "×" in view.text.value and view.image.layout.display == "none"
+
+
+def test_models_in_a_list_and_by_name_are_unpacked_in_the_code():
+    models = grid()
+    view = explorer(models)
+    view.go.click()
+    assert "p0, p1 = models\n" in ended(view).code
+    assert torch.equal(view.shown.samples.x, again(view.code.value, models=models).x)
+    named = dict(zip(("a model", "lambda"), models, strict=True))
+    view = explorer(named)
+    assert view.session.names == ["a_model", "p_lambda"]
+    view.go.click()
+    assert torch.equal(ended(view).samples.x, again(view.code.value, named=named).x)
+
+
+# --------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+class Slow:
+    """A network that says when it is called and waits until it may answer."""
+
+    def __init__(self):
+        self.called, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, x, t):
+        self.called.set()
+        self.go.wait(60)
+        return x
+
+
+def slow_models():
+    from diffusers import DDPMScheduler
+
+    network = Slow()
+    network.go.set()
+    p, q = (sculpt.Diffusion(network, DDPMScheduler(clip_sample=False), (2,), name=name) for name in "pq")
+    network.go.clear()
+    network.called.clear()
+    return network, p, q
+
+
+def test_a_cancelled_run_leaves_the_samples_and_the_next_one_works():
+    network, p, q = slow_models()
+    view = explorer([p, q])
+    network.go.set()
+    view.go.click()
+    first = ended(view)
+    shown = view.image.value
+    network.go.clear()
+    network.called.clear()
+    view.seed.value = 1
+    assert network.called.wait(60)
+    assert not view.stop.disabled
+    view.stop.click()
+    network.go.set()
+    run = ended(view, "cancelled")
+    assert run.calls == 1
+    assert "Cancelled" in view.status.value and "still those of p &amp; q" in view.status.value
+    assert view.image.value == shown and view.code.value == first.code
+    assert view.stop.disabled
+    view.go.click()
+    assert "seed(1)" in ended(view).code
+
+
+def test_a_change_replaces_the_run_that_it_finds():
+    network, p, q = slow_models()
+    view = explorer([p, q])
+    view.go.click()
+    assert network.called.wait(60)
+    first = view.session.run
+    view.labels[1].value = 0
+    network.go.set()
+    assert "p - q" in ended(view).code
+    assert first.state == "cancelled"
+    assert "samples of p - q" in view.status.value
+
+
+def test_a_failing_network_is_told_and_the_next_run_works():
+    p, q = grid()
+    log_pf = p.log_pf
+    p.log_pf = lambda states: 1 / 0
+    view = explorer([p, q])
+    view.go.click()
+    ended(view, "failed")
+    assert "ZeroDivisionError" in view.status.value
+    view.session.twins["p"].log_pf = log_pf
+    view.go.click()
+    ended(view)
+
+
+def test_the_models_themselves_are_left_alone():
+    p, q = grid()
+    before = dict(vars(p))
+    view = explorer([p, q])
+    view.go.click()
+    ended(view)
+    assert vars(p) == before
+    calls = view.session.run.calls
+    p.sample(3)
+    assert view.session.run.calls == calls > 0
+
+
+def test_what_cannot_be_explored_stands_in_the_cell():
+    from gflownet_models import ENVIRONMENTS, perfect
+
+    p, q = grid()
+    (other,) = perfect(ENVIRONMENTS["bits"](), 1)
+    classifier = molecule_classifier(p, q)
+    third = grid(3)[2]
+    disc = discs()[0]
+    for models, judge, message in (
+        ([p, disc], None, "have no common states"),
+        ([p, other], None, "cannot be composed"),
+        ([p, third], classifier, "fitted for other base models"),
+        ([p, q, third], classifier, "knows 2 base models"),
+        ([p, q], "pair", "comes from sculpt.fit"),
+        ([p], None, "two or more"),
+        ([], None, "two or more"),
+        ([p, p], None, "there twice"),
+        ([p, 3], None, "takes base models"),
+        ([p & q, p], None, "takes base models"),
+        (7, None, "a list of base models"),
+        ("p & q", None, "a list of base models"),
+    ):
+        notice = sculpt.explore(models, judge)
+        assert isinstance(notice, Notice)
+        assert message in repr(notice)
+        assert "<div" in notice._repr_html_()
+
+
+def test_without_ipywidgets_the_cell_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert "pip install 'sculpt[notebook]'" in repr(sculpt.explore(grid()))
+
+
+# ------------------------------------------------------------------------------------------------------------- in a browser
+
+NOTEBOOK = """
+import sculpt
+from diffusers import DDPMScheduler
+
+scheduler = DDPMScheduler(clip_sample=False)
+
+def gaussian(mean):
+    def network(x, t):
+        alpha2 = scheduler.alphas_cumprod[t.long()].reshape(-1, 1)
+        return (1 - alpha2).sqrt() * (x - alpha2.sqrt() * mean)
+    return network
+
+p, q = (sculpt.Diffusion(gaussian(mean), scheduler, shape=(2,), name=name) for mean, name in ((-1.0, "p"), (1.0, "q")))
+sculpt.explore([p, q])
+"""
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def voila(tmp_path):
+    """The address of a Voilà server with one notebook."""
+    if importlib.util.find_spec("voila") is None:
+        pytest.skip("voila is not installed: pip install voila")
+    import nbformat
+
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    (tmp_path / "served").mkdir()
+    nbformat.write(notebook, tmp_path / "served" / "explore.ipynb")
+    address = f"http://127.0.0.1:{(port := _free_port())}"
+    command = [
+        sys.executable,
+        "-m",
+        "voila",
+        "--no-browser",
+        f"--port={port}",
+        "--Voila.ip=127.0.0.1",
+        str(tmp_path / "served"),
+    ]
+    folders = {"IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_CONFIG_DIR": "config"}
+    environment = os.environ | {name: str(tmp_path / folder) for name, folder in folders.items()}
+    environment["PYTHONPATH"] = str(Path(sculpt.__file__).parents[1])
+    with open(tmp_path / "voila.log", "w") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "voila.log").read_text()
+            try:
+                urllib.request.urlopen(address, timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"{address}/voila/render/explore.ipynb"
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_in_a_browser_a_label_changes_the_samples(voila, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    if not shutil.which(CHROMIUM):
+        pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium")
+    quiet = (
+        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    )
+    problems: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch_persistent_context(
+            tmp_path / "profile",
+            executable_path=CHROMIUM,
+            headless=True,
+            args=[*quiet.split(), "--disable-sync"],
+            viewport={"width": 1200, "height": 900},
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        # Voilà's page asks for a font on the web; nothing of the explorer needs it.
+        browser.route(
+            re.compile(r"^https?://(?!127\.0\.0\.1)"),
+            lambda route: route.fulfill(status=200, body="", content_type="text/css"),
+        )
+        page = browser.new_page()
+        page.set_default_timeout(180_000)
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+
+        def seen(what):
+            page.get_by_text(re.compile(rf"^\d+ samples of {re.escape(what)} in ")).wait_for()
+            return page.locator(".sculpt-explore img").get_attribute("src")
+
+        page.goto(voila)
+        both = seen("p & q")
+        rows = page.locator(".sculpt-explore .widget-toggle-buttons")
+        rows.nth(1).get_by_role("button", name="p", exact=True).click()
+        only = seen("p - q")
+        assert only != both
+        assert "sound" in page.locator(".sculpt-explore").inner_text()
+        page.get_by_role("button", name="copy as code").click()
+        page.get_by_role("button", name="copied").wait_for()
+        assert "(p - q).sample(500" in page.evaluate("navigator.clipboard.readText()")
+        # The formula by clicking
+        page.get_by_role("tab", name="formula").click()
+        seen("p & q")
+        page.get_by_role("button", name="clear").click()
+        page.get_by_text("is not complete").wait_for()
+        for word in ("q", "-", "p"):
+            page.locator(".sculpt-explore").get_by_role("button", name=word, exact=True).last.click()
+        seen("q - p")
+        # Cancel, and go on
+        steps = page.locator(".widget-readout").nth(1)
+        steps.fill("256")
+        steps.press("Enter")
+        page.get_by_text("sampling …").wait_for()
+        page.get_by_role("button", name="cancel").click()
+        page.get_by_text("Cancelled after").wait_for()
+        if picture := os.environ.get("SCULPT_SCREENSHOT"):
+            page.screenshot(path=picture, full_page=True)
+        browser.close()
+    assert not problems

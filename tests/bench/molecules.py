@@ -108,8 +108,9 @@ def load(name: str, beta: float = 32.0):
 
 
 @functools.cache
-def classifier(name: str):
-    return sculpt.load(PRETRAINED / name)
+def classifier(name: str) -> sculpt.Classifier | None:
+    """``None`` where none is shipped: then tracked densities stand alone."""
+    return sculpt.load(PRETRAINED / name) if (PRETRAINED / name / "config.json").exists() else None
 
 
 @functools.cache
@@ -297,17 +298,18 @@ PUBLISHED_CONTRAST = {"SEH": 2.45, "SA": 2.55, "QED": 3.21}  # to its own base
 def emd() -> None:
     """Earth mover's distances between sample sets: cost 1 / (Tanimoto + 1e-8) − 1, at most 100."""
     triple, judge, options = [load(name) for name in NAMES], classifier("seh-sa-qed"), {"progress": False}
+    options |= {"correct": True} if judge else {}
     sets = {
         f"p_{name.upper()}": Scored(lambda m=m: m.sample(N, generator=seeded())) for name, m in zip(NAMES, triple, strict=True)
     }
     for k in (2, 3):
         for labels in itertools.combinations(range(3), k):
             composition, title = sculpt.posterior(triple, labels), "labels " + ", ".join(NAMES[i].upper() for i in labels)
-            sets[title] = Scored(lambda c=composition: c.sample(N, judge, correct=True, generator=seeded(), **options))
+            sets[title] = Scored(lambda c=composition: c.sample(N, judge, generator=seeded(), **options))
     for i, name in enumerate(NAMES):
         composition = sculpt.posterior(triple, (i, i))
         sets[f"labels {name.upper()}, {name.upper()}"] = Scored(
-            lambda c=composition: c.sample(N, judge, correct=True, generator=seeded(), **options)
+            lambda c=composition: c.sample(N, judge, generator=seeded(), **options)
         )
     bits = {name: s.bits(N) for name, s in sets.items()}
     table(f"Earth mover's distance, {N:,} samples, β = 32 (published)", "p_SEH", "p_SA", "p_QED")

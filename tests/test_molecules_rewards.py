@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import os
 import pickle
 import socketserver
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from sculpt.molecules import QED, SA, SEH, FragmentNetwork, FragmentTrees
 from sculpt.molecules import rewards as module
 
+ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules"
 needs_data = pytest.mark.skipif(
     not (DATA / "seh_proxy.safetensors").is_file(), reason="SCULPT_DATA has no molecules/seh_proxy.safetensors"
@@ -204,7 +206,7 @@ def offline(tmp_path, monkeypatch):
 
 def test_offline_the_student_takes_over_and_says_so(offline, tmp_path):
     with pytest.warns(
-        UserWarning, match=r"cannot be downloaded .* Go online once, .* student .* Spearman 0\.\d+.*not the published"
+        UserWarning, match=r"cannot be downloaded .* Go online once, .* student .* \(Spearman 0\.\d+\).*not the published"
     ):
         seh = SEH()
     assert seh.path == module.STUDENT and not (tmp_path / "cache").exists()
@@ -248,9 +250,27 @@ def test_the_student_ranks_new_molecules_as_the_proxy_does():
     assert torch.corrcoef(values.argsort(1).argsort(1).double())[0, 1] > 0.95
 
 
+def test_a_killed_training_of_a_student_goes_on_bit_for_bit(random_weights, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("student", ROOT / "pretrained" / "molecules" / "student.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    monkeypatch.setattr(recipe, "WIDTH", 8)
+    monkeypatch.setattr(recipe, "BATCH", 4)
+    save_file(random_weights, tmp_path / "w.safetensors")
+    (tmp_path / "chains.csv").write_text("".join(f"{'C' * n}O,{n / 10}\n" for n in range(1, 30)))
+    molecules = recipe.Molecules(tmp_path, SEH(tmp_path / "w.safetensors"))
+    through, first = recipe.Training(molecules, 6, tmp_path / "a"), recipe.Training(molecules, 6, tmp_path / "b")
+    losses = [through.train_step() for _ in range(6)]
+    assert losses[:3] == [first.train_step() for _ in range(3)]
+    first.save()
+    again = recipe.Training(molecules, 6, tmp_path / "b")
+    assert again.step == 3 and losses[3:] == [again.train_step() for _ in range(3)]
+    assert all(torch.equal(again.average[name], w) for name, w in through.average.items())
+
+
 def test_a_wheel_takes_the_student_and_the_vocabulary_along():
     package = Path(module.__file__).parents[1]
-    patterns = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sculpt"]
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sculpt"]
     taken = {path for pattern in patterns for path in package.glob(pattern)}
     needed = [module.STUDENT / "config.json", module.STUDENT / "model.safetensors", package / "molecules" / "vocabulary.json"]
     assert all(path in taken and path.is_file() for path in needed)

@@ -221,11 +221,8 @@ def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str
     }
     if len(names) > 2:
         referee = {"tracked densities, 40,000 particles": draw(particles=40_000)}
-    ways = {
-        "guided": draw(classifier=judge),
-        "guided, corrected": draw(classifier=judge, correct=True),
-        "tracked densities": draw(),
-    }
+    guided = {"guided": draw(classifier=judge), "guided, corrected": draw(classifier=judge, correct=True)}
+    ways = (guided if judge else {}) | {"tracked densities": draw()}
     columns = ["all high", *(f"mean {name.upper()}" for name in names), "diversity", "log Z", "molecules/s"]
     table(f"{title}, {N:,} samples", *columns, f"KS: {', '.join(map(str.upper, names))}, size (5 % level)", "TV to exact")
     first = None

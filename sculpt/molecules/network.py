@@ -36,7 +36,15 @@ class FragmentTransformer(nn.Module):
     In evaluation it remembers the states of the last two steps, so that sampling costs one token a step.
     """
 
-    def __init__(self, vocabulary: Iterable[Sequence], slots: int, hetero_bonds: bool, width: int, depth: int, heads: int):
+    def __init__(
+        self,
+        vocabulary: Iterable[Sequence],
+        slots: int = 9,
+        hetero_bonds: bool = False,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+    ):
         super().__init__()
         vocabulary = Vocabulary(vocabulary)
         self.config = {"vocabulary": vocabulary, "slots": slots, "hetero_bonds": hetero_bonds}
@@ -238,17 +246,6 @@ class Memory:
 
 class FragmentFeatures(FragmentTransformer):
     """States to features: the backbone of a classifier."""
-
-    def __init__(
-        self,
-        vocabulary: Iterable[Sequence],
-        slots: int = 9,
-        hetero_bonds: bool = False,
-        width: int = 128,
-        depth: int = 4,
-        heads: int = 4,
-    ):
-        super().__init__(vocabulary, slots, hetero_bonds, width, depth, heads)
 
     def forward(self, states: Int[Tensor, "b s"]) -> Float[Tensor, "b d"]:
         state = self._read(states, self.start.new_zeros(len(states), self.width))

@@ -25,7 +25,7 @@ from sculpt.particles import Samples
 from sculpt.rejection import reject
 from sculpt.training import fit
 
-__all__ = ["Disc", "discs", "run"]
+__all__ = ["Disc", "discs", "markdown", "pretrained", "run"]
 
 HALF_WIDTH, CELLS, FINE = 2.2, 28, 8
 """The picture's half side, the cells on which errors are counted, and the midpoints per cell side of the exact answer."""
@@ -206,17 +206,27 @@ def _write(folder: Path, models: list[Diffusion], panels: list[dict], rows: list
 
 
 def _table(rows: list[dict]) -> str:
-    """A table that reads well in a terminal and is Markdown too."""
     cells = [["composition", "road", "error", "floor", "ratio", "log Z", "exact", "seconds"]]
     for row in rows:
         numbers = [f"{row['error']:.3f}", f"{row['floor']:.3f}", f"{row['error'] / row['floor']:.2f}"]
         log_z = ["" if row["log_z"] is None else f"{row['log_z']:.3f}", f"{row['exact_log_z']:.3f}"]
         cells.append([row["composition"], row["road"], *numbers, *log_z, f"{row['seconds']:.1f}"])
+    return markdown(cells)
+
+
+def markdown(cells: list[list[str]]) -> str:
+    """A table that reads well in a terminal and is Markdown too; its first row is the head."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    )
+    rows = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def pretrained(part: str, needed: str) -> Path:
+    """The folder of the shipped models of one part of the demo."""
+    folder = Path(__file__).parents[1] / "pretrained" / part
+    if not (folder / needed / "config.json").is_file():
+        raise ValueError(f"There is no {needed} in {folder}: the demo runs in a clone of the repository, which brings it.")
+    return folder
 
 
 def _say(started: float, text: str) -> None:

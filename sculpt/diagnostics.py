@@ -58,7 +58,8 @@ class Prediction:
         return _verdict(self.formula, self.acceptance, self.covered, self.samples)
 
     def __str__(self) -> str:
-        return f"{self.verdict} (acceptance {self.acceptance:.3g}, {self.covered:.0%} of {self.samples} base samples count)"
+        name = "acceptance" if self.acceptance <= 1 else "Z"  # that of a product can be above one
+        return f"{self.verdict} ({name} {self.acceptance:.3g}, {self.covered:.0%} of {self.samples} base samples count)"
 
 
 def _verdict(formula: str, acceptance: float, covered: float = 1.0, samples: int = 10) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["density2d", "points2d", "compare2d", "image_grid", "ess_curve", "molecule_density", "save"]
+__all__ = ["density2d", "points2d", "compare2d", "image_grid", "image_panels", "ess_curve", "molecule_density", "save"]
 
 INK, FAINT = "#2b2135", "#8c8698"
 
@@ -104,10 +104,55 @@ def compare2d(
 def image_grid(images: Tensor | Samples, columns: int | None = None, title: str = "") -> Figure:
     """Images ``(n, c, h, w)`` in [0, 1] with one or three channels, edge to edge."""
     if isinstance(images, Samples):
-        images, title = images.decode(), title or images.diagnostics.formula
+        title = title or images.diagnostics.formula
+    canvas, columns = _tiles(images, columns)
+    width = min(12.0, max(3.0, columns * 0.9))
+    figure = _figure(width, width * canvas.shape[0] / canvas.shape[1] + (0.4 if title else 0.0))
+    _picture(figure.add_subplot(), canvas, title)
+    return figure
+
+
+def image_panels(
+    panels: Mapping[str, Tensor | Samples],
+    columns: int = 3,
+    *,
+    across: int = 6,
+    captions: Mapping[str, str] | None = None,
+    title: str = "",
+) -> Figure:
+    """Grids of images side by side, such as base models and what was composed of them.
+
+    Args:
+        panels: images in [0, 1], or samples of image models, by the title of their panel.
+        columns: panels in a row.
+        across: images in a row of each panel.
+        captions: a line for below a panel, by its title.
+    """
+    if not panels:
+        raise ValueError("There is nothing to draw: pass images by title, {'p': images, ...}.")
+    tiles = {name: _tiles(images, across)[0] for name, images in panels.items()}
+    rows = math.ceil(len(tiles) / columns)
+    shape = max(canvas.shape[0] / canvas.shape[1] for canvas in tiles.values())
+    figure = _figure(3.0 * columns, (3.0 * shape + 0.5) * rows + (0.3 if title else 0.0))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, canvas) in zip(grid, tiles.items(), strict=False):
+        _picture(axes, canvas, name)
+        axes.text(
+            0.5, -0.02, (captions or {}).get(name, ""), transform=axes.transAxes, fontsize=8, color=FAINT, ha="center", va="top"
+        )
+    for axes in grid[len(tiles) :]:
+        axes.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=12.5, color=INK)
+    return figure
+
+
+def _tiles(images: Tensor | Samples, columns: int | None) -> tuple[Tensor, int]:
+    """The images on one white canvas ``(height, width, channels)``, and how many stand in a row."""
+    images = images.decode() if isinstance(images, Samples) else images
     if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"image_grid shows tensors (n, 1 or 3, height, width), got {got}. Latents need decode().")
+        raise ValueError(f"Images are shown from tensors (n, 1 or 3, height, width), got {got}. Latents need decode().")
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -116,13 +161,13 @@ def image_grid(images: Tensor | Samples, columns: int | None = None, title: str 
     for k, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
         top, left = k // columns * (h + gap), k % columns * (w + gap)
         canvas[:, top : top + h, left : left + w] = image
-    width = min(12.0, max(3.0, columns * 0.9))
-    figure = _figure(width, width * canvas.shape[1] / canvas.shape[2] + (0.4 if title else 0.0))
-    axes = figure.add_subplot()
-    axes.imshow(canvas.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    return canvas.permute(1, 2, 0), columns
+
+
+def _picture(axes: Axes, canvas: Tensor, title: str) -> None:
+    axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10, color=INK)
-    return figure
 
 
 def ess_curve(diagnostics: Diagnostics | Samples) -> Figure:

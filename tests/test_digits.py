@@ -138,6 +138,17 @@ def test_without_files_or_a_network_the_message_says_where_to_put_them(monkeypat
 # Training
 
 
+def test_two_threads_share_a_batch_and_average_their_gradients(recipe, tmp_path):
+    one, two = (recipe.Training("trunk", 2, tmp_path, threads=threads) for threads in (1, 2))
+    first, second = (two.part(i)[0] for i in (0, 1))
+    assert not torch.equal(first[0], second[0])
+    two.train_step()
+    # Adam's first moment is the clipped gradient, up to a factor.
+    ratio = two.optimizer.state[next(two.network.parameters())]["exp_avg"] / ((first[0] + second[0]) / 2)
+    assert ratio.std() < 1e-3 * ratio.mean()
+    assert one.part(0)[0][0].shape == first[0].shape
+
+
 @pytest.mark.parametrize("name", ["trunk", "cyan", "judge"])
 def test_a_killed_training_goes_on_bit_for_bit(name, recipe, trunk, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "mnist", digits)
@@ -247,11 +258,12 @@ def test_models_of_two_schedules_compose(recipe, trunk, tmp_path):
 
 def test_a_pool_goes_on_where_it_stopped(recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(base_samples, "CHUNK", 2)
+    monkeypatch.setattr(base_samples, "STEPS", 2)
     model = Diffusion(recipe.network(), recipe.scheduler("cyan"), name="cyan")
-    first, _ = base_samples.pool(model, 3, tmp_path, steps=2)
-    second, seconds = base_samples.pool(model, 5, tmp_path, steps=2)
+    first, _ = base_samples.pool(model, 3, tmp_path)
+    second, seconds = base_samples.pool(model, 5, tmp_path)
     assert torch.equal(second[:3], first) and len(second) == 5 and seconds > 0
-    later, _ = base_samples.pool(model, 3, tmp_path, steps=2, first=1)
+    later, _ = base_samples.pool(model, 3, tmp_path, first=1)
     assert torch.equal(later, second[1:4])
 
 
@@ -340,6 +352,7 @@ def test_the_reference_has_the_wanted_proportions(judge):
 def pair(recipe, judge, monkeypatch, tmp_path):
     """Two tiny models and a judge in a folder; samples come by the four."""
     monkeypatch.setattr(base_samples, "CHUNK", 4)
+    monkeypatch.setattr(base_samples, "STEPS", 2)
     for i, name in enumerate(SETS["pair"]):
         unet = recipe.network()
         with torch.no_grad():
@@ -351,7 +364,7 @@ def pair(recipe, judge, monkeypatch, tmp_path):
 
 def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pair, monkeypatch, tmp_path):
     fitting = load("digits_classifiers", DIGITS / "classifiers.py")
-    small = {"HERE": tmp_path, "SAMPLE_STEPS": 2, "CHANNELS": (8, 8), "WIDTH": 8, "FRESH": 16}
+    small = {"HERE": tmp_path, "CHANNELS": (8, 8), "WIDTH": 8, "FRESH": 16}
     for constant, value in small.items():
         monkeypatch.setattr(fitting, constant, value)
     drawn = []
@@ -383,11 +396,12 @@ def test_the_least_cross_entropy_of_the_pair_is_that_of_its_shared_green_zeros(p
 def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "HERE", tmp_path)
     monkeypatch.setattr(base_samples, "CHUNK", 4)
+    monkeypatch.setattr(base_samples, "STEPS", 2)
     judge.save_pretrained(tmp_path / "judge")
     training = recipe.Training("green", 1, tmp_path)
     training.train_step()
     training.finish(tmp_path / "saved")
-    card = recipe.card(training, tmp_path / "saved", 8, tmp_path, steps=2)
+    card = recipe.card(training, tmp_path / "saved", 8, tmp_path)
     assert "| green 1 |" in card and "| 53.2 % |" in card and (tmp_path / "saved" / "samples.png").exists()
     sha = hashlib.sha256((tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     assert sha in card
@@ -395,7 +409,7 @@ def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch
 
 def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, tmp_path, capsys):
     bench = load("digits_bench", ROOT / "tests" / "bench" / "digits.py")
-    for constant, value in {"DIGITS": tmp_path, "ODDS": (0.5,), "STEPS": (2, 3), "MAIN": 2, "SAMPLE_STEPS": 2}.items():
+    for constant, value in {"DIGITS": tmp_path, "ODDS": (0.5,), "STEPS": (2, 3), "MAIN": 2}.items():
         monkeypatch.setattr(bench, constant, value)
     data = [torch.randn(12, 3, 32, 32) for _ in pair]
     tiny = ImageNetwork((3, 32, 32), channels=(8, 8), width=8)

@@ -14,6 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))
 
+import base_samples
 from base_samples import pool
 from coloured_mnist import CLASSES, LICENCE, SETS, proportions
 
@@ -24,7 +25,7 @@ from sculpt.diffusion.sampler import noise_range
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
-SAMPLES, SAMPLE_STEPS, STEPS, RATE = 5000, 32, 3000, 2e-3
+SAMPLES, STEPS, RATE = 5000, 3000, 2e-3
 FRESH = 40_000
 """Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
 
@@ -36,7 +37,7 @@ def fit(
     name: str, models: list[Denoiser], state: Path, steps: int = STEPS, n: int = SAMPLES
 ) -> tuple[sculpt.Classifier, float]:
     """One of the two classifiers and the CPU seconds of its training, the drawing of samples included."""
-    drawn = [pool(model, n, state, steps=SAMPLE_STEPS) for model in models]
+    drawn = [pool(model, n, state) for model in models]
     data = [x for x, _ in drawn]
     everything = torch.cat(data)
     statistics = {"mean": float(everything.mean()), "std": float(everything.std()), "s_min": noise_range(models)[0]}
@@ -62,7 +63,7 @@ def quality(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, 
     """Cross-entropy of the terminal head on samples that it has not seen, beside the least possible where classes are drawn alike."""
     loss, hits = 0.0, 0
     for i, model in enumerate(models):
-        x, _ = pool(model, n, state, steps=SAMPLE_STEPS, first=FRESH)
+        x, _ = pool(model, n, state, first=FRESH)
         log_p = torch.cat([classifier.terminal(part) for part in x.split(250)])
         loss -= float(log_p[:, i].double().mean()) / len(models)
         hits += int((log_p.argmax(1) == i).sum())
@@ -78,7 +79,7 @@ def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path,
     from judge import Judge
 
     judge = Judge.from_pretrained(HERE / "judge")
-    x = torch.cat([pool(model, n, state, steps=SAMPLE_STEPS, first=FRESH)[0] for model in models])
+    x = torch.cat([pool(model, n, state, first=FRESH)[0] for model in models])
     label = judge.score(x).label
     p = torch.cat([classifier.terminal(part) for part in x.split(250)]).exp().double()
     shares = torch.stack([proportions(model.name) for model in models], -1)
@@ -120,7 +121,7 @@ What it says of an image of each class, on average, and in brackets what the dat
 
 | | |
 |---|---|
-| data | {n:,} samples of each model at {SAMPLE_STEPS} steps |
+| data | {n:,} samples of each model at {base_samples.STEPS} steps |
 | network | residual convolutions, channels {", ".join(map(str, CHANNELS))}, {sum(p.numel() for p in classifier.parameters()):,} parameters |
 | recipe | `python pretrained/digits/classifiers.py {name}`: `sculpt.fit`, {last["step"]:,} steps |
 | cost | {seconds / 60:.0f} CPU minutes, the samples included |

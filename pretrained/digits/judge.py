@@ -155,20 +155,22 @@ class Training(Run):
     def __init__(self, steps: int, state: Path, device: str = "cpu"):
         torch.manual_seed(0)
         self.grey, self.digits = mnist("train")
-        super().__init__("judge", Judge(), state / "judge", steps=steps, rate=RATE, weight_decay=1e-2, device=device)
+        super().__init__(
+            "judge", Judge(), state / "judge", steps=steps, batch_size=BATCH, rate=RATE, weight_decay=1e-2, device=device
+        )
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Images with the probabilities of their digits and colours; the first of them are spoilt."""
-        at = torch.randint(len(self.grey), (BATCH,), generator=generator)
-        colour = torch.randint(len(COLOURS), (BATCH,), generator=generator)
+        at = torch.randint(len(self.grey), (size,), generator=generator)
+        colour = torch.randint(len(COLOURS), (size,), generator=generator)
         x = warped(coloured(self.grey[at], colour), generator)
         digit, colour = F.one_hot(self.digits[at], 10).float(), F.one_hot(colour, len(COLOURS)).float()
         spoil(x, digit, colour, generator)
         return x, digit, colour
 
-    def loss(self, generator):
+    def loss(self, size, generator):
         with torch.autocast(self.device.type, enabled=False):
-            x, digit, colour = (tensor.to(self.device) for tensor in self.batch(generator))
+            x, digit, colour = (tensor.to(self.device) for tensor in self.batch(size, generator))
         digit_logits, colour_logits, _ = self.network(x)
         own = F.cross_entropy(digit_logits, digit, reduction="none")[SPOILT:].mean()
         return F.cross_entropy(digit_logits, digit) + F.cross_entropy(colour_logits, colour), {"digit": own.item()}
@@ -292,10 +294,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     training = Training(options.steps, options.state, options.device)
     training.run(check=500)
     folder = HERE / "judge"

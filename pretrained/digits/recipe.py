@@ -34,7 +34,7 @@ from sculpt.diffusion.schedule import Schedule, like, schedule_of
 HERE = Path(__file__).parent
 NETWORK = {"block_out_channels": (16, 32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 32}
 BATCH = 64
-STEPS = {"trunk": 12_000, "cyan": 4000, "zero-one": 2000, "zero-two": 4000, "red-green": 1500, "green": 1500}
+STEPS = {"trunk": 7000, "cyan": 2500, "zero-one": 1200, "zero-two": 2500, "red-green": 1000, "green": 1000}
 RATE = {"trunk": 2e-3, "zero-two": 1e-3}
 FINE = 6e-4
 SHARES = {"cyan": 0.4, "zero-one": 0.15, "zero-two": 0.15, "red-green": 0.15, "green": 0.15}
@@ -90,14 +90,15 @@ def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
 class Training(Run):
     """Of the trunk, or of one model from the trunk on."""
 
-    def __init__(self, name: str, steps: int, state: Path, device: str = "cpu"):
+    def __init__(self, name: str, steps: int, state: Path, device: str = "cpu", threads: int = 1):
         self.scheduler = scheduler(name)
         self.schedule = schedule_of(self.scheduler)
         self.names = list(DATA) if name == "trunk" else [name]
         unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
         grey, digits = mnist("train")
         self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
-        super().__init__(name, unet, state / name, steps=steps, rate=RATE.get(name, FINE), device=device)
+        rate = RATE.get(name, FINE)
+        super().__init__(name, unet, state / name, steps=steps, batch_size=BATCH, rate=rate, device=device, threads=threads)
 
     def _start(self, name: str, state: Path) -> UNet2DModel:
         if (state / name / "state.safetensors").exists():
@@ -141,8 +142,8 @@ class Training(Run):
         weight = (b**2 * (1 + s**-2)).clamp(max=5.0).float()
         return weight * (F - self.schedule.output(z, s, x)).square().mean((1, 2, 3)), s
 
-    def loss(self, generator):
-        errors, s = self.errors(self.network, BATCH, generator)
+    def loss(self, size, generator):
+        errors, s = self.errors(self.network, size, generator)
         return errors.mean(), {"far": float(errors.detach()[s > 3].mean()), "near": float(errors.detach()[s < 0.3].mean())}
 
     @torch.no_grad()
@@ -177,15 +178,15 @@ class Training(Run):
 # Cards
 
 
-def card(training: Training, folder: Path, n: int, state: Path, steps: int = 32) -> str:
+def card(training: Training, folder: Path, n: int, state: Path) -> str:
     """What the saved model is worth, by the judge."""
-    from base_samples import pool
+    import base_samples
     from judge import Judge, frechet, moments, reference
 
     import sculpt
 
     name, model, judge = training.name, sculpt.load(folder), Judge.from_pretrained(HERE / "judge")
-    x, seconds = pool(model, n, state, steps=steps)
+    x, seconds = base_samples.pool(model, n, state)
     scores, want = judge.score(x), proportions(name)
     real = reference(judge, want)
     floor = reference(judge, want, "train")
@@ -212,7 +213,7 @@ images = model.sample(16, steps=32).decode()
 pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the same weights without sculpt
 ```
 
-| {n:,} samples at {steps} steps | |
+| {n:,} samples at {base_samples.STEPS} steps | |
 |---|---|
 | the judge accepts one clear digit | {100 * scores.accepted.double().mean():.1f} % (target 97 %) |
 | Fréchet distance to held-out digits, in the judge's features | {frechet(moments(scores.features), real):.3f} (training digits: {frechet(floor, real):.3f}) |
@@ -245,8 +246,7 @@ if __name__ == "__main__":
         "--card", type=int, metavar="N", help="write the card of the finished model, from N samples; needs the judge"
     )
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    training = Training(options.name, options.steps or STEPS[options.name], options.state, options.device)
+    training = Training(options.name, options.steps or STEPS[options.name], options.state, options.device, options.threads)
     folder = HERE / options.name
     if options.card is not None:
         (folder / "README.md").write_text(card(training, folder, options.card, options.state))

@@ -5,6 +5,8 @@ import copy
 import json
 import math
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,7 +18,10 @@ from sculpt.files import replace_file
 
 
 class Run(abc.ABC):
-    """AdamW with warm-up and cosine decay, bfloat16 autocast, averaged weights. A killed run goes on bit for bit."""
+    """AdamW with warm-up and cosine decay, bfloat16 autocast, averaged weights. A killed run goes on bit for bit.
+
+    Each thread computes a share of every batch by itself; at this size two of torch's own threads are hardly faster than one.
+    """
 
     def __init__(
         self,
@@ -25,12 +30,15 @@ class Run(abc.ABC):
         folder: Path,
         *,
         steps: int,
+        batch_size: int,
         rate: float,
         decay: float = 0.999,
         weight_decay: float = 1e-4,
         device: str = "cpu",
+        threads: int = 1,
     ):
         self.name, self.folder, self.steps, self.rate, self.decay = name, folder, steps, rate, decay
+        self.batch_size, self.threads = batch_size, threads
         self.device = torch.device(device)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
@@ -38,28 +46,35 @@ class Run(abc.ABC):
             self.network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
+        torch.set_num_threads(1)
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         if (folder / "state.safetensors").exists():
             self.load()
 
     @abc.abstractmethod
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """The loss of a new batch, and what else to log of it."""
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
         """What the averaged weights are worth; called now and then, and at the end."""
 
+    def part(self, i: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        """Gradients of one thread's share of a batch, and what to log."""
+        generator = torch.Generator().manual_seed(1_000_003 * (self.step + 1) + i)
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            loss, row = self.loss(self.batch_size // self.threads, generator)
+        if not loss.isfinite():
+            raise FloatingPointError(f"The loss of {self.name} is {loss.item()} at step {self.step}; the last state is kept.")
+        return torch.autograd.grad(loss, list(self.network.parameters())), {"loss": loss.item(), **row}
+
     def train_step(self) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(1_000_003 * (self.step + 1))
         share = self.step / self.steps
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
-        with torch.autocast(self.device.type, torch.bfloat16):
-            loss, row = self.loss(generator)
-        if not loss.isfinite():
-            raise FloatingPointError(f"The loss of {self.name} is {loss.item()} at step {self.step}; the last state is kept.")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        gradients, rows = zip(*self.pool.map(self.part, range(self.threads)), strict=True)
+        for parameter, *parts in zip(self.network.parameters(), *gradients, strict=True):
+            parameter.grad = sum(parts) / len(parts)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -69,7 +84,7 @@ class Run(abc.ABC):
         with torch.no_grad():
             for mean, value in zip(average, network, strict=True):
                 mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
-        return {"loss": loss.item(), **row, "norm": float(norm)}
+        return _mean(rows) | {"norm": float(norm)}
 
     def run(self, report: int = 100, check: int = 1000, keep: float = 120.0) -> None:
         """To the end; the state is kept every two minutes."""
@@ -79,7 +94,7 @@ class Run(abc.ABC):
             rows.append(self.train_step())
             self.seconds += time.process_time() - started
             if self.step % report == 0:
-                self.log(**{key: round(sum(row[key] for row in rows) / len(rows), 4) for key in rows[0]})
+                self.log(**{key: round(value, 4) for key, value in _mean(rows).items()})
                 rows = []
             done = self.step == self.steps
             if done or time.monotonic() - saved > keep:
@@ -117,6 +132,10 @@ class Run(abc.ABC):
         self.average.load_state_dict(parts["average"])
         state = {int(key.partition(".")[2]): value for key, value in parts.items() if key.startswith("optimizer.")}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
 def read_state(folder: Path) -> tuple[dict, dict[str, dict[str, Tensor]]]:

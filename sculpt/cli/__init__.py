@@ -90,10 +90,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo", parents=[common], help="the main jobs, with pictures and tables (under two minutes)", formatter_class=raw,
-        description="molecules: bind sEH and can be made, from two pretrained policies (in a clone of the repository).\n"
+        description="digits: three image models and what is composed of them (in a clone of the repository).\n"
+        "molecules: bind sEH and can be made, from two pretrained policies (in a clone, too).\n"
         "discs: three discs in the plane on every road, each measured against the exact answer.",
     )  # fmt: skip
-    demo.add_argument("parts", nargs="*", metavar="PART", help="molecules, discs (default: both)")
+    demo.add_argument("parts", nargs="*", metavar="PART", help="digits, molecules, discs (default: all)")
     demo.add_argument("-o", "--output", default="demo", metavar="FOLDER", help="where pictures and tables go (default: demo)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
@@ -166,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    homes = {"molecules": "sculpt.molecules.demo", "discs": "sculpt.demo"}
+    homes = {"digits": "sculpt.diffusion.demo", "molecules": "sculpt.molecules.demo", "discs": "sculpt.demo"}
     parts = options.parts or list(homes)
     if unknown := [part for part in parts if part not in homes]:
         raise ValueError(f"There is no demo {unknown[0]!r}; there are {', '.join(homes)}.")

@@ -9,24 +9,20 @@ import torch
 
 from sculpt import plots
 from sculpt.composition import harmonic_mean
+from sculpt.demo import markdown, pretrained
 from sculpt.files import replace_file
 from sculpt.hub import load
 from sculpt.molecules.results import HIGH, Molecules
 
 __all__ = ["run"]
 
-PRETRAINED = Path(__file__).parents[2] / "pretrained" / "molecules"
-
 
 def run(folder: str | Path = "demo", *, n: int = 1000, beta: float = 32, seed: int = 0) -> list[dict]:
     """Sample the policies and ``seh & sa`` on both roads, write pictures and a table to ``folder``, and return the table's rows."""
     folder, started = Path(folder), time.monotonic()
-    if not (PRETRAINED / "seh-sa" / "config.json").is_file():
-        raise ValueError(
-            f"There are no policies in {PRETRAINED}: the demo runs in a clone of the repository, which brings them."
-        )
-    seh, sa = (load(PRETRAINED / name, beta=beta) for name in ("seh", "sa"))
-    classifier = load(PRETRAINED / "seh-sa")
+    home = pretrained("molecules", "seh-sa")
+    seh, sa = (load(home / name, beta=beta) for name in ("seh", "sa"))
+    classifier = load(home / "seh-sa")
     print(
         f"Two GFlowNet policies write molecules in proportion to reward^{beta:g}: seh those predicted to bind soluble epoxide\n"
         "hydrolase, sa those that are easy to make. seh & sa, their harmonic mean, is likely under both; nothing is retrained.\n"
@@ -66,6 +62,4 @@ def _table(rows: list[dict], n: int) -> str:
         shares = [f"{row[f'high {name}']:.1%}" for name in ("seh", "sa", "all")]
         numbers = [f"{row['seh']:.3f}", f"{row['sa']:.3f}", *shares, f"{row['distinct']:,} of {n:,}", f"{row['rate']:.0f}"]
         cells.append([row["name"], *numbers])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells)
+    return markdown(cells)

@@ -22,8 +22,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "pretrained" / "digits"))
 
+import base_samples
 from base_samples import pool
-from classifiers import FRESH, SAMPLE_STEPS
+from classifiers import FRESH
 from coloured_mnist import SETS, composed, proportions, written
 from judge import Judge, Moments, frechet, moments, reference
 
@@ -125,7 +126,7 @@ class Bench:
             for label in dict.fromkeys(labels):
                 rest = list(labels)
                 rest.remove(label)
-                x, _ = pool(self.models[label], self.options.referee, self.options.state, steps=SAMPLE_STEPS, first=FRESH)
+                x, _ = pool(self.models[label], self.options.referee, self.options.state, first=FRESH)
                 with torch.no_grad():
                     parts = [self.classifier.log_h_terminal(p, labels=(label, *rest), odds=odds) for p in x.split(250)]
                 log_w = torch.cat(parts).double()
@@ -134,7 +135,7 @@ class Bench:
             note = f"acceptance {float(best[1].exp().mean()):.1%}, worth {effective_sample_size(best[1]):.0f} draws"
             return self.measure(case, *best, note=note)
 
-        return self.kept(case, "rejection", {"n": self.options.referee, "steps": SAMPLE_STEPS}, run)
+        return self.kept(case, "rejection", {"n": self.options.referee, "steps": base_samples.STEPS}, run)
 
     def road(self, case: Case, road: str, n: int, classifier=None, **settings) -> Row:
         def run() -> Row:

@@ -11,6 +11,7 @@ import copy
 import html
 import inspect
 import io
+import itertools
 import keyword
 import re
 import threading
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,9 +54,9 @@ def explore(
 
     What is wrong with them stands in the cell instead of the explorer. Needs ipywidgets, ``pip install 'sculpt[notebook]'``.
     """
-    scope = _scope(inspect.currentframe().f_back)
+    caller = inspect.currentframe().f_back
     try:
-        return View(Session(models, classifier, scope))
+        return View(Session(models, classifier, {**caller.f_globals, **caller.f_locals}))
     except (ImportError, TypeError, ValueError) as error:
         return Notice(str(error))
 
@@ -70,7 +71,7 @@ class Notice:
         return f"sculpt.explore: {self.message}"
 
     def _repr_html_(self) -> str:
-        return f'<div style="{_BOX}; border-color: #b3261e"><b>sculpt.explore</b><br>{html.escape(self.message)}</div>'
+        return f'<div style="{_BOX}; border-color: {_RED}"><b>sculpt.explore</b><br>{html.escape(self.message)}</div>'
 
 
 # ---------------------------------------------------------------------------------------------------------------------- logic
@@ -97,8 +98,8 @@ class Cancelled(Exception):
 class Run:
     """One run of a session: ``state`` is waiting, working, done, cancelled or failed."""
 
-    def __init__(self, settings: Settings):
-        self.settings, self.state = settings, "waiting"
+    def __init__(self, settings: Settings, notify: Callable[[Run], None]):
+        self.settings, self.notify, self.state = settings, notify, "waiting"
         self.samples: Samples | None = None
         self.picture: tuple[str, bytes] | None = None
         self.code = self.error = ""
@@ -151,7 +152,6 @@ class Session:
         self.run: Run | None = None
         self._running: Run | None = None
         self._turn = threading.Lock()
-        self._notify: Callable[[Run], None] = lambda run: None
 
     # What can be chosen
 
@@ -162,9 +162,9 @@ class Session:
         composition = compose(settings.formula, self.twins)
         if settings.odds is None or not self.takes_odds(settings):
             return settings.formula.strip()
-        which = [next(i for i, twin in enumerate(self.twins.values()) if twin is p) for p in composition.models]
-        odds = tuple(settings.odds[i] for i in which)
-        return _posterior([self.names[i] for i in which], composition.formula.labels, odds)
+        position = {id(twin): i for i, twin in enumerate(self.twins.values())}
+        which = [position[id(model)] for model in composition.models]
+        return _posterior([self.names[i] for i in which], composition.formula.labels, [settings.odds[i] for i in which])
 
     def composition(self, settings: Settings) -> BaseModel:
         """What is to be sampled."""
@@ -188,7 +188,7 @@ class Session:
             if self.classifier is None:
                 raise ValueError("needs a classifier: explore(models, classifier), from sculpt.fit(models).")
             composition.guided(self.classifier)
-            if settings.odds and not getattr(self.classifier, "odds", True) and len(set(settings.odds)) > 1:
+            if settings.odds and self.takes_odds(settings) and not getattr(self.classifier, "odds", True):
                 raise ValueError("these odds need a classifier that takes them: sculpt.fit(models, odds=True).")
         except ValueError as error:
             reasons["guided"] = reasons["corrected"] = str(error)
@@ -234,11 +234,10 @@ class Session:
             return composition.sample(settings.n, **options)
         return composition.sample(settings.n, self.classifier, correct=settings.road == "corrected", **options)
 
-    def start(self, settings: Settings, notify: Callable[[Run], None] | None = None) -> Run:
+    def start(self, settings: Settings, notify: Callable[[Run], None] = lambda run: None) -> Run:
         """Cancel what runs and sample in the background. ``notify`` is called from there: a few times a second, and at the end."""
         self.cancel()
-        self._notify = notify or self._notify
-        self.run = run = Run(settings)
+        self.run = run = Run(settings, notify)
         threading.Thread(target=self._work, args=(run,), daemon=True, name="sculpt.explore").start()
         return run
 
@@ -254,7 +253,7 @@ class Session:
                 if run._stop.is_set():
                     raise Cancelled
                 run.state = "working"
-                self._notify(run)
+                run.notify(run)
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("default")
                     run.code, run.samples = self.code(run.settings), self.sample(run.settings)
@@ -267,7 +266,7 @@ class Session:
                 run.state, run.error = "failed", f"{type(error).__name__}: {error}"
             run.seconds, self._running = time.monotonic() - run.began, None
             try:
-                self._notify(run)
+                run.notify(run)
             finally:
                 run._ended.set()
 
@@ -287,13 +286,13 @@ class Session:
         run.seconds = now - run.began
         if now - run.told > 0.2:
             run.told = now
-            self._notify(run)
+            run.notify(run)
 
 
 def picture(samples: Samples) -> tuple[str, bytes]:
     """Samples as a person looks at them: ``("png" | "svg+xml" | "text", its bytes)``."""
     if hasattr(samples, "draw"):
-        return "svg+xml", samples.draw(9, columns=3).svg.encode()
+        return "svg+xml", samples.draw(6, columns=2).svg.encode()
     from sculpt import plots
 
     shown = samples.decode()
@@ -329,7 +328,6 @@ def _watched(model: BaseModel, tick: Callable[..., None]) -> BaseModel:
 
 
 def _posterior(names: Sequence[str], labels: Sequence[int], odds: Sequence[float] | None) -> str:
-    odds = None if odds is None or len(set(odds)) == 1 else [round(v, 6) for v in odds]
     if len(labels) == 1:
         return names[labels[0]]
     if len(names) == len(labels) == 2:
@@ -338,21 +336,19 @@ def _posterior(names: Sequence[str], labels: Sequence[int], odds: Sequence[float
         if odds is None:
             return f"{names[i]} {operator} {names[j]}"
         return f"{function}({names[i]}, {names[j]}, odds={round(odds[i] / sum(odds), 6)})"
-    models, ending = ", ".join(names), "" if odds is None else f", odds={odds}"
+    models, ending = ", ".join(names), "" if odds is None else f", odds={[round(v, 6) for v in odds]}"
     return f"posterior([{models}], labels={list(labels)}{ending})"
 
 
 # The names of models
 
 
-def _scope(frame: Any) -> dict[str, Any]:
-    """The variables where explore was called."""
-    return {} if frame is None else {**frame.f_globals, **frame.f_locals}
+_TAKEN = ("sculpt", "torch", "samples", *FUNCTIONS)
+"""the words of the code"""
 
 
 def _variables(scope: Mapping[str, Any]) -> dict[int, str]:
-    taken = {"sculpt", "torch", "samples", *FUNCTIONS}  # the words of the code
-    return {id(value): name for name, value in scope.items() if not name.startswith("_") and name not in taken}
+    return {id(value): name for name, value in scope.items() if not name.startswith("_") and name not in _TAKEN}
 
 
 def _named(models: Any, scope: Mapping[str, Any]) -> tuple[list[Any], list[str], list[str]]:
@@ -371,9 +367,10 @@ def _named(models: Any, scope: Mapping[str, Any]) -> tuple[list[Any], list[str],
     names: list[str] = []
     for wish in wished:
         name = re.sub(r"\W", "_", wish)
-        if not name.isidentifier() or keyword.iskeyword(name) or name in ("sculpt", "torch", "samples", *FUNCTIONS):
+        if not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN:
             name = f"p_{name}"[:24]
-        names.append(name if name not in names else next(f"{name}_{k}" for k in range(2, 999) if f"{name}_{k}" not in names))
+        candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
+        names.append(next(candidate for candidate in candidates if candidate not in names))
     if own == names:
         return values, names, []
     whole = variables.get(id(models))
@@ -384,8 +381,14 @@ def _named(models: Any, scope: Mapping[str, Any]) -> tuple[list[Any], list[str],
 
 # ----------------------------------------------------------------------------------------------------------------------- view
 
+_SMALL = "color: #8c8698; font-size: 12px; line-height: 1.4"
 _BOX = "border: 1px solid #d9d4e0; border-left-width: 4px; border-radius: 4px; padding: 6px 10px; line-height: 1.4"
-_TONES = {"sound": "#2e7d32", "exact": "#2e7d32", "nothing": "#2e7d32", "strained": "#b26a00", "biased": "#b26a00"}
+_GREEN, _AMBER, _RED = "#2e7d32", "#b26a00", "#b3261e"
+_TONES = {"sound": _GREEN, "exact": _GREEN, "nothing": _GREEN, "strained": _AMBER, "biased": _AMBER}
+_COPY = (
+    "(navigator.clipboard?.writeText(this.dataset.code) ?? Promise.reject())"
+    ".then(() => this.textContent = 'copied', () => this.textContent = 'select the lines above and copy them')"
+)
 
 
 class View:
@@ -394,81 +397,90 @@ class View:
     def __init__(self, session: Session):
         self.session = session
         self.widgets = w = _ipywidgets()
-        self._quiet = False
         self.shown: Run | None = None
-        names, diffusion = session.names, session.family == "diffusion"
-        wide = w.Layout(width="98%")
-
-        def button(text: str, click: Callable[[Any], None], **options: Any):
-            made = w.Button(description=text, layout=w.Layout(width="auto", min_width="34px"), **options)
-            made.on_click(click)
-            return made
-
-        # The formula: labels, or operators
-        self.labels = [
-            w.ToggleButtons(
-                options=[*([("none", -1)] if k else []), *((name, i) for i, name in enumerate(names))],
-                value=k if k < 2 else -1,
-                style={"button_width": "auto"},
-            )
-            for k in range(session.observations)
-        ]
-        self.formula = w.Text(value=f"{names[0]} & {names[1]}", continuous_update=False, layout=wide)
-        self.words = [button(word, lambda _, word=word: self._append(word)) for word in (*names, "|", "&", "-", "(", ")")]
-        self.back = button("⌫", lambda _: self._erase(), tooltip="take the last word back")
-        self.clear = button("clear", lambda _: setattr(self.formula, "value", ""))
-        row = w.Layout(flex_flow="row wrap")
-        lines = [w.HBox([w.Label(f"y{k + 1}"), label]) for k, label in enumerate(self.labels)]
-        self.tabs = w.Tab(
-            children=[
-                w.VBox([_caption(w, "the model that each observation names"), *lines]),
-                w.VBox([self.formula, w.HBox([*self.words, self.back, self.clear], layout=row)]),
-            ],
-            titles=("labels", "formula"),
+        self._quiet = False
+        left = w.VBox(
+            [self._formulas(), *self._knobs()],
+            layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px"),
         )
-        # The knobs
-        slider = {"continuous_update": False, "style": {"description_width": "64px"}, "layout": wide}
-        if len(names) == 2:
-            self.odds = [w.FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="odds α", **slider)]
-        else:
-            self.odds = [
-                w.FloatLogSlider(value=1.0, min=-1.5, max=1.5, step=0.1, description=f"odds {name}", **slider) for name in names
-            ]
-        self.steps = w.IntSlider(value=32, min=4, max=256, step=4, description="steps", **slider)
-        self.road = w.Dropdown(options=[(text, road) for road, text in ROADS.items()], description="road", style=slider["style"], layout=wide)  # fmt: skip
-        self.road.value = "guided" if session.classifier is not None else "tracked"
-        default, most = _counts(session)
-        self.n = w.IntSlider(value=default, min=1, max=most, description="samples", **slider)
-        self.seed = w.BoundedIntText(value=0, min=0, max=2**31 - 1, description="seed", style=slider["style"], layout=w.Layout(width="190px"))  # fmt: skip
-        self.reseed = button("another", lambda _: setattr(self.seed, "value", self.seed.value + 1))
-        self.reasons = w.HTML()
-        self.live = w.Checkbox(value=True, description="sample when something changes", indent=False)
-        self.go = button("sample", lambda _: self.start(), button_style="primary", icon="play")
-        self.stop = button("cancel", lambda _: self.cancel(), icon="stop", disabled=True)
-        # What came out
-        self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="98%", height="12px", visibility="hidden"))
-        self.status, self.verdict, self.diagnostics = w.HTML(), w.HTML(), w.HTML()
-        self.image = w.Image(layout=w.Layout(max_width="100%", max_height="460px", display="none", object_fit="contain"))
-        self.text = w.HTML()
-        self.code = w.Textarea(disabled=False, rows=4, layout=wide)
-        self.copy = w.HTML()
-
-        left = [self.tabs, *self.odds, self.road, self.reasons, *([self.steps] if diffusion else []), self.n]
-        left += [w.HBox([self.seed, self.reseed]), self.live, w.HBox([self.go, self.stop])]
-        right = [self.bar, self.status, self.image, self.text, self.verdict, self.diagnostics]
-        right += [_caption(w, "as code: it gives the samples above again"), self.code, self.copy]
-        self.box = w.HBox(
-            [
-                w.VBox(left, layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px")),
-                w.VBox(right, layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px")),
-            ],
-            layout=w.Layout(flex_flow="row wrap"),
-        )
+        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px"))
+        self.box = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
         self.box.add_class("sculpt-explore")
         for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed):
             widget.observe(self._changed, names="value")
         self.tabs.observe(self._changed, names="selected_index")
         self._changed()
+
+    def _formulas(self) -> Any:
+        """The formula: a label for each observation, or operators."""
+        w, names = self.widgets, self.session.names
+        models = [(name, i) for i, name in enumerate(names)]
+        self.labels = [
+            w.ToggleButtons(
+                options=[("none", -1), *models] if k else models, value=k if k < 2 else -1, style={"button_width": "auto"}
+            )
+            for k in range(self.session.observations)
+        ]
+        self.formula = w.Text(value=f"{names[0]} & {names[1]}", continuous_update=False, layout=w.Layout(width="98%"))
+        words = (*names, "|", "&", "-", "(", ")")
+        self.words = [self._button(word, lambda word=word: self._append(word)) for word in words]
+        self.back = self._button("⌫", self._erase, tooltip="take the last word back")
+        self.clear = self._button("clear", lambda: setattr(self.formula, "value", ""))
+        rows = [w.HBox([w.Label(f"y{k + 1}"), label]) for k, label in enumerate(self.labels)]
+        clicks = w.HBox([*self.words, self.back, self.clear], layout=w.Layout(flex_flow="row wrap"))
+        self.tabs = w.Tab(
+            children=[w.VBox([self._caption("the model that each observation names"), *rows]), w.VBox([self.formula, clicks])],
+            titles=("labels", "formula"),
+        )
+        return self.tabs
+
+    def _knobs(self) -> list[Any]:
+        w, session = self.widgets, self.session
+        knob = {"style": {"description_width": "64px"}, "layout": w.Layout(width="98%")}
+        slider = {**knob, "continuous_update": False}
+        if len(session.names) == 2:
+            self.odds = [w.FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="odds α", **slider)]
+        else:
+            odds = {"value": 1.0, "min": -1.5, "max": 1.5, "step": 0.1}
+            self.odds = [w.FloatLogSlider(**odds, description=f"odds {name}", **slider) for name in session.names]
+        roads = [(text, road) for road, text in ROADS.items()]
+        self.road = w.Dropdown(
+            options=roads, value="tracked" if session.classifier is None else "guided", description="road", **knob
+        )
+        self.reasons = w.HTML()
+        self.steps = w.IntSlider(value=32, min=4, max=256, step=4, description="steps", **slider)
+        images = session.family == "diffusion" and len(session.models[0].shape) > 1  # they cost much, points little
+        self.n = w.IntSlider(value=16 if images else 500, min=1, max=64 if images else 10_000, description="samples", **slider)
+        self.seed = w.BoundedIntText(
+            value=0, min=0, max=2**31 - 1, description="seed", style=knob["style"], layout=w.Layout(width="190px")
+        )
+        self.reseed = self._button("another", lambda: setattr(self.seed, "value", self.seed.value + 1))
+        self.live = w.Checkbox(value=True, description="sample when something changes", indent=False)
+        self.go = self._button("sample", self.start, button_style="primary", icon="play")
+        self.stop = self._button("cancel", self.cancel, icon="stop", disabled=True)
+        knobs = [*self.odds, self.road, self.reasons, *([self.steps] if session.family == "diffusion" else []), self.n]
+        return [*knobs, w.HBox([self.seed, self.reseed]), self.live, w.HBox([self.go, self.stop])]
+
+    def _results(self) -> list[Any]:
+        """Progress, and what came out, which is hidden until there is something."""
+        w = self.widgets
+        self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="98%", height="12px", visibility="hidden"))
+        self.status, self.text, self.verdict, self.diagnostics, self.copy = (w.HTML() for _ in range(5))
+        self.image = w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
+        self.code = w.Textarea(rows=4, layout=w.Layout(width="98%"))
+        caption = self._caption("as code: it gives the samples above again")
+        parts = [self.image, self.text, self.verdict, self.diagnostics, caption, self.code, self.copy]
+        self.result = w.VBox(parts, layout=w.Layout(display="none"))
+        return [self.bar, self.status, self.result]
+
+    def _button(self, text: str, click: Callable[[], Any], **options: Any) -> Any:
+        w = self.widgets
+        button = w.Button(description=text, layout=w.Layout(width="auto", min_width="34px"), **options)
+        button.on_click(lambda _: click())
+        return button
+
+    def _caption(self, text: str) -> Any:
+        return self.widgets.HTML(f'<div style="{_SMALL}">{text}</div>')
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.box._repr_mimebundle_(**options)
@@ -476,8 +488,8 @@ class View:
     @property
     def settings(self) -> Settings:
         """What the widgets say."""
-        odds = [slider.value for slider in self.odds]
-        odds = (odds[0], 1 - odds[0]) if len(odds) == 1 else tuple(odds)
+        odds = tuple(slider.value for slider in self.odds)
+        odds = odds if len(odds) > 1 else (odds[0], 1 - odds[0])
         return Settings(
             labels=tuple(label.value for label in self.labels if label.value >= 0),
             formula=self.formula.value if self.tabs.selected_index == 1 else None,
@@ -510,11 +522,10 @@ class View:
     def _check(self) -> bool:
         """Offer the roads that the formula has; say what is wrong with it, if anything is."""
         try:
-            reasons = self.session.roads(replace(self.settings, road="tracked"))
+            reasons = self.session.roads(self.settings)
             takes_odds = self.session.takes_odds(self.settings)
         except (TypeError, ValueError) as error:
-            self._say(str(error), "#b3261e")
-            self.reasons.value = ""
+            self.reasons.value = f'<div style="{_SMALL}; color: {_RED}">{html.escape(str(error))}</div>'
             return False
         self._quiet = True
         try:
@@ -525,10 +536,9 @@ class View:
                 slider.disabled = not takes_odds
         finally:
             self._quiet = False
-        missing = {"guided": reasons["guided"], "rejection": reasons["rejection"]}
-        lines = [f"{ROADS[road]}: {html.escape(reason)}" for road, reason in missing.items() if reason]
+        lines = [f"{road}: {html.escape(reasons[road])}" for road in ("guided", "rejection") if reasons[road]]
         lines += [] if takes_odds else ["odds belong to two or more observed labels of base models."]
-        self.reasons.value = f'<div style="color: #8c8698; font-size: 12px; line-height: 1.4">{"<br>".join(lines)}</div>'
+        self.reasons.value = f'<div style="{_SMALL}">{"<br>".join(lines)}</div>'
         return True
 
     def _append(self, word: str) -> None:
@@ -537,64 +547,50 @@ class View:
     def _erase(self) -> None:
         self.formula.value = re.sub(r"\s*(\w+|\S)\s*$", "", self.formula.value)
 
-    def _say(self, text: str, color: str = "#2b2135") -> None:
+    def _say(self, text: str, color: str = "inherit") -> None:
         self.status.value = f'<div style="color: {color}; line-height: 1.4">{html.escape(text)}</div>'
 
     def _show(self, run: Run) -> None:
         """What a run has to tell, from its thread. One that was replaced by another has nothing to tell any more."""
         if run is not self.session.run:
             return
-        working = run.state in ("waiting", "working")
+        working, diffusion = run.state in ("waiting", "working"), self.session.family == "diffusion"
         self.stop.disabled = not working
-        self.bar.layout.visibility = "visible" if working and self.session.family == "diffusion" else "hidden"
+        self.bar.layout.visibility = "visible" if working and diffusion else "hidden"
         if working:
-            if self.session.family == "diffusion":
-                total = max(run.step, run.settings.steps)
-                self.bar.max, self.bar.value = total, run.step
-                what = f"step {run.step} of {total}"
-            else:
-                what = f"{run.calls} calls of a policy"
+            total = self.bar.max = max(run.step, run.settings.steps)
+            self.bar.value = run.step
+            what = f"step {run.step} of {total}" if diffusion else f"{run.calls} calls of a policy"
             self._say(f"sampling … {what}, {run.seconds:.1f} s")
         elif run.state == "cancelled":
-            still = (
-                "" if self.shown is None else f" The samples are still those of {self.session.expression(self.shown.settings)}."
-            )
-            self._say(f"Cancelled after {run.seconds:.1f} s and {run.calls} calls of a network.{still}", "#b26a00")
+            expression = self.session.expression
+            still = "" if self.shown is None else f" The samples are still those of {expression(self.shown.settings)}."
+            self._say(f"Cancelled after {run.seconds:.1f} s.{still}", _AMBER)
         elif run.state == "failed":
-            self._say(run.error, "#b3261e")
+            self._say(run.error, _RED)
         else:
             self._show_samples(run)
 
     def _show_samples(self, run: Run) -> None:
-        self.shown, settings = run, run.settings
+        self.shown, diagnostics = run, run.samples.diagnostics
         kind, data = run.picture
         self.image.layout.display = "none" if kind == "text" else "block"
+        self.image.layout.max_height = "620px" if kind == "svg+xml" else "460px"  # the scores below molecules are small
         self.text.value = f"<pre style='font: 12px monospace'>{html.escape(data.decode())}</pre>" if kind == "text" else ""
         if kind != "text":
             self.image.format, self.image.value = kind, data
-        diagnostics = run.samples.diagnostics
-        color = _TONES.get(re.match(r"\w*", diagnostics.verdict)[0], "#b3261e")
+        color = _TONES.get(re.match(r"\w*", diagnostics.verdict)[0], _RED)
         notes = "".join(f"<br>{html.escape(note)}" for note in run.notes)
         self.verdict.value = f'<div style="{_BOX}; border-color: {color}">{html.escape(diagnostics.verdict)}{notes}</div>'
         table = "\n".join(line for line in str(diagnostics).splitlines() if not line.lstrip().startswith("verdict"))
         self.diagnostics.value = f'<pre style="font: 12px/1.35 monospace">{html.escape(table)}</pre>'
         self.code.value = run.code
-        click = "navigator.clipboard.writeText(this.dataset.code); this.textContent = 'copied'"
         self.copy.value = (
-            f'<button class="jupyter-button" data-code="{html.escape(run.code)}" onclick="{click}" '
-            'style="width: auto">copy as code</button>'
+            f'<button class="jupyter-button" style="width: auto" data-code="{html.escape(run.code)}" onclick="{_COPY}">'
+            "copy as code</button>"
         )
-        self._say(f"{len(run.samples)} samples of {self.session.expression(settings)} in {run.seconds:.1f} s")
-
-
-def _counts(session: Session) -> tuple[int, int]:
-    """How many samples at first, and at most: images cost much, points little."""
-    images = session.family == "diffusion" and len(session.models[0].shape) > 1
-    return (16, 64) if images else (500, 10_000)
-
-
-def _caption(w: Any, text: str) -> Any:
-    return w.HTML(f'<div style="color: #8c8698; font-size: 12px; line-height: 1.3">{text}</div>')
+        self.result.layout.display = "flex"
+        self._say(f"{len(run.samples)} samples of {self.session.expression(run.settings)} in {run.seconds:.1f} s")
 
 
 def _ipywidgets() -> Any:

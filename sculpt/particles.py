@@ -91,12 +91,20 @@ class Population:
         Theirs takes off what multinomial resampling adds at every resampling; the systematic one adds next to nothing, so
         only the 1/N of the start is taken off. A little wide after many resamplings. The steps' discretisation is not in it.
         """
-        share = torch.zeros(self.n, dtype=torch.float64, device=self.log_w.device)
-        share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
-        square = float((share**2).sum())
+        square = 1 / self.families
         variance = 1 - self.n / max(self.n - 1, 1) * (1 - square)
         # With few surviving roots the estimator saturates at one: it then means "at least".
         return math.sqrt(max(variance, 0.0))
+
+    @property
+    def families(self) -> float:
+        """How many particles of the start the weight comes from, in the sense of an effective sample size.
+
+        Most ancestors can have descendants while the weight is with those of a few.
+        """
+        share = torch.zeros(self.n, dtype=torch.float64, device=self.log_w.device)
+        share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
+        return 1 / float((share**2).sum())
 
     @property
     def ancestors(self) -> int:
@@ -131,13 +139,15 @@ class Diagnostics:
     log_z: float | None = None
     log_z_error: float | None = None
     ancestors: int | None = None
+    families: float | None = None
     acceptance: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def observe(self, population: Population, acceptance: float | None = None) -> None:
         """Take down what a population knows about itself."""
         self.particles, self.ess = population.n, list(population.ess)
-        self.ancestors = population.ancestors if population.threshold > 0 else None
+        if population.threshold > 0:
+            self.ancestors, self.families = population.ancestors, population.families
         self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
 
     @property
@@ -148,7 +158,7 @@ class Diagnostics:
                 return "nothing unusual."
             return f"exact for the base samplers and the terminal head; {self.acceptance:.2g} of the draws were kept."
         least, last = min(self.ess) / self.particles, self.ess[-1] / self.particles
-        if self.ancestors is None:
+        if self.families is None:
             if last >= 0.5:
                 return f"sound: guidance stays close to the exact chain (weights would keep {last:.0%})."
             return f"biased: guidance leaves the exact chain (weights would keep {last:.1%}). Pass correct=True, or train the classifier longer."
@@ -157,9 +167,10 @@ class Diagnostics:
                 f"COLLAPSED: the {self.particles} particles descend from {self.ancestors} of the start (least effective share {least:.1%}). "
                 "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
             )
-        if self.ancestors < 0.05 * self.particles or last < 0.1:
-            return f"strained: {self.ancestors} of {self.particles} starting particles have descendants. More particles would help."
-        return f"sound: {self.ancestors} of {self.particles} starting particles have descendants, least effective share {least:.0%}."
+        few = f"the weight comes from {self.families:.0f} of {self.particles} starting particles"
+        if self.families < 0.05 * self.particles or last < 0.1:
+            return f"strained: {few}. More particles would help."
+        return f"sound: {few}, least effective share {least:.0%}."
 
     def __str__(self) -> str:
         rows = [("road", self.road), ("formula", self.formula), ("steps", self.steps or None)]
@@ -168,7 +179,8 @@ class Diagnostics:
             rows.append(
                 ("effective share", f"least {min(self.ess) / self.particles:.1%}, last {self.ess[-1] / self.particles:.1%}")
             )
-            rows.append(("ancestors", self.ancestors))
+            if self.families is not None:
+                rows.append(("ancestors", f"{self.ancestors}, worth {self.families:.0f}"))
         if self.log_z is not None:
             error = "" if self.log_z_error is None else f" ± {self.log_z_error:.2g}"
             rows.append(("log Z", f"{self.log_z:.3f}{error}"))

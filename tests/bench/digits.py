@@ -147,10 +147,10 @@ class Bench:
             seconds = (time.process_time() - started) / n
             d = samples.diagnostics
             share = f"effective share {d.ess[-1] / d.particles:.1%}" if d.particles and d.ess else ""
-            origin = f", {d.ancestors} of {d.particles} ancestors" if d.ancestors is not None else ""
+            origin = f", worth {d.families:.0f} of {d.particles} ancestors" if d.families is not None else ""
             row = self.measure(case, samples.x.float(), seconds=seconds, note=f"{share}{origin}; {d.verdict.partition(':')[0]}")
-            # Copies of one ancestor are not independent draws.
-            row.n = min(row.n, d.ancestors or row.n)
+            # Members of one family are not independent draws.
+            row.n = min(row.n, d.families or row.n)
             return row
 
         return self.kept(case, road, {"n": n, **settings}, run)

@@ -276,7 +276,8 @@ def protocol() -> None:
             judge = classifier(judge) if judge and beta == 32 else None
             options = {} if judge is None else {"classifier": judge, "correct": True}
             s = Scored(lambda c=composition, o=options: c.sample(N, generator=seeded(), progress=False, **o))
-            road = s.samples.diagnostics.road
+            said = s.samples.diagnostics
+            road = said.road + (f", {said.verdict.partition(':')[0]}" if said.particles else "")
             means = ", ".join(f"{s.R[key].mean():.2f}" for key in NAMES)
             line(name, s.low_and_high(), f"{s.high('qed'):.0f}", f"{s.high(*NAMES):.0f}", means, road)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import html
 import inspect
 import io
@@ -206,33 +207,31 @@ class Session:
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             call.func = ast.Attribute(ast.Name("sculpt"), call.func.id)
         text = ast.unparse(tree)
-        arguments = [str(settings.n)]
-        if settings.road == "rejection":
-            arguments = [text, *arguments]
-        if settings.road in ("guided", "corrected") or (settings.road == "rejection" and self.family == "diffusion"):
-            arguments.append(self.classifier_name)
-        arguments += ["correct=True"] * (settings.road == "corrected")
-        arguments += [f"steps={settings.steps}"] * (self.family == "diffusion")
+        guide, options = self._arguments(settings)
+        arguments = [str(settings.n), *[self.classifier_name for _ in guide], *[f"{name}={x}" for name, x in options.items()]]
         arguments.append(f"generator=torch.Generator().manual_seed({settings.seed})")
-        text = f"({text})" if isinstance(tree.body, ast.BinOp) else text
-        call = "sculpt.reject" if settings.road == "rejection" else f"{text}.sample"
+        if settings.road == "rejection":
+            call, arguments = "sculpt.reject", [text, *arguments]
+        else:
+            call = f"({text}).sample" if isinstance(tree.body, ast.BinOp) else f"{text}.sample"
         lines = ["import sculpt, torch", *self.preamble, f"samples = {call}({', '.join(arguments)})"]
         return "\n".join(lines)
-
-    # Runs
 
     def sample(self, settings: Settings) -> Samples:
         """The samples that :meth:`code` gives."""
         composition = self.composition(settings)
-        options: dict[str, Any] = {"generator": torch.Generator().manual_seed(settings.seed), "progress": False}
-        if self.family == "diffusion":
-            options["steps"] = settings.steps
-        if settings.road == "rejection":
-            referee = self.classifier if self.family == "diffusion" else None
-            return reject(composition, settings.n, referee, **options)
-        if settings.road == "tracked":
-            return composition.sample(settings.n, **options)
-        return composition.sample(settings.n, self.classifier, correct=settings.road == "corrected", **options)
+        call = functools.partial(reject, composition) if settings.road == "rejection" else composition.sample
+        guide, options = self._arguments(settings)
+        return call(settings.n, *guide, **options, generator=torch.Generator().manual_seed(settings.seed), progress=False)
+
+    def _arguments(self, settings: Settings) -> tuple[list[Any], dict[str, Any]]:
+        """What sampling is given: the classifier where the road asks it, and options."""
+        diffusion = self.family == "diffusion"
+        asked = settings.road in ("guided", "corrected") or (settings.road == "rejection" and diffusion)
+        options = {"correct": True} if settings.road == "corrected" else {}
+        return [self.classifier] * asked, options | ({"steps": settings.steps} if diffusion else {})
+
+    # Runs
 
     def start(self, settings: Settings, notify: Callable[[Run], None] = lambda run: None) -> Run:
         """Cancel what runs and sample in the background. ``notify`` is called from there: a few times a second, and at the end."""

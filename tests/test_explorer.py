@@ -1,7 +1,7 @@
-"""The explorer: its logic through the real widgets without a browser, and once in a real browser.
+"""The explorer: its logic through the real widgets without a browser, and in a real browser, in Voilà and JupyterLab.
 
-The browser test needs ``apt-get install chromium`` and ``pip install voila playwright``, and runs with
-``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOT=file.png it leaves a picture of what it saw.
+The browser tests need ``apt-get install chromium`` and ``pip install voila jupyterlab playwright``, and run with
+``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOTS=folder each leaves a picture of what it saw last.
 """
 
 import importlib.util
@@ -121,7 +121,7 @@ def test_a_formula_is_built_by_clicking():
     view.clear.click()
     for word in ("(", "p", "|", "q", ")", "-", "r", "-"):
         buttons[word].click()
-    assert "not complete" in view.status.value
+    assert "not complete" in view.reasons.value
     assert view.start() is None
     view.back.click()
     assert view.formula.value == "(p | q) - r"
@@ -270,6 +270,17 @@ def test_a_change_replaces_the_run_that_it_finds():
     assert "samples of p - q" in view.status.value
 
 
+def test_an_incomplete_formula_stops_what_runs_and_is_told():
+    network, p, q = slow_models()
+    view = explorer([p, q])
+    view.tabs.selected_index = 1
+    assert network.called.wait(60)
+    view.formula.value = "p &"
+    network.go.set()
+    ended(view, "cancelled")
+    assert "not complete" in view.reasons.value
+
+
 def test_a_failing_network_is_told_and_the_next_run_works():
     p, q = grid()
     log_pf = p.log_pf
@@ -354,41 +365,37 @@ def _free_port() -> int:
 
 
 @pytest.fixture
-def voila(tmp_path):
-    """The address of a Voilà server with one notebook."""
-    if importlib.util.find_spec("voila") is None:
-        pytest.skip("voila is not installed: pip install voila")
-    import nbformat
+def serve(tmp_path):
+    """Serves one notebook with a program of Jupyter; gives the server's address."""
+    servers = []
 
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    (tmp_path / "served").mkdir()
-    nbformat.write(notebook, tmp_path / "served" / "explore.ipynb")
-    address = f"http://127.0.0.1:{(port := _free_port())}"
-    command = [
-        sys.executable,
-        "-m",
-        "voila",
-        "--no-browser",
-        f"--port={port}",
-        "--Voila.ip=127.0.0.1",
-        str(tmp_path / "served"),
-    ]
-    folders = {"IPYTHONDIR": "ipython", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTER_CONFIG_DIR": "config"}
-    environment = os.environ | {name: str(tmp_path / folder) for name, folder in folders.items()}
-    environment["PYTHONPATH"] = str(Path(sculpt.__file__).parents[1])
-    with open(tmp_path / "voila.log", "w") as log:
-        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
-    try:
-        for _ in range(240):
-            assert server.poll() is None, (tmp_path / "voila.log").read_text()
+    def start(program, *options):
+        if importlib.util.find_spec(program) is None:
+            pytest.skip(f"{program} is not installed: pip install {program}")
+        import nbformat
+
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(notebook, tmp_path / "explore.ipynb")
+        address = f"http://127.0.0.1:{(port := _free_port())}"
+        own = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
+        lab = ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
+        environment = os.environ | {name: str(tmp_path / name) for name in (*own, *lab)}
+        environment["PYTHONPATH"] = str(Path(sculpt.__file__).parents[1])
+        with open(tmp_path / "log", "w") as log:
+            command = [sys.executable, "-m", program, "--no-browser", f"--port={port}", *options]
+            servers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
+        for _ in range(360):
+            assert servers[-1].poll() is None, (tmp_path / "log").read_text()
             try:
                 urllib.request.urlopen(address, timeout=5).read()
-                break
+                return address
             except OSError:
                 time.sleep(0.5)
-        yield f"{address}/voila/render/explore.ipynb"
-    finally:
+        raise AssertionError((tmp_path / "log").read_text())
+
+    yield start
+    for server in servers:
         server.terminate()
         try:
             server.wait(20)
@@ -396,8 +403,9 @@ def voila(tmp_path):
             server.kill()
 
 
-@pytest.mark.slow
-def test_in_a_browser_a_label_changes_the_samples(voila, tmp_path):
+@pytest.fixture
+def page(tmp_path, request):
+    """A page of a real browser, which must not have had an error to tell in the end."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
     if not shutil.which(CHROMIUM):
         pytest.skip(f"there is no {CHROMIUM}: apt-get install chromium")
@@ -420,40 +428,82 @@ def test_in_a_browser_a_label_changes_the_samples(voila, tmp_path):
             lambda route: route.fulfill(status=200, body="", content_type="text/css"),
         )
         page = browser.new_page()
-        page.set_default_timeout(180_000)
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.set_default_timeout(300_000)
+
+        def hear(message):
+            # What Voilà's page sends when it is left, its server refuses; that is theirs.
+            if message.type == "error" and "/voila/api/shutdown" not in message.location["url"]:
+                problems.append(message.text)
+
+        page.on("console", hear)
         page.on("pageerror", lambda error: problems.append(str(error)))
-
-        def seen(what):
-            page.get_by_text(re.compile(rf"^\d+ samples of {re.escape(what)} in ")).wait_for()
-            return page.locator(".sculpt-explore img").get_attribute("src")
-
-        page.goto(voila)
-        both = seen("p & q")
-        rows = page.locator(".sculpt-explore .widget-toggle-buttons")
-        rows.nth(1).get_by_role("button", name="p", exact=True).click()
-        only = seen("p - q")
-        assert only != both
-        assert "sound" in page.locator(".sculpt-explore").inner_text()
-        page.get_by_role("button", name="copy as code").click()
-        page.get_by_role("button", name="copied").wait_for()
-        assert "(p - q).sample(500" in page.evaluate("navigator.clipboard.readText()")
-        # The formula by clicking
-        page.get_by_role("tab", name="formula").click()
-        seen("p & q")
-        page.get_by_role("button", name="clear").click()
-        page.get_by_text("is not complete").wait_for()
-        for word in ("q", "-", "p"):
-            page.locator(".sculpt-explore").get_by_role("button", name=word, exact=True).last.click()
-        seen("q - p")
-        # Cancel, and go on
-        steps = page.locator(".widget-readout").nth(1)
-        steps.fill("256")
-        steps.press("Enter")
-        page.get_by_text("sampling …").wait_for()
-        page.get_by_role("button", name="cancel").click()
-        page.get_by_text("Cancelled after").wait_for()
-        if picture := os.environ.get("SCULPT_SCREENSHOT"):
-            page.screenshot(path=picture, full_page=True)
+        yield page
+        if folder := os.environ.get("SCULPT_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
         browser.close()
     assert not problems
+
+
+def seen(page, what):
+    """The picture of the samples of a composition, when it is there."""
+    page.get_by_text(re.compile(rf"^\d+ samples of {re.escape(what)} in ")).wait_for()
+    return page.locator(".sculpt-explore img").get_attribute("src")
+
+
+def second_label(page, name):
+    """Click the second observation's label."""
+    row = page.locator(".sculpt-explore .widget-toggle-buttons").nth(1)
+    row.get_by_role("button", name=name, exact=True).click()
+
+
+def start_and_cancel(page):
+    """Start a run of many steps and cancel it."""
+    steps = page.locator(".sculpt-explore .widget-readout").nth(1)
+    steps.fill("256")
+    steps.press("Enter")
+    page.get_by_text("sampling …").wait_for()
+    page.get_by_role("button", name="cancel").click()
+    page.get_by_text("Cancelled after").wait_for()
+
+
+@pytest.mark.slow
+def test_in_voila_a_label_changes_the_samples(serve, page):
+    page.goto(serve("voila", "--Voila.ip=127.0.0.1") + "/voila/render/explore.ipynb")
+    both = seen(page, "p & q")
+    second_label(page, "p")
+    assert seen(page, "p - q") != both
+    assert "sound" in page.locator(".sculpt-explore").inner_text()
+    page.get_by_role("button", name="copy as code").click()
+    page.get_by_role("button", name="copied").wait_for()
+    assert "(p - q).sample(500" in page.evaluate("navigator.clipboard.readText()")
+    # The formula by clicking
+    page.get_by_role("tab", name="formula").click()
+    seen(page, "p & q")
+    page.get_by_role("button", name="clear").click()
+    page.get_by_text("is not complete").wait_for()
+    for word in ("q", "-", "p"):
+        page.locator(".sculpt-explore").get_by_role("button", name=word, exact=True).last.click()
+    seen(page, "q - p")
+    start_and_cancel(page)
+    page.reload()
+    seen(page, "p & q")
+
+
+@pytest.mark.slow
+def test_in_jupyterlab_a_label_changes_the_samples_and_a_reload_loses_nothing(serve, page):
+    address = serve("jupyterlab", "--ip=127.0.0.1", "--allow-root", "--IdentityProvider.token=")
+    page.goto(address + "/lab/tree/explore.ipynb")
+    page.get_by_text("| Idle").wait_for()
+    page.locator(".jp-CodeCell .cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    both = seen(page, "p & q")
+    second_label(page, "p")
+    assert seen(page, "p - q") != both
+    start_and_cancel(page)
+    page.keyboard.press("Control+s")
+    page.locator(".jp-mod-dirty").wait_for(state="detached")
+    page.reload()
+    page.get_by_text("Cancelled after").wait_for()
+    page.get_by_text("| Idle").wait_for()
+    second_label(page, "q")  # answered by the kernel, which has lived on
+    seen(page, "p & q")

@@ -734,12 +734,12 @@ def test_a_second_classifier_over_samples_of_the_inner_composition_samples_the_n
 
 def test_noise_levels_fall_from_the_widest_to_the_least_common_level():
     mixed = [exact_model(RINGS[0], kind, name=kind) for kind in ("linear", "cosine", "flow")]
-    for knee in (None, 0.5):
-        levels = noise_levels(mixed, 40, knee=knee)
-        assert len(levels) == 40 and (levels.diff() < 0).all()
-        assert float(levels[0]) == pytest.approx(80.0) and float(levels[-1]) == pytest.approx(max(m.s_min for m in mixed))
-    even = spread(torch.linspace(0, 1, 11, dtype=torch.float64), 0.01, 80.0).log().diff()
-    torch.testing.assert_close(even, even.mean().expand(10))
+    levels = noise_levels(mixed, 40)
+    assert len(levels) == 40 and (levels.diff() < 0).all()
+    assert float(levels[0]) == pytest.approx(80.0) and float(levels[-1]) == pytest.approx(max(m.s_min for m in mixed))
+    # Steps are shortest about the knee.
+    s = spread(torch.linspace(0, 1, 101, dtype=torch.float64), 0.01, 80.0, knee=0.5)
+    assert 0.3 < float(s[s.log().diff().abs().argmin()]) < 0.8
 
 
 def test_the_samplers_leave_no_gradient_and_no_training_mode_behind():

@@ -25,7 +25,7 @@ from sculpt.diffusion.sampler import noise_range
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
-SAMPLES, STEPS, RATE = 4000, 3000, 2e-3
+SAMPLES, STEPS, RATE = 2500, 1200, 2e-3
 FRESH = 40_000
 """Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
 

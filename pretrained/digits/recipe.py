@@ -34,18 +34,16 @@ from sculpt.diffusion.schedule import Schedule, like, schedule_of
 HERE = Path(__file__).parent
 NETWORK = {"block_out_channels": (16, 32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 32}
 BATCH = 64
-STEPS = {"trunk": 7000, "cyan": 2500, "zero-one": 1200, "zero-two": 2000, "red-green": 1200, "green": 800}
-RATE = {"trunk": 2e-3, "zero-two": 1e-3}
+STEPS = {"trunk": 7000, "cyan": 2500, "zero-one": 1200, "zero-two": 1200, "red-green": 1200, "green": 800}
+RATE = {"trunk": 2e-3}
 FINE = 6e-4
 SHARES = {"cyan": 0.4, "zero-one": 0.15, "zero-two": 0.15, "red-green": 0.15, "green": 0.15}
 """Of the trunk's batches: ten digits are more to learn than two."""
 
 
 def scheduler(name: str) -> DDPMScheduler:
-    """Of the training. One model has another schedule and another prediction type than the rest, on purpose."""
-    if name == "zero-two":
-        return DDPMScheduler(beta_schedule="linear", prediction_type="epsilon")
-    return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    """Of the training. One model has another schedule than the rest, on purpose."""
+    return DDPMScheduler(beta_schedule="linear" if name == "zero-two" else "squaredcos_cap_v2", prediction_type="v_prediction")
 
 
 def network(labels: int | None = None) -> UNet2DModel:

@@ -61,28 +61,24 @@ def noise_range(models: Sequence[BaseModel]) -> tuple[float, float]:
     return low.s_min, min(high.s_max, WIDEST)
 
 
-def spread(u: Float[Tensor, "*b"], s_min: float, s_max: float, knee: float | None = None) -> Float[Tensor, "*b"]:
-    """Noise levels at shares u of the way from ``s_max`` (0) to ``s_min`` (1), even in log s.
+def spread(u: Float[Tensor, "*b"], s_min: float, s_max: float, knee: float = KNEE) -> Float[Tensor, "*b"]:
+    """Noise levels at shares u of the way from ``s_max`` (0) to ``s_min`` (1).
 
-    With a ``knee`` half of the way is even in arctan(s / knee) instead: that is where tracked densities err most.
+    Half of the way is even in log s, half in arctan(s / knee): around the knee structure appears, and samplers err most.
     """
     log_s = torch.linspace(math.log(s_max), math.log(s_min), 4096, dtype=torch.float64, device=u.device)
-    way = (log_s - log_s[0]) / (log_s[-1] - log_s[0])
-    if knee is not None:
-        angle = (log_s.exp() / knee).atan()
-        way = way / 2 + (angle - angle[0]) / (angle[-1] - angle[0]) / 2
+    angle = (log_s.exp() / knee).atan()
+    way = sum((part - part[0]) / (part[-1] - part[0]) / 2 for part in (log_s, angle))
     i = torch.searchsorted(way, u.double()).clamp(1, len(way) - 1)
     return torch.lerp(log_s[i - 1], log_s[i], (u.double() - way[i - 1]) / (way[i] - way[i - 1])).exp()
 
 
-def noise_levels(
-    models: Sequence[BaseModel], steps: int, device: torch.device | str = "cpu", knee: float | None = None
-) -> Float[Tensor, "steps"]:
+def noise_levels(models: Sequence[BaseModel], steps: int, device: torch.device | str = "cpu") -> Float[Tensor, "steps"]:
     """The levels of a run: ``steps`` network calls, the last of which denoises."""
     if steps < 2:
         raise ValueError(f"Sampling needs at least 2 steps, got {steps}.")
     s_min, s_max = noise_range(models)
-    return spread(torch.linspace(0, 1, steps, dtype=torch.float64, device=device), s_min, s_max, knee)
+    return spread(torch.linspace(0, 1, steps, dtype=torch.float64, device=device), s_min, s_max)
 
 
 # ----------------------------------------------------------------------------------------------------------------- guidance
@@ -309,7 +305,7 @@ def track(
             "a classifier (sculpt.fit) scales to images.",
             stacklevel=3,
         )
-    levels = noise_levels(models, steps, device, KNEE)
+    levels = noise_levels(models, steps, device)
     v0 = levels[0] ** 2
     # The base models start from N(0, v0), the product of densities of degree d from N(0, v0 / d).
     xi = randn((N, *shape), generator, levels)
@@ -396,7 +392,7 @@ def path_ratios(
 
     x is noised step by step, and :math:`\sum \log P_j(z' \mid z)` of the way back is added up: tracked densities, read backwards.
     """
-    levels = noise_levels(models, steps, x.device, KNEE)
+    levels = noise_levels(models, steps, x.device)
     z = x.double() + levels[-1] * randn(x.shape, generator, levels)
     ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
     a = torch.eye(len(models), dtype=torch.float64, device=x.device)[made_by].expand(len(x), -1)

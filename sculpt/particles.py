@@ -140,6 +140,8 @@ class Diagnostics:
     log_z_error: float | None = None
     ancestors: int | None = None
     families: float | None = None
+    doubt: str = ""
+    """what the particles themselves cannot see, and the verdict has to say"""
     acceptance: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -167,8 +169,10 @@ class Diagnostics:
                 f"COLLAPSED: the {self.particles} particles descend from {self.ancestors} of the start (least effective share {least:.1%}). "
                 "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
             )
+        if self.doubt:
+            return f"DOUBTFUL: {self.doubt}"
         few = f"the weight comes from {self.families:.0f} of {self.particles} starting particles"
-        if self.families < 0.05 * self.particles or last < 0.1:
+        if self.families < max(0.05 * self.particles, min(10, 0.5 * self.particles)) or last < 0.1:
             return f"strained: {few}. More particles would help."
         return f"sound: {few}, least effective share {least:.0%}."
 

@@ -225,11 +225,12 @@ def test_a_network_that_answers_with_another_shape_is_refused_at_construction():
         sculpt.Diffusion(lambda x, t: x[:, :1], DDPMScheduler(), (2,), name="narrow")
 
 
-def test_a_collapsing_population_is_announced_in_many_dimensions():
+def test_tracked_densities_are_doubted_in_many_dimensions():
     model = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="image")
     other = sculpt.EnergyModel(lambda z, s: ((z - 0.1) ** 2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="other")
-    with pytest.warns(UserWarning, match="Tracked densities in 300 dimensions: the weights usually collapse"):
-        (model & other).sample(2, steps=3, particles=4, progress=False)
+    with pytest.warns(UserWarning, match="Tracked densities in 300 dimensions: their errors add up"):
+        samples = (model & other).sample(2, steps=3, particles=4, progress=False)
+    assert samples.diagnostics.verdict.startswith(("DOUBTFUL: the errors of tracked densities", "COLLAPSED"))
 
 
 def test_models_that_hardly_overlap_are_reported_as_collapsed_or_refused():

@@ -301,10 +301,11 @@ def track(
     diagnostics.notes += [GUIDED_NOTE] * any(model.guided for model in models)
     if d > 256:
         warnings.warn(
-            f"Tracked densities in {d} dimensions: the weights usually collapse onto a few particles. Watch the verdict; "
-            "a classifier (sculpt.fit) scales to images.",
+            f"Tracked densities in {d} dimensions: their errors add up, and the weights collapse onto a few particles or mean nothing. "
+            "A classifier (sculpt.fit) scales to images.",
             stacklevel=3,
         )
+        diagnostics.doubt = f"the errors of tracked densities add up over {d} dimensions, which the effective share does not show. Use a classifier."
     levels = noise_levels(models, steps, device)
     v0 = levels[0] ** 2
     # The base models start from N(0, v0), the product of densities of degree d from N(0, v0 / d).

@@ -6,6 +6,7 @@ their densities within a class, and a classifier has to tell the models apart as
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -103,7 +104,7 @@ def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], n: in
 It steers compositions of {", ".join(names)} with up to {observed}.
 
 ```python
-models = [sculpt.load(f"pretrained/digits/{{name}}") for name in {names}]
+models = [sculpt.load(f"pretrained/digits/{{name}}") for name in {json.dumps(names)}]
 classifier = sculpt.load("pretrained/digits/{name}")
 images = sculpt.posterior(models, {tuple(range(len(models)))}).sample(16, classifier).decode()
 ```

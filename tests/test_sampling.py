@@ -300,7 +300,6 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
     assert biased > 1.6, "the wrong h is not wrong enough for this test"
     assert ratio < 1.5
     assert abs(corrected.log_z - log_z) < 0.05 + 3 * corrected.diagnostics.log_z_error
-    assert plain.diagnostics.verdict.startswith("biased") or plain.diagnostics.ess[-1] < 0.95 * N
 
 
 def test_corrected_weights_without_resampling_average_to_z_and_the_target():

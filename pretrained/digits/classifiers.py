@@ -1,6 +1,6 @@
 """The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--state folder]``.
 
-They learn from samples of the models themselves, not from the data: two networks that were trained apart do not keep the ratio of
+They learn from samples of the models themselves, not from the data: two networks do not keep the ratio of
 their densities within a class, and a classifier has to tell the models apart as they are. A killed run goes on where it stopped.
 """
 

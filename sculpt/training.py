@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.base import BaseModel, check_composable
@@ -23,6 +25,9 @@ __all__ = ["Replay", "fit"]
 
 class Replay(abc.ABC):
     """A bounded store of base-model samples, drawn once, and the training batches made from it."""
+
+    weights: dict[str, float] = {"terminal": 1.0, "marginal": 1.0, "joint": 1.0}
+    """What each of the losses counts."""
 
     @abc.abstractmethod
     def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:
@@ -54,13 +59,17 @@ class Replay(abc.ABC):
     ) -> dict[str, Tensor]:
         """The classifier's losses on a new batch, ``teacher`` giving the targets. A family that knows better ones overrides it."""
         batch = self.draw(size, generator, held_out).to(device)
-        if not classifier.odds:
-            return classifier.losses(batch, teacher)
-        log_odds = log_odds_range * (2 * torch.rand(len(batch.owner), classifier.m, generator=generator) - 1)
-        if classifier.m == 2:
-            # Of two models only the ratio counts; it is to cover the range evenly.
-            log_odds = torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2
-        return classifier.losses(batch, teacher, log_odds.to(device))
+        log_odds = draw_log_odds(len(batch.owner), classifier, log_odds_range, generator)
+        return classifier.losses(batch, teacher, None if log_odds is None else log_odds.to(device))
+
+
+def draw_log_odds(n: int, classifier: Classifier, width: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
+    """Log-odds to train with, from U[-width, width] each; None where the classifier takes none."""
+    if not classifier.odds:
+        return None
+    log_odds = width * (2 * torch.rand(n, classifier.m, generator=generator) - 1)
+    # Of two models only the ratio counts; it is to cover the range evenly.
+    return torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else log_odds
 
 
 @torch.random.fork_rng(devices=[])
@@ -93,7 +102,8 @@ def fit(
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
-            cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``.
+            cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``;
+            ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers).
 
     Returns the averaged weights with the best held-out loss; ``classifier.history`` is the training curve.
     """
@@ -130,7 +140,7 @@ def fit(
         "log_odds_range": log_odds_range,
         "seed": seed,
     }
-    run = _Training(classifier, settings, checkpoint)
+    run = _Training(classifier, settings, replay.weights, checkpoint)
 
     every = max(1, steps // 40)
     held_out_batches = max(1, min(8, every // 4))  # a short training is not spent on looking at itself
@@ -155,9 +165,10 @@ def fit(
             torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 losses = replay.losses(classifier, run.average, batch_size, generator, log_odds_range, device)
-            # The targets come from a terminal head that knows nothing at first: the second loss is ramped in.
-            ramp = min(1.0, run.step / (0.1 * steps))
-            run.update(losses["terminal"] + losses["marginal"] + ramp * losses["joint"])
+            # The targets come from a terminal head that knows nothing at first: what rests on them is ramped in.
+            ramp = {"joint": min(1.0, run.step / (0.1 * steps))}
+            ramp["path"] = ramp["joint"]
+            run.update(sum(ramp.get(name, 1.0) * replay.weights[name] * loss for name, loss in losses.items()))
             bar.update()
             if run.step % every == 0 or run.step == steps:
                 run.record({**{name: loss.item() for name, loss in losses.items()}, **evaluate()})
@@ -173,8 +184,10 @@ def _seed_of_step(seed: int, step: int) -> int:
 class _Training:
     """Weights, their average, the optimiser and the curve; saved as one and resumed as one."""
 
-    def __init__(self, classifier: Classifier, settings: dict[str, float], checkpoint: str | Path | None):
-        steps, learning_rate = settings["steps"], settings["learning_rate"]
+    def __init__(
+        self, classifier: Classifier, settings: dict[str, Any], weights: dict[str, float], checkpoint: str | Path | None
+    ):
+        steps, learning_rate, self.weights = settings["steps"], settings["learning_rate"], weights
         self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
         self.best_weights = copy.deepcopy(self.average.state_dict())
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-4)
@@ -202,7 +215,15 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self.rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            if "derivative" not in str(error) and "differentiate twice" not in str(error):
+                raise
+            raise ValueError(
+                f"The gradient of {type(self.classifier.network).__name__} is trained too, and it has no second derivative: {error}. "
+                "Pass path=False to train its probabilities alone, or use layers that have one."
+            ) from None
         nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -214,7 +235,7 @@ class _Training:
 
     def record(self, row: dict[str, float]) -> None:
         self.history.append({"step": self.step, **row})
-        held_out = sum(row[f"held_out_{name}"] for name in ("terminal", "marginal", "joint"))
+        held_out = sum(weight * row[f"held_out_{name}"] for name, weight in self.weights.items())
         # While the ramp is on, the targets themselves still move: no judgement yet.
         ramping = self.step < 0.15 * self.steps
         if held_out < self.best or ramping:

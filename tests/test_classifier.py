@@ -249,6 +249,83 @@ def test_the_target_sends_no_gradient_to_the_terminal_head():
     assert classifier.terminal_head.weight.grad is None and classifier.set_head.out.weight.grad is not None
 
 
+# Gradients ----------------------------------------------------------------------------------------------------------------------------
+
+
+class ExactHeads:
+    """The heads that training would end in, log h times a factor."""
+
+    m, odds = 2, False
+
+    def __init__(self, factor=1.0):
+        self.exact, self.factor = ExactGuide(RINGS[:2]), factor
+        self.set_head = SetHead(1, 2, 2)
+        self.set_head.forward = self.log_h
+
+    def network(self, z, s):
+        return torch.cat([z.double(), s[:, None]], -1)
+
+    def marginal_head(self, features):
+        return self.exact.marginal(features[:, :2], features[:, 2])
+
+    def terminal(self, x):
+        return self.exact.terminal(x.double())
+
+    def log_h(self, features, log_odds=None):
+        z, s = features[:, :2], features[:, 2].detach()
+        return self.factor * torch.stack(
+            [torch.stack([self.exact.log_h(z, s, labels=(i, j)) for j in (0, 1)], -1) for i in (0, 1)], 1
+        ).unsqueeze(1)
+
+
+def path_losses(classifier, column, n=4000):
+    replay = DiffusionReplay([P, Q], data=draws(RINGS[:2], 5 * n), path=True)
+    path, scores = torch.zeros(2)
+    for level in (0.3, 1.0, 3.0):  # the closed forms know one level at a time
+        batch = replay._draw(n, generator(), False, lambda u, level=level: torch.full_like(u, level))
+        parts = replay._gradients(classifier, ExactHeads(), batch, torch.full((2 * n,), column), 1, None, False)
+        path, scores = path + parts[0], scores + parts[1]
+    return path, scores
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_the_gradient_losses_are_least_at_the_exact_classifier(column):
+    path, scores = path_losses(ExactHeads(), column)
+    twice, _ = path_losses(ExactHeads(2.0), column)
+    assert scores < 1e-6
+    # The loss is a f² - 2 b f in the factor f, with its minimum at 1: the target's mean is the gradient.
+    a = (twice - 2 * path) / 2
+    b = (a - path) / 2
+    assert a > 0.1 and float(b / a) == pytest.approx(1, abs=0.1)
+
+
+def test_gradients_are_trained_where_samples_are_large_and_a_network_without_second_derivatives_is_refused():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    class Network(nn.Module):
+        width, config = 4, None
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 4)
+
+        def forward(self, z, s=None):
+            return Once.apply(self.linear(Once.apply(z.float())))
+
+    assert {"path", "scores"} <= set(quick(path=True).history[-1])
+    assert "path" not in quick(network=Network()).history[-1]
+    with pytest.raises(ValueError, match="Pass path=False"):
+        quick(network=Network(), path=True)
+
+
 # What is learned ------------------------------------------------------------------------------------------------------------------------
 
 

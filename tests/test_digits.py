@@ -400,11 +400,33 @@ def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch
     judge.save_pretrained(tmp_path / "judge")
     training = recipe.Training("green", 1, tmp_path)
     training.train_step()
-    training.finish(tmp_path / "saved")
-    card = recipe.card(training, tmp_path / "saved", 8, tmp_path)
-    assert "| green 1 |" in card and "| 53.2 % |" in card and (tmp_path / "saved" / "samples.png").exists()
-    sha = hashlib.sha256((tmp_path / "saved" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
-    assert sha in card
+    training.finish(tmp_path / "green")
+    card = recipe.card(tmp_path / "green", 8, tmp_path)
+    assert "| green 1 |" in card and "| 53.2 % |" in card and (tmp_path / "green" / "samples.png").exists()
+    sha = hashlib.sha256((tmp_path / "green" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert sha in card and "`green`: 1 and 1 steps" in card
+
+
+def test_a_saved_model_is_trained_further(recipe, trunk, monkeypatch, tmp_path):
+    folder = tmp_path / "green"
+    first = recipe.Training("green", 1, tmp_path)
+    first.train_step()
+    first.finish(folder)
+    more = recipe.Training("green", 2, tmp_path, folder=folder)
+    for own, saved in zip(more.network.parameters(), first.average.parameters(), strict=True):
+        assert torch.equal(own, saved.half().float())
+    more.train_step()
+    more.save()
+    resumed = recipe.Training("green", 2, tmp_path, folder=folder)
+    assert resumed.step == 1
+    resumed.train_step()
+    resumed.finish(folder)
+    assert [(run["name"], run["steps"]) for run in json.loads((folder / "training.json").read_text())["runs"]] == [
+        ("trunk", 1),
+        ("green", 1),
+        ("green", 2),
+    ]
+    assert "_name_or_path" not in json.loads((folder / "unet" / "config.json").read_text())
 
 
 def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, tmp_path, capsys):

@@ -26,7 +26,7 @@ from sculpt.diffusion.sampler import noise_range
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
-SAMPLES, STEPS, RATE = 2500, 1200, 2e-3
+SAMPLES, STEPS, BATCH, RATE = 4000, 1500, 32, 2e-3
 FRESH = 40_000
 """Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
 
@@ -51,8 +51,8 @@ def fit(
         network=network,
         data=data,
         steps=steps,
+        batch_size=BATCH,
         learning_rate=RATE,
-        mixed_precision=True,
         checkpoint=state / name,
         progress=False,
     )

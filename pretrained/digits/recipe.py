@@ -1,7 +1,7 @@
-r"""The coloured-digit models: ``python pretrained/digits/recipe.py {trunk,cyan,zero-one,zero-two,red-green,green} [--steps n | --card n]``.
+r"""The coloured-digit models: ``python pretrained/digits/recipe.py {trunk,cyan,...} [--steps n] [--more | --card n]``.
 
 One network learns the five data sets together, told by a label which of them an image is from. Each model starts as that
-network with its label built in, and is then trained on its own data set alone. In canonical coordinates,
+network with its label built in, and is then trained on its own data set alone; ``--more`` trains a saved model further. In canonical coordinates,
 :math:`z = x_0 + s \varepsilon`, whatever the schedule and the prediction type,
 
 .. math:: \text{loss} = w(s) \, |F(z, s) - F^*|^2, \qquad w(s) \propto (1 + s^{-2}) \, |\partial D / \partial F|^2
@@ -13,6 +13,7 @@ A killed run goes on where it stopped, bit for bit.
 import argparse
 import copy
 import hashlib
+import json
 import math
 import shutil
 import sys
@@ -30,6 +31,7 @@ from runs import Run, read_state
 from sculpt import plots
 from sculpt.diffusion.model import Diffusion
 from sculpt.diffusion.schedule import Schedule, like, schedule_of
+from sculpt.files import read_json
 
 HERE = Path(__file__).parent
 NETWORK = {"block_out_channels": (16, 32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 32}
@@ -86,17 +88,25 @@ def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
 
 
 class Training(Run):
-    """Of the trunk, or of one model from the trunk on."""
+    """Of the trunk, of one model from the trunk on, or (``folder``) of a saved model from there on."""
 
-    def __init__(self, name: str, steps: int, state: Path, device: str = "cpu", threads: int = 1):
+    def __init__(
+        self, name: str, steps: int, state: Path, device: str = "cpu", *, folder: Path | None = None, **how: int | bool
+    ):
         self.scheduler = scheduler(name)
         self.schedule = schedule_of(self.scheduler)
         self.names = list(DATA) if name == "trunk" else [name]
-        unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
+        if folder is None:
+            unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
+            self.past = [] if name == "trunk" else [read_state(state / "trunk")[0]]
+        else:
+            unet, self.past = network(), read_json(folder / "training.json", "trained model")["runs"]
+            unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").state_dict())
         grey, digits = mnist("train")
         self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
         rate = RATE.get(name, FINE)
-        super().__init__(name, unet, state / name, steps=steps, batch_size=BATCH, rate=rate, device=device, threads=threads)
+        own = state / (name if folder is None else f"{name}-{len(self.past)}")
+        super().__init__(name, unet, own, steps=steps, batch_size=BATCH, rate=rate, device=device, **how)
 
     def _start(self, name: str, state: Path) -> UNet2DModel:
         if (state / name / "state.safetensors").exists():
@@ -136,8 +146,7 @@ class Training(Run):
         own = {"class_labels": label} if len(self.names) > 1 else {}
         F = unet(like(self.schedule.scale(s), z) * z, self.schedule.time(s), **own).sample.float()
         _, b = self.schedule.coefficients(s)
-        # Bounded, because a predicted noise cannot be as good where the input is nothing else.
-        weight = (b**2 * (1 + s**-2)).clamp(max=5.0).float()
+        weight = (b**2 * (1 + s**-2)).float()
         return weight * (F - self.schedule.output(z, s, x)).square().mean((1, 2, 3)), s
 
     def loss(self, size, generator):
@@ -165,6 +174,8 @@ class Training(Run):
         """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
         unet, new = copy.deepcopy(self.average).cpu().half(), folder.with_name(f".{folder.name}")
         DDPMPipeline(unet, self.scheduler).save_pretrained(new)
+        runs = [*self.past, {"name": self.name, "steps": self.step, "seconds": round(self.seconds)}]
+        (new / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
         folder.mkdir(exist_ok=True)
         for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
             if (folder / part.name).is_dir():
@@ -176,14 +187,14 @@ class Training(Run):
 # Cards
 
 
-def card(training: Training, folder: Path, n: int, state: Path) -> str:
+def card(folder: Path, n: int, state: Path) -> str:
     """What the saved model is worth, by the judge."""
     import base_samples
     from judge import Judge, frechet, moments, reference
 
     import sculpt
 
-    name, model, judge = training.name, sculpt.load(folder), Judge.from_pretrained(HERE / "judge")
+    name, model, judge = folder.name, sculpt.load(folder), Judge.from_pretrained(HERE / "judge")
     x, seconds = base_samples.pool(model, n, state)
     scores, want = judge.score(x), proportions(name)
     real = reference(judge, want)
@@ -191,8 +202,8 @@ def card(training: Training, folder: Path, n: int, state: Path) -> str:
     plots.save(plots.image_grid((x[:48] / 2 + 0.5).clamp(0, 1), 16), folder / "samples.png")
     sha = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     digits, colours = DATA[name]
-    config = training.scheduler.config
-    trunk = read_state(state / "trunk")[0]
+    config = scheduler(name).config
+    trunk, *own = read_json(folder / "training.json", "trained model")["runs"]
     table = "\n".join(
         f"| {label} | {100 * scores.shares[i]:.1f} % | {100 * want[i]:.1f} % |"
         for i, label in enumerate(f"{c} {d}" for d, c in CLASSES)
@@ -224,10 +235,10 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 | | |
 |---|---|
 | data | MNIST's training images, coloured while training |
-| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}, {sum(p.numel() for p in training.average.parameters()):,} parameters, saved in half precision |
+| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
 | schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
-| recipe | `python pretrained/digits/recipe.py trunk`, then `{name}`: {trunk["step"]:,} and {training.step:,} steps of {BATCH} images, averaged weights |
-| cost | {training.seconds / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
+| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights |
+| cost | {sum(run["seconds"] for run in own) / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
 | `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |
 """
@@ -237,18 +248,22 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=STEPS)
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's own")
+    parser.add_argument("--more", action="store_true", help="start from the saved model: --steps more of its own data")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"), help="where a killed run continues from")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--bfloat16", action="store_true", help="faster on some processors, slower on others")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--card", type=int, metavar="N", help="write the card of the finished model, from N samples; needs the judge"
     )
     options = parser.parse_args()
-    training = Training(options.name, options.steps or STEPS[options.name], options.state, options.device, options.threads)
     folder = HERE / options.name
     if options.card is not None:
-        (folder / "README.md").write_text(card(training, folder, options.card, options.state))
+        (folder / "README.md").write_text(card(folder, options.card, options.state))
     else:
+        steps, start = options.steps or STEPS[options.name], folder if options.more else None
+        how = {"threads": options.threads, "bfloat16": options.bfloat16}
+        training = Training(options.name, steps, options.state, options.device, folder=start, **how)
         training.run()
         if options.name != "trunk":
             training.finish(folder)

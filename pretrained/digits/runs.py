@@ -18,7 +18,7 @@ from sculpt.files import replace_file
 
 
 class Run(abc.ABC):
-    """AdamW with warm-up and cosine decay, bfloat16 autocast, averaged weights. A killed run goes on bit for bit.
+    """AdamW with warm-up and cosine decay, bfloat16 autocast if asked, averaged weights. A killed run goes on bit for bit.
 
     Each thread computes a share of every batch by itself; at this size two of torch's own threads are hardly faster than one.
     """
@@ -36,9 +36,10 @@ class Run(abc.ABC):
         weight_decay: float = 1e-4,
         device: str = "cpu",
         threads: int = 1,
+        bfloat16: bool = False,
     ):
         self.name, self.folder, self.steps, self.rate, self.decay = name, folder, steps, rate, decay
-        self.batch_size, self.threads = batch_size, threads
+        self.batch_size, self.threads, self.bfloat16 = batch_size, threads, bfloat16
         self.device = torch.device(device)
         self.network = network.to(self.device).train()
         self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
@@ -62,7 +63,7 @@ class Run(abc.ABC):
     def part(self, i: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """Gradients of one thread's share of a batch, and what to log."""
         generator = torch.Generator().manual_seed(1_000_003 * (self.step + 1) + i)
-        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16, cache_enabled=False):
             loss, row = self.loss(self.batch_size // self.threads, generator)
         if not loss.isfinite():
             raise FloatingPointError(f"The loss of {self.name} is {loss.item()} at step {self.step}; the last state is kept.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ from sculpt.base import BaseModel, randn
 from sculpt.classifier import Batch
 from sculpt.diffusion.model import Denoiser
 from sculpt.diffusion.sampler import noise_range, spread
+from sculpt.diffusion.schedule import like
 from sculpt.files import read_tensors, replace_file
-from sculpt.training import Replay
+from sculpt.training import Replay, draw_log_odds
 
 __all__ = ["VectorNetwork", "ImageNetwork", "DiffusionReplay"]
 
@@ -117,7 +118,16 @@ class _Block(nn.Module):
 
 
 class DiffusionReplay(Replay):
-    """Samples of every base model, drawn once and kept; their states are made by noising, which is known exactly."""
+    r"""Samples of every base model, drawn once and kept; their states are made by noising, which is known exactly.
+
+    Guidance uses a classifier's gradient, which cross-entropies hardly look at: in many dimensions a head with good
+    probabilities can push the wrong way. With ``path`` two more losses train it, on samples x of model i and :math:`z = x + s \varepsilon`.
+    The divergence of the guided path from the composition's, up to a constant, with f the weight that the composition gives to x:
+
+    .. math:: \int E \Bigl[ \tfrac{f}{Z} \bigl( |x - D_i - v \nabla \log h_i|^2 - |x - D_i|^2 \bigr) / v \Bigr] \, d \log s
+
+    and, without noise, :math:`v \nabla \log \bigl( p(y = i | z) / p(y = j | z) \bigr) = D_i - D_j`, as a share of its square.
+    """
 
     def __init__(
         self,
@@ -127,6 +137,7 @@ class DiffusionReplay(Replay):
         data: Sequence[Tensor] | None = None,
         sample_steps: int = 64,
         held_out: float = 0.1,
+        path: bool | None = None,
         checkpoint: str | Path | None = None,
         seed: int = 0,
         progress: bool = True,
@@ -145,6 +156,9 @@ class DiffusionReplay(Replay):
         held = [max(1, int(len(part) * held_out)) for part in x]
         self.held_out = [part[:k] for part, k in zip(x, held, strict=True)]
         self.training = [part[k:] for part, k in zip(x, held, strict=True)]
+        self.path = numbers > 64 and all(isinstance(model, Denoiser) for model in models) if path is None else path
+        if self.path:
+            self.weights = self.weights | {"path": 0.1, "scores": 0.3}
         everything = torch.cat(x)
         self.mean, self.std = float(everything.mean()), max(float(everything.std()), 1e-6)
 
@@ -181,15 +195,70 @@ class DiffusionReplay(Replay):
         return 256 if len(self.models[0].shape) == 1 else 64
 
     def draw(self, size, generator, held_out=False):
+        # Over the path that the samplers step along, so no level on the way is unseen.
+        return self._draw(size, generator, held_out, lambda u: spread(u, self.s_min, self.s_max, self.std))
+
+    def _draw(self, size: int, generator: torch.Generator, held_out: bool, level: Callable[[Tensor], Tensor]) -> Batch:
+        """Samples of all models and a noised state of each, the shares u of the way stratified over the batch."""
         pool = self.held_out if held_out else self.training
-        rows = [part[torch.randint(len(part), (size,), generator=generator)] for part in pool]
-        x = torch.cat(rows)
+        x = torch.cat([part[torch.randint(len(part), (size,), generator=generator)] for part in pool])
         y = torch.arange(len(pool)).repeat_interleave(size)
-        # Stratified over the path that the samplers step along, so no level on the way is unseen.
         u = (torch.randperm(len(x), generator=generator) + torch.rand(len(x), generator=generator)) / len(x)
-        s = spread(u.double(), self.s_min, self.s_max, self.std)
-        z = x + s.float().reshape(-1, *[1] * (x.ndim - 1)) * randn(x.shape, generator, x)
+        s = level(u.double())
+        z = x + like(s, x) * randn(x.shape, generator, x)
         return Batch(x, y, (z, s), torch.arange(len(x)))
+
+    def losses(self, classifier, teacher, size, generator, log_odds_range, device, held_out=False):
+        losses = super().losses(classifier, teacher, size, generator, log_odds_range, device, held_out)
+        if not self.path:
+            return losses
+        # Below the spread of the data it is decided what a sample will be.
+        lowest, whole = min(self.std, self.s_max), math.log(self.s_max / min(self.std, self.s_max))
+        batch = self._draw(size, generator, held_out, lambda u: lowest * (u * whole).exp()).to(device)
+        log_odds = draw_log_odds(len(batch.x), classifier, log_odds_range, generator)
+        column = torch.randint(len(classifier.set_head.sets), (len(batch.x),), generator=generator).to(device)
+        shift = int(torch.randint(1, classifier.m, (), generator=generator))
+        path, scores = self._gradients(
+            classifier, teacher, batch, column, shift, None if log_odds is None else log_odds.to(device), not held_out
+        )
+        return losses | {"path": whole * path, "scores": scores}
+
+    def _gradients(self, classifier, teacher, batch, column, shift, log_odds, train) -> tuple[Tensor, Tensor]:
+        """Every other row for the path's divergence, under the label set of its column; the rest for the difference of two scores."""
+        (z, s), y, rows = batch.states, batch.y, torch.arange(len(batch.y), device=batch.y.device)
+        steers, v = rows % 2 == 0, s.float() ** 2
+        with torch.no_grad():
+            target = self._targets(batch, steers, shift)
+            log_p = teacher.terminal(batch.x)
+            f = teacher.set_head.target(log_p if log_odds is None else torch.log_softmax(log_p + log_odds, dim=-1))
+            # Where all is noise h is its own mean, Z.
+            start = teacher.network(torch.zeros_like(z[:1]), s.new_full((1,), self.s_max)).expand(len(z), -1)
+            log_Z = (teacher.set_head(start, log_odds)[:, 0] + teacher.set_head.log_orderings)[rows, y, column]
+            w = (f[rows, column].log() - log_Z).exp().clamp(max=20.0)
+        with torch.enable_grad():
+            z = z.requires_grad_(True)
+            features = classifier.network(z, s)
+            log_h = classifier.set_head(features, log_odds)[:, 0][rows, y, column]
+            marginal = classifier.marginal_head(features).float()
+            ratio = marginal[rows, y] - marginal[rows, (y + shift) % classifier.m]
+            (gradient,) = torch.autograd.grad(torch.where(steers, log_h, ratio).sum(), z, create_graph=train)
+            # |target - v gradient|² - |target|², over v
+            change = (like(v, z) * gradient**2 - 2 * target * gradient).flatten(1).sum(1)
+        path = (w * change)[steers].mean()
+        size = (target[~steers] ** 2).flatten(1).sum(1) / v[~steers]
+        return path, ((change[~steers] + size) / (1 + size)).mean()
+
+    def _targets(self, batch: Batch, steers: Tensor, shift: int) -> Float[Tensor, "b *x"]:
+        """:math:`x - D_i` or :math:`D_i - D_j`, each row's own model being i."""
+        (z, s), m = batch.states, len(self.models)
+        out = torch.empty_like(z)
+        for i, model in enumerate(self.models):
+            own = batch.y == i
+            out[own] = -model.denoise(z[own], s[own]).to(z)
+            also = own & ~steers
+            out[also] = -out[also] - self.models[(i + shift) % m].denoise(z[also], s[also]).to(z)
+        out[steers] += batch.x[steers]
+        return out
 
     def default_network(self) -> nn.Module:
         shape = self.models[0].shape

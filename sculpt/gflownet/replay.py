@@ -19,7 +19,7 @@ from sculpt.classifier import Batch, Classifier
 from sculpt.formula import Posterior
 from sculpt.gflownet.model import GFlowNet, distinct
 from sculpt.gflownet.sampler import backward_paths, batch_of, rollout, track
-from sculpt.training import Replay
+from sculpt.training import Replay, draw_log_odds
 
 __all__ = ["GFlowNetReplay"]
 
@@ -103,11 +103,8 @@ class GFlowNetReplay(Replay):
         states, rows = distinct(part.states)
         with torch.no_grad():
             log_P = torch.stack([model.log_pf(states.to(model.device)).to(device) for model in self.models], dim=-1).float()
-        odds = None
-        if classifier.odds:
-            odds = log_odds_range * (2 * torch.rand(self._odds_each(log_P, classifier), classifier.m, generator=generator) - 1)
-            # Of two models only the ratio counts; it is to cover the range evenly.
-            odds = (torch.stack([odds[:, 0], -odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else odds).to(device)
+        odds = draw_log_odds(self._odds_each(log_P, classifier), classifier, log_odds_range, generator)
+        odds = None if odds is None else odds.to(device)
         allowed = (log_P > float("-inf")).any(-1)
         features, start, log_h = self._log_h(classifier, states, allowed, odds)
         with torch.no_grad():

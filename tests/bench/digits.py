@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from coloured_mnist import SETS, composed, proportions, written
 from judge import Judge, Moments, frechet, moments, reference
 
 import sculpt
-from sculpt.diffusion.identity import weights
+from sculpt.diffusion.identity import weights as weights_of
+from sculpt.diffusion.sampler import noise_range
 from sculpt.formula import label_sets
 from sculpt.particles import effective_sample_size
 
@@ -80,9 +81,16 @@ class Bench:
         self.models = [sculpt.load(DIGITS / name) for name in SETS[part]]
         self.classifier, self.judge = sculpt.load(DIGITS / part), Judge.from_pretrained(DIGITS / "judge")
         self.exact = [proportions(name) for name in SETS[part]]
-        self.identity = [*(model.key for model in self.models), weights(self.classifier), weights(self.judge)]
+        self.identity = [*(model.key for model in self.models), weights_of(self.classifier), weights_of(self.judge)]
 
     def case(self, labels: tuple[int, ...], odds: float | None) -> Case:
+        # Anchored where the least has to be steered, as the referee is: h at the start is the acceptance.
+        z, s = torch.zeros(1, *self.models[0].shape), noise_range(self.models)[1] * torch.ones(1, dtype=torch.float64)
+        weights = sculpt.posterior(self.models, labels, odds).formula.odds
+        labels = max(
+            ((i, *rest) for i in dict.fromkeys(labels) for rest in [_without(labels, i)]),
+            key=lambda order: float(self.classifier.log_h(z, s, labels=order, odds=weights)),
+        )
         composition = sculpt.posterior(self.models, labels, odds)
         share = composed(composition.formula, self.exact)
         return Case(composition, share, reference(self.judge, share))
@@ -124,8 +132,7 @@ class Bench:
             labels, odds = case.composition.formula.labels, case.composition.formula.odds
             best = None
             for label in dict.fromkeys(labels):
-                rest = list(labels)
-                rest.remove(label)
+                rest = _without(labels, label)
                 x, _ = pool(self.models[label], self.options.referee, self.options.state, first=FRESH)
                 with torch.no_grad():
                     parts = [self.classifier.log_h_terminal(p, labels=(label, *rest), odds=odds) for p in x.split(250)]
@@ -179,6 +186,12 @@ class Bench:
                     show(case, table)
                     done.append((case, table))
         return done
+
+
+def _without(labels: Sequence[int], label: int) -> tuple[int, ...]:
+    """The other labels: one of this kind is taken away."""
+    i = labels.index(label)
+    return (*labels[:i], *labels[i + 1 :])
 
 
 def show(case: Case, table: dict[str, Row]) -> None:

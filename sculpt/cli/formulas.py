@@ -71,5 +71,5 @@ def _parse(formula: str) -> ast.expr:
         return ast.parse(formula.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(
-            f"The formula {formula!r} is not complete: {getattr(error, "msg", error)}. Write for example 'a & b' or '(a | b) - c'."
+            f"The formula {formula!r} is not complete: {getattr(error, 'msg', error)}. Write for example 'a & b' or '(a | b) - c'."
         ) from None

@@ -96,14 +96,16 @@ def fit(
         models: the base models; their order fixes the labels, their keys are saved.
         observations: n, how many labels one sample may be conditioned on; fewer are fine later.
         odds: whether odds are an input. A number r draws log-odds from U[-r, r] (``True``: 3.5).
-        network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``.
+        network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``. For images,
+            ``sculpt.diffusion.encoder.UNetEncoder.of(model)`` begins with what a base model's UNet has learned.
         batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
         patience: stop early after this many of the 40 held-out evaluations without improvement.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
             cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``;
-            ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers).
+            ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers);
+            ``composed`` whether GFlowNet classifiers see trajectories of compositions too: for models that overlap little.
 
     Returns the averaged weights with the best held-out loss; ``classifier.history`` is the training curve.
     """

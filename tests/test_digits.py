@@ -364,7 +364,7 @@ def pair(recipe, judge, monkeypatch, tmp_path):
 
 def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pair, monkeypatch, tmp_path):
     fitting = load("digits_classifiers", DIGITS / "classifiers.py")
-    small = {"HERE": tmp_path, "CHANNELS": (8, 8), "WIDTH": 8, "FRESH": 16}
+    small = {"HERE": tmp_path, "FRESH": 16}
     for constant, value in small.items():
         monkeypatch.setattr(fitting, constant, value)
     drawn = []

@@ -15,6 +15,7 @@ import sculpt.molecules
 from sculpt import base, formula, particles, plots, training
 from sculpt.composition import Composition
 from sculpt.diffusion import mcmc
+from sculpt.diffusion.encoder import UNetEncoder
 from sculpt.diffusion.model import Denoiser
 from sculpt.gflownet import exact
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = [f"sculpt.{name}" for name in sculpt.__all__] + [f"sculpt.molecules.{name}" for name in sculpt.molecules.__all__]
 
 # What they return and what they ask others to fill in, beside what is public by name.
-MORE = [Composition, particles.Diagnostics, base.BaseModel, Denoiser, training.Replay, mcmc.Corrector]
+MORE = [Composition, particles.Diagnostics, base.BaseModel, Denoiser, training.Replay, mcmc.Corrector, UNetEncoder]
 MORE += [getattr(formula, name) for name in formula.__all__]
 
 

@@ -17,18 +17,23 @@ VOCABULARY = [["C", [0, 0]], ["N", [0, 0, 0]], ["c1ccccc1", [0, 1, 3, 4]]]
 SIZES = {"width": 32, "depth": 2, "heads": 2}
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    """Two policies that disagree by factors, and a classifier of them with odds."""
-    env = FragmentTrees(VOCABULARY, 3)
+def policies(env, apart):
     models = []
     for i in range(2):
         torch.manual_seed(i)
         network = FragmentNetwork(env.vocabulary, env.slots, **SIZES)
         for parameter in network.parameters():
-            parameter.data += 0.15 * torch.randn_like(parameter)
+            parameter.data += apart * torch.randn_like(parameter)
         policy = NetworkPolicy(network.eval().requires_grad_(False), env.n_actions)
         models.append(GFlowNet(env, policy, condition={"beta": 32.0}, name="pq"[i]))
+    return models
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Two policies that disagree by factors, and a classifier of them with odds."""
+    env = FragmentTrees(VOCABULARY, 3)
+    models = policies(env, 0.15)
     network = FragmentFeatures(env.vocabulary, env.slots, **SIZES)
     settings = {"steps": 500, "batch_size": 64, "samples": 4000, "children": True, "progress": False}
     classifier = sculpt.fit(models, odds=True, network=network, **settings)
@@ -86,3 +91,31 @@ def test_densities_of_whole_paths_are_those_of_the_policy(fitted):
     for column, model in zip(log_q.T, [*models, guided], strict=True):
         q = exact.terminal_distribution(model)[graph.allowed[:, -1]]
         assert (column.exp() - q).abs().max() < 1e-6
+
+
+def test_trajectories_of_compositions_teach_what_two_models_hardly_share():
+    env = FragmentTrees(VOCABULARY, 3)
+    models = policies(env, 0.4)
+    p = [exact.terminal_distribution(model) for model in models]
+    both, errors = models[0] & models[1], {}
+    target = exact.target(both.formula, p)
+    assert both.formula.value(torch.stack(p, -1).log()).exp().sum() < 0.005
+    for composed in (False, True):
+        torch.manual_seed(0)
+        network = FragmentFeatures(env.vocabulary, env.slots, **SIZES)
+        options = {"batch_size": 32, "samples": 2000, "children": True, "composed": composed, "progress": False}
+        classifier = sculpt.fit(models, network=network, steps=300, **options)
+        errors[composed] = exact.l1(exact.terminal_distribution(both.guided(classifier)), target)
+    assert errors[True] < 0.2 < 0.8 < errors[False], errors
+
+
+def test_a_composed_training_balances_label_sets_of_fewer_observations_too(fitted):
+    env, models, _ = fitted
+    network = FragmentFeatures(env.vocabulary, env.slots, **SIZES)
+    options = {"batch_size": 16, "samples": 500, "children": True, "composed": True, "progress": False}
+    classifier = sculpt.fit(models, 3, network=network, steps=200, **options)
+    p = [exact.terminal_distribution(model) for model in models]
+    for labels in [s for n in (2, 3) for s in label_sets(2, n)]:
+        composition = sculpt.posterior(models, labels)
+        q = exact.terminal_distribution(composition.guided(classifier))
+        assert exact.l1(q, exact.target(composition.formula, p)) < 0.2, labels

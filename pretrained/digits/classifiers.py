@@ -20,18 +20,17 @@ from base_samples import pool
 from coloured_mnist import CLASSES, LICENCE, SETS, proportions
 
 import sculpt
+from sculpt.diffusion.encoder import UNetEncoder
 from sculpt.diffusion.model import Denoiser
-from sculpt.diffusion.network import ImageNetwork
-from sculpt.diffusion.sampler import noise_range
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
-SAMPLES, STEPS, BATCH, RATE = 4000, 1500, 32, 2e-3
+SAMPLES, STEPS, BATCH, RATE = 4000, 1500, 32, 1e-3
 FRESH = 40_000
 """Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
 
-CHANNELS, WIDTH = (16, 32, 64, 96), 128
-"""A quarter of the default network's cost: it is called, forwards and backwards, as often as a base model."""
+ENCODER = {"pair": "green", "triple": "cyan"}
+"""Whose way down the classifier starts from: the model that knows most digits."""
 
 
 def fit(
@@ -40,9 +39,7 @@ def fit(
     """One of the two classifiers and the CPU seconds of its training, the drawing of samples included."""
     drawn = [pool(model, n, state) for model in models]
     data = [x for x, _ in drawn]
-    everything = torch.cat(data)
-    statistics = {"mean": float(everything.mean()), "std": float(everything.std()), "s_min": noise_range(models)[0]}
-    network = ImageNetwork(models[0].shape, channels=CHANNELS, width=WIDTH, **statistics)
+    network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
     started = time.process_time()
     classifier = sculpt.fit(
         models,
@@ -53,6 +50,7 @@ def fit(
         steps=steps,
         batch_size=BATCH,
         learning_rate=RATE,
+        mixed_precision=True,
         checkpoint=state / name,
         progress=False,
     )
@@ -123,7 +121,7 @@ What it says of an image of each class, on average, and in brackets what the dat
 | | |
 |---|---|
 | data | {n:,} samples of each model at {base_samples.STEPS} steps |
-| network | residual convolutions, channels {", ".join(map(str, CHANNELS))}, {sum(p.numel() for p in classifier.parameters()):,} parameters |
+| network | the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters |
 | recipe | `python pretrained/digits/classifiers.py {name}`: `sculpt.fit`, {last["step"]:,} steps |
 | cost | {seconds / 60:.0f} CPU minutes, the samples included |
 | `model.safetensors` | sha256 {sha} |

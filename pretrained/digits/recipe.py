@@ -91,7 +91,7 @@ class Training(Run):
     """Of the trunk, of one model from the trunk on, or (``folder``) of a saved model from there on."""
 
     def __init__(
-        self, name: str, steps: int, state: Path, device: str = "cpu", *, folder: Path | None = None, **how: int | bool
+        self, name: str, steps: int, state: Path, device: str = "cpu", *, folder: Path | None = None, **how: float | None
     ):
         self.scheduler = scheduler(name)
         self.schedule = schedule_of(self.scheduler)
@@ -104,9 +104,9 @@ class Training(Run):
             unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").state_dict())
         grey, digits = mnist("train")
         self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
-        rate = RATE.get(name, FINE)
+        how["rate"] = how.get("rate") or RATE.get(name, FINE)
         own = state / (name if folder is None else f"{name}-{len(self.past)}")
-        super().__init__(name, unet, own, steps=steps, batch_size=BATCH, rate=rate, device=device, **how)
+        super().__init__(name, unet, own, steps=steps, batch_size=BATCH, device=device, **how)
 
     def _start(self, name: str, state: Path) -> UNet2DModel:
         if (state / name / "state.safetensors").exists():
@@ -249,6 +249,7 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=STEPS)
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's own")
     parser.add_argument("--more", action="store_true", help="start from the saved model: --steps more of its own data")
+    parser.add_argument("--rate", type=float, help="of learning; by default the recipe's own")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"), help="where a killed run continues from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bfloat16", action="store_true", help="faster on some processors, slower on others")
@@ -262,7 +263,7 @@ if __name__ == "__main__":
         (folder / "README.md").write_text(card(folder, options.card, options.state))
     else:
         steps, start = options.steps or STEPS[options.name], folder if options.more else None
-        how = {"threads": options.threads, "bfloat16": options.bfloat16}
+        how = {"rate": options.rate, "threads": options.threads, "bfloat16": options.bfloat16}
         training = Training(options.name, steps, options.state, options.device, folder=start, **how)
         training.run()
         if options.name != "trunk":

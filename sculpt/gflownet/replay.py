@@ -6,6 +6,7 @@ among them, ``o`` odds, ``m`` anchors, ``k`` label sets. :math:`f(x) = \Pi_{k \g
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sculpt.classifier import Batch, Classifier
-from sculpt.formula import Posterior
+from sculpt.formula import Posterior, label_sets
 from sculpt.gflownet.model import GFlowNet, distinct
+from sculpt.gflownet.policy import guide
 from sculpt.gflownet.sampler import backward_paths, batch_of, rollout, track
 from sculpt.training import Replay, draw_log_odds
 
@@ -28,9 +30,13 @@ class GFlowNetReplay(Replay):
     """``samples`` trajectories per model are kept; after each was used about ``reuse`` times come new ones.
 
     ``children`` asks for a head over actions, which scores all children of a state in one pass; by default where there are more
-    than 64 actions. ``composed`` adds trajectories of the models' harmonic means, made by tracked densities: where models hardly
-    overlap, their own trajectories never show what a composition is about. It wants converged flows or one parent per state.
+    than 64 actions. ``composed`` adds trajectories of compositions: where models hardly overlap, their own never show what a
+    composition is about. Some are of harmonic means, by tracked densities and drawn once; twice as many come from the classifier as it
+    is, one composition after the other, so that it sees where it errs. It wants converged flows or one parent per state.
     """
+
+    GUIDED, RENEW, NEW, KEEP = 2, 32, 3, 30
+    """Guided trajectories a step, as a multiple of one model's; after how many steps come how many new sets of 256; how many are kept."""
 
     def __init__(
         self,
@@ -48,6 +54,9 @@ class GFlowNetReplay(Replay):
         self.actions, self.composed = models[0].env.n_actions, composed
         self.head = self.actions > 64 if children is None else children
         self.stores: dict[bool, tuple[int, list[Trajectories]]] = {}
+        self.harmonic: dict[bool, Trajectories] = {}
+        self.guided: collections.deque[Trajectories] = collections.deque(maxlen=self.KEEP)
+        self.renewed = -1
 
     @property
     def children(self) -> int:
@@ -94,11 +103,12 @@ class GFlowNetReplay(Replay):
         """
         # A sum over a whole trajectory asks for more digits than bfloat16 has.
         with torch.autocast(device.type, enabled=False):
-            return self._losses(
-                classifier, teacher, self.trajectories(size, generator, held_out).to(device), generator, log_odds_range
-            )
+            parts = [self.trajectories(size, generator, held_out)]
+            if self.composed:
+                parts += self._compositions(size, teacher, generator, log_odds_range, held_out)
+            return self._losses(classifier, teacher, Trajectories.join(parts).to(device), generator, log_odds_range, held_out)
 
-    def _losses(self, classifier, teacher, part, generator, log_odds_range):
+    def _losses(self, classifier, teacher, part, generator, log_odds_range, held_out):
         device = part.x.device
         states, rows = distinct(part.states)
         with torch.no_grad():
@@ -108,11 +118,10 @@ class GFlowNetReplay(Replay):
         allowed = (log_P > float("-inf")).any(-1)
         features, start, log_h = self._log_h(classifier, states, allowed, odds)
         with torch.no_grad():
-            share = teacher.terminal(states)
-            share = share[None] if odds is None else torch.log_softmax(share[None] + odds[:, None], dim=-1)
-            log_f = share @ classifier.set_head.counts.T
+            log_f = self._log_f(classifier, teacher.terminal(states), odds)
         # The exit is one more child, with f in the place of h. Entries ``e``: parent and action of every child.
         parent, action = (torch.cat(pair) for pair in zip(allowed[:, :-1].nonzero().T, self._exits(allowed), strict=True))
+        start, log_h = (self._with_fewer(classifier, part) for part in (start, log_h))
         log_h = torch.cat([log_h, log_f[:, parent[log_h.shape[1] :], None].expand(-1, -1, classifier.m, -1)], dim=1)
         N = _logsumexp_by(log_P[parent, action][None, ..., None] + log_h, parent, len(states))
         entry = torch.empty(allowed.shape, dtype=torch.long, device=device)
@@ -120,14 +129,41 @@ class GFlowNetReplay(Replay):
         steps = log_h[:, entry[rows, part.actions]] - N[:, rows]
         log_f = log_f[:, rows[part.last], None]
         R = start - log_f + torch.zeros(len(N), len(part.x), *N.shape[2:], device=device).index_add(1, part.owner, steps)
-        # Where the guided chain goes: the anchor's trajectories, those with large f more often than not.
-        w = part.p[None, :, :, None] * (0.7 * log_f.exp() / log_f.exp().mean(1, keepdim=True) + 0.3)
+        w = self._importance(part.p[None, :, :, None], log_f, start.detach(), R.detach(), 0 if held_out else self.GUIDED)
         terminal = torch.log_softmax(classifier.terminal_head(features).float(), dim=-1)[rows[part.last]]
+        end = -(part.p * terminal).sum(-1).mean()
+        if self.composed:
+            # A composition can live where p(y|x) is a thousandth, of which a cross-entropy sees nothing.
+            error = [self._log_f(classifier, log_p, odds) for log_p in (terminal, part.p.clamp(min=1e-30).log())]
+            end = end + (w * F.huber_loss(*error, reduction="none")[:, :, None]).mean()
         return {
-            "terminal": -(part.p * terminal).sum(-1).mean(),
+            "terminal": end,
             "marginal": F.cross_entropy(classifier.marginal_head(features).float()[rows], part.so_far),
-            "joint": (w * F.huber_loss(R, torch.zeros_like(R), reduction="none")).mean(),
+            "joint": (w * F.huber_loss(R, torch.zeros_like(R), reduction="none", delta=5.0 if self.composed else 1.0)).mean(),
         }
+
+    def _importance(
+        self,
+        p: Float[Tensor, "1 n m 1"],
+        log_f: Float[Tensor, "o n 1 k"],
+        start: Float[Tensor, "o 1 m k"],
+        R: Tensor,
+        share: int,
+    ) -> Float[Tensor, "o n m k"]:
+        r"""What a trajectory's balance counts for each composition.
+
+        With compositions among the trajectories, as if they came from target and guided chain in equal parts: all densities are
+        known, :math:`\pi = P_i f / h_i(s_0)` and :math:`\pi e^{R}`, those of the base models too, and the shares of the batch:
+        of each base model one, of compositions one, of guided chains ``share``.
+        """
+        if not self.composed:
+            # Where the guided chain goes: the anchor's trajectories, those with large f more often than not.
+            return p * (0.7 * log_f.exp() / log_f.exp().mean(1, keepdim=True) + 0.3)
+        log_target = p.clamp(min=1e-30).log() + log_f - start  # over the sum of the base models' densities
+        target, guided = log_target.clamp(max=60).exp(), (log_target + R).clamp(max=60).exp()
+        drawn = 1 + target.mean((-1, -2), keepdim=True) + share * guided.mean((-1, -2), keepdim=True)
+        drawn = drawn / (len(self.models) + 1 + share)
+        return (0.4 * target + 0.4 * guided + 0.2 * p) / drawn
 
     def _exits(self, allowed: Bool[Tensor, "u a"]) -> tuple[Int[Tensor, "c"], Int[Tensor, "c"]]:
         rows = allowed[:, -1].nonzero()[:, 0]
@@ -156,6 +192,33 @@ class GFlowNetReplay(Replay):
         )
         return features[place[: len(states)]], log_h[:, :1], log_h[:, 1:]
 
+    def _log_f(
+        self, classifier: Classifier, log_p: Float[Tensor, "n m"], odds: Float[Tensor, "o m"] | None
+    ) -> Float[Tensor, "o n k"]:
+        r""":math:`\log \Pi_{k \ge 2} \, p_v(y_k|x)` of every label set, under each of the odds"""
+        log_p = log_p[None] if odds is None else torch.log_softmax(log_p[None] + odds[:, None], dim=-1)
+        counts = [[labels.count(i) for i in range(classifier.m)] for labels in self._fewer(classifier)]
+        return (
+            log_p
+            @ torch.cat([classifier.set_head.counts, classifier.set_head.counts.new_tensor(counts).reshape(-1, classifier.m)]).T
+        )
+
+    def _with_fewer(self, classifier: Classifier, log_h: Float[Tensor, "o c m k"]) -> Float[Tensor, "o c m k2"]:
+        """With a column for each smaller label set: the sum over what was not observed."""
+        fewer = [
+            torch.stack([classifier.select(log_h, (i, *labels)) for i in range(classifier.m)], -1)
+            for labels in self._fewer(classifier)
+        ]
+        return torch.cat([log_h, torch.stack(fewer, -1)], -1) if fewer else log_h
+
+    def _fewer(self, classifier: Classifier) -> list[tuple[int, ...]]:
+        """Label sets smaller than the classifier's own, which are balanced too where there are compositions among the trajectories."""
+        return (
+            [labels for n in range(1, classifier.observations - 1) for labels in label_sets(classifier.m, n)]
+            if self.composed
+            else []
+        )
+
     def _odds_each(self, log_P: Tensor, classifier: Classifier) -> int:
         """How many odds a batch is seen under: the trajectories are the same, so they cost the heads only."""
         return max(1, min(4, 2**22 // (int((log_P > float("-inf")).sum()) * len(classifier.set_head.sets))))
@@ -168,17 +231,44 @@ class GFlowNetReplay(Replay):
         if held_out not in self.stores or self.stores[held_out][0] != filling:
             fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 + filling + 1)
             n = self.samples if not held_out else min(self.samples, 4096)
-            parts = [record(model, self.models, n, fresh) for model in self.models]
-            self.stores[held_out] = filling, parts + ([self._composed(n, fresh)] if self.composed else [])
+            self.stores[held_out] = filling, [record(model, self.models, n, fresh) for model in self.models]
         store = self.stores[held_out][1]
-        return Trajectories.join([part.select(torch.randint(len(part.x), (size,), generator=generator)) for part in store])
+        return Trajectories.join([part.pick(size, generator) for part in store])
 
-    def _composed(self, n: int, generator: torch.Generator) -> Trajectories:
-        """n trajectories where compositions go: of the harmonic means of any two or more of the models."""
+    def _compositions(
+        self, size: int, teacher: Classifier, generator: torch.Generator, log_odds_range: float, held_out: bool
+    ) -> list[Trajectories]:
+        """``size`` trajectories of harmonic means, and guided ones."""
+        if held_out not in self.harmonic:
+            fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 - 1 - held_out)
+            self.harmonic[held_out] = self._harmonic(self.samples if not held_out else min(self.samples, 1024), fresh)
+        parts, n = [self.harmonic[held_out].pick(size, generator)], self.GUIDED * size
+        if held_out:
+            return parts
+        if (now := generator.initial_seed() // self.RENEW) != self.renewed:
+            self.renewed = now
+            for _ in range(self.NEW):
+                self.guided.append(self._guided(256, teacher, generator, log_odds_range))
+        which = torch.randint(len(self.guided), (n,), generator=generator).bincount().tolist()
+        return parts + [part.pick(k, generator) for part, k in zip(self.guided, which, strict=False)]
+
+    def _harmonic(self, n: int, generator: torch.Generator) -> Trajectories:
+        """n trajectories of the harmonic means of any two or more of the models. Several particles each: they are worth fewer than they are."""
         m = len(self.models)
         sets = [labels for k in range(2, m + 1) for labels in itertools.combinations(range(m), k)]
-        x = [track(Posterior(m, s), self.models, -(-n // len(sets)), generator=generator, progress=False).x for s in sets]
+        each = -(-n // len(sets))
+        options = {"particles": 4 * each, "generator": generator, "progress": False}
+        x = [track(Posterior(m, labels), self.models, each, **options).x for labels in sets]
         return retrace(self.models, torch.cat(x), generator)
+
+    def _guided(self, n: int, teacher: Classifier, generator: torch.Generator, log_odds_range: float) -> Trajectories:
+        """n trajectories of one composition, guided by the classifier as it is."""
+        anchor = int(torch.randint(teacher.m, (), generator=generator))
+        sets = [*teacher.set_head.sets, *self._fewer(teacher)]
+        labels = sets[int(torch.randint(len(sets), (), generator=generator))]
+        odds = draw_log_odds(1, teacher, log_odds_range, generator)
+        posterior = Posterior(teacher.m, (anchor, *labels), None if odds is None else odds[0].exp().tolist())
+        return record(guide(posterior, self.models, teacher), self.models, n, generator)
 
 
 @dataclass
@@ -195,6 +285,9 @@ class Trajectories:
     actions: Int[Tensor, "l"]
     so_far: Float[Tensor, "l m"]
     owner: Int[Tensor, "l"]
+
+    def pick(self, size: int, generator: torch.Generator) -> Trajectories:
+        return self.select(torch.randint(len(self.x), (size,), generator=generator))
 
     def select(self, pick: Int[Tensor, "k"]) -> Trajectories:
         first = torch.cat([self.last.new_tensor([-1]), self.last])[pick] + 1

@@ -163,7 +163,8 @@ class GFlowNetReplay(Replay):
         target, guided = log_target.clamp(max=60).exp(), (log_target + R).clamp(max=60).exp()
         drawn = 1 + target.mean((-1, -2), keepdim=True) + share * guided.mean((-1, -2), keepdim=True)
         drawn = drawn / (len(self.models) + 1 + share)
-        return (0.4 * target + 0.4 * guided + 0.2 * p) / drawn
+        # A density that is not among those drawn from would make weights without bound.
+        return (0.4 * target + (0.4 * guided if share else 0.0) + 0.2 * p) / drawn
 
     def _exits(self, allowed: Bool[Tensor, "u a"]) -> tuple[Int[Tensor, "c"], Int[Tensor, "c"]]:
         rows = allowed[:, -1].nonzero()[:, 0]

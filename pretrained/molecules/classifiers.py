@@ -60,7 +60,7 @@ samples = sculpt.posterior(models, {tuple(range(n))}).sample(1000, sculpt.load("
 
 | | |
 |---|---|
-| data | {SAMPLES:,} trajectories at a time of each base model, and as many again of compositions |
+| data | {SAMPLES:,} trajectories at a time of each base model, and of compositions |
 | network | causal transformer over fragments, heads over actions; {sum(p.numel() for p in classifier.parameters()):,} parameters |
 | recipe | `python pretrained/molecules/classifiers.py {name} --steps {steps}`: `sculpt.fit`, {BATCH[name]} trajectories of each model a step |
 | cost | {seconds / 60:.0f} CPU minutes on one thread |

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import diffusers
@@ -21,7 +20,7 @@ __all__ = ["UNetEncoder"]
 class UNetEncoder(nn.Module):
     """The downward blocks and the middle of a diffusers ``UNet2DModel``, pooled; for ``sculpt.fit(models, network=UNetEncoder.of(model))``.
 
-    It costs about a third of the UNet, and learns in fewer steps than a network that knows nothing.
+    On the coloured digits its forward pass costs a fifth of the UNet's.
     """
 
     def __init__(self, unet: dict[str, Any], scheduler: dict[str, Any], width: int = 128):
@@ -52,7 +51,7 @@ class UNetEncoder(nn.Module):
         )
         parts = {"time.1": unet.time_embedding, "stem": unet.conv_in, "down": unet.down_blocks, "middle": unet.mid_block}
         for name, part in parts.items():
-            encoder.get_submodule(name).load_state_dict(copy.deepcopy(part.state_dict()))
+            encoder.get_submodule(name).load_state_dict(part.state_dict())
         return encoder.float()
 
     def forward(self, z: Float[Tensor, "b c h w"], s: Float[Tensor, "*b"] | None = None) -> Float[Tensor, "b w2"]:

@@ -152,8 +152,8 @@ class GFlowNetReplay(Replay):
     ) -> Float[Tensor, "o n m k"]:
         r"""What a trajectory's balance counts for each composition.
 
-        With compositions among the trajectories, as if they came from target and guided chain in equal parts: all densities are
-        known, :math:`\pi = P_i f / h_i(s_0)` and :math:`\pi e^{R}`, those of the base models too, and the shares of the batch:
+        With compositions among the trajectories, as if two fifths came from the target, two from the guided chain and one from
+        the anchor: all densities are known, :math:`\pi = P_i f / h_i(s_0)` and :math:`\pi e^{R}`, those of the base models too, and the shares of the batch:
         of each base model one, of compositions one, of guided chains ``share``.
         """
         if not self.composed:
@@ -198,11 +198,8 @@ class GFlowNetReplay(Replay):
     ) -> Float[Tensor, "o n k"]:
         r""":math:`\log \Pi_{k \ge 2} \, p_v(y_k|x)` of every label set, under each of the odds"""
         log_p = log_p[None] if odds is None else torch.log_softmax(log_p[None] + odds[:, None], dim=-1)
-        counts = [[labels.count(i) for i in range(classifier.m)] for labels in self._fewer(classifier)]
-        return (
-            log_p
-            @ torch.cat([classifier.set_head.counts, classifier.set_head.counts.new_tensor(counts).reshape(-1, classifier.m)]).T
-        )
+        sets = [*classifier.set_head.sets, *self._fewer(classifier)]
+        return log_p @ log_p.new_tensor([[labels.count(i) for i in range(classifier.m)] for labels in sets]).T
 
     def _with_fewer(self, classifier: Classifier, log_h: Float[Tensor, "o c m k"]) -> Float[Tensor, "o c m k2"]:
         """With a column for each smaller label set: the sum over what was not observed."""
@@ -214,11 +211,8 @@ class GFlowNetReplay(Replay):
 
     def _fewer(self, classifier: Classifier) -> list[tuple[int, ...]]:
         """Label sets smaller than the classifier's own, which are balanced too where there are compositions among the trajectories."""
-        return (
-            [labels for n in range(1, classifier.observations - 1) for labels in label_sets(classifier.m, n)]
-            if self.composed
-            else []
-        )
+        sizes = range(1, classifier.observations - 1) if self.composed else ()
+        return [labels for n in sizes for labels in label_sets(classifier.m, n)]
 
     def _odds_each(self, log_P: Tensor, classifier: Classifier) -> int:
         """How many odds a batch is seen under: the trajectories are the same, so they cost the heads only."""

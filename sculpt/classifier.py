@@ -125,7 +125,7 @@ class SetHead(nn.Module):
         # A set stands for all its orderings, so each column counts that often in the total.
         return torch.log_softmax(logits.float() + self.log_orderings, dim=-1) - self.log_orderings
 
-    def target(self, log_p: Float[Tensor, "b m"]) -> Float[Tensor, "b k"]:
+    def target(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k"]:
         r"""The weight of each set: all its orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
         # Clamped: a label of no probability, not observed, has to be 0 · log 0 = 0.
         return (log_p.clamp(min=-1e4) @ self.counts.T.to(log_p) + self.log_orderings.to(log_p)).exp()

@@ -63,7 +63,7 @@ class Replay(abc.ABC):
         return classifier.losses(batch, teacher, None if log_odds is None else log_odds.to(device))
 
 
-def draw_log_odds(n: int, classifier: Classifier, width: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
+def draw_log_odds(n: int, classifier, width: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
     """Log-odds to train with, from U[-width, width] each; None where the classifier takes none."""
     if not classifier.odds:
         return None

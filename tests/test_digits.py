@@ -191,6 +191,28 @@ def test_a_model_without_a_trunk_says_what_to_run_first(recipe, tmp_path):
         recipe.Training("cyan", 2, tmp_path)
 
 
+def test_a_grown_network_computes_what_it_did_and_its_new_layers_learn(recipe):
+    unet = recipe.network()
+    large = recipe.grown(unet)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3.0, 700.0])
+    torch.testing.assert_close(large(x, t).sample, unet(x, t).sample)
+    names = [name for name in dict(large.named_parameters()) if ".attentions.0.to_out" in name or ".resnets.1.conv2" in name]
+    assert len(names) == 2 * (2 * 4 + 2)  # weight and bias; two blocks down, two up and the middle
+    large(x, t).sample.square().sum().backward()
+    assert all(dict(large.named_parameters())[name].grad.abs().max() > 0 for name in names)
+
+
+def test_a_model_of_ten_digits_grows_when_it_is_trained_further(recipe, trunk, tmp_path):
+    first = recipe.Training("cyan", 1, tmp_path)
+    first.train_step()
+    first.finish(tmp_path / "cyan")
+    more = recipe.Training("cyan", 1, tmp_path, folder=tmp_path / "cyan")
+    assert more.network.config.layers_per_block == 2 and more.folder == tmp_path / "cyan-2"
+    more.train_step()
+    more.finish(tmp_path / "cyan")
+    assert recipe.Training("cyan", 1, tmp_path, folder=tmp_path / "cyan").network.config.layers_per_block == 2
+
+
 def test_retiming_gives_another_schedule_the_same_embedding_at_the_same_noise(recipe):
     unet = recipe.network()
     with torch.no_grad():  # an untrained embedding also follows the time's fast waves, which tell nothing of the noise

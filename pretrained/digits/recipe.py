@@ -1,7 +1,8 @@
 r"""The coloured-digit models: ``python pretrained/digits/recipe.py {trunk,cyan,...} [--steps n] [--more | --card n]``.
 
 One network learns the five data sets together, told by a label which of them an image is from. Each model starts as that
-network with its label built in, and is then trained on its own data set alone; ``--more`` trains a saved model further. In canonical coordinates,
+network with its label built in, and is then trained on its own data set alone; ``--more`` trains a saved model further, and first
+gives ``cyan``, which knows ten digits, more layers and attention. In canonical coordinates,
 :math:`z = x_0 + s \varepsilon`, whatever the schedule and the prediction type,
 
 .. math:: \text{loss} = w(s) \, |F(z, s) - F^*|^2, \qquad w(s) \propto (1 + s^{-2}) \, |\partial D / \partial F|^2
@@ -15,13 +16,14 @@ import copy
 import hashlib
 import json
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent))
 
@@ -39,6 +41,7 @@ BATCH = 64
 STEPS = {"trunk": 7000, "cyan": 2500, "zero-one": 1200, "zero-two": 1200, "red-green": 1200, "green": 800}
 RATE = {"trunk": 2e-3}
 FINE = 6e-4
+LARGE = ("cyan",)
 SHARES = {"cyan": 0.4, "zero-one": 0.15, "zero-two": 0.15, "red-green": 0.15, "green": 0.15}
 """Of the trunk's batches: ten digits are more to learn than two."""
 
@@ -48,11 +51,35 @@ def scheduler(name: str) -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="linear" if name == "zero-two" else "squaredcos_cap_v2", prediction_type="v_prediction")
 
 
-def network(labels: int | None = None) -> UNet2DModel:
+def network(labels: int | None = None, large: bool = False) -> UNet2DModel:
     torch.manual_seed(0)
-    depth = len(NETWORK["block_out_channels"])
-    blocks = {"down_block_types": ("DownBlock2D",) * depth, "up_block_types": ("UpBlock2D",) * depth}
-    return UNet2DModel(sample_size=32, in_channels=3, out_channels=3, num_class_embeds=labels, **blocks, **NETWORK)
+    plain, attentive = len(NETWORK["block_out_channels"]) - 2 * large, 2 * large
+    blocks = {
+        "down_block_types": ("DownBlock2D",) * plain + ("AttnDownBlock2D",) * attentive,
+        "up_block_types": ("AttnUpBlock2D",) * attentive + ("UpBlock2D",) * plain,
+    }
+    options = {**NETWORK, "layers_per_block": 2} if large else NETWORK
+    return UNet2DModel(sample_size=32, in_channels=3, out_channels=3, num_class_embeds=labels, **blocks, **options)
+
+
+@torch.no_grad()
+def grown(unet: UNet2DModel) -> UNet2DModel:
+    """The large network that computes what this one does: its new layers add nothing yet."""
+    large, new = network(large=True), []
+    state = large.state_dict()
+    for name, value in unet.state_dict().items():  # a block's last layer upwards is the last one again
+        state[re.sub(r"(up_blocks\.\d\.resnets)\.1", r"\1.2", name)] = value
+    large.load_state_dict(state)
+    for block in (*large.down_blocks, *large.up_blocks):
+        new += [block.resnets[1].conv2, *(attention.to_out[0] for attention in getattr(block, "attentions", []))]
+    for layer in new:
+        layer.weight.zero_()
+        layer.bias.zero_()
+    for block in large.up_blocks:
+        shortcut = block.resnets[1].conv_shortcut
+        nn.init.dirac_(shortcut.weight)  # of what came up, nothing of what came across
+        shortcut.bias.zero_()
+    return large
 
 
 def member(trunk: UNet2DModel, label: int) -> UNet2DModel:
@@ -100,8 +127,10 @@ class Training(Run):
             unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
             self.past = [] if name == "trunk" else [read_state(state / "trunk")[0]]
         else:
-            unet, self.past = network(), read_json(folder / "training.json", "trained model")["runs"]
-            unet.load_state_dict(UNet2DModel.from_pretrained(folder / "unet").state_dict())
+            unet = UNet2DModel.from_pretrained(folder / "unet")
+            self.past = read_json(folder / "training.json", "trained model")["runs"]
+            if name in LARGE and unet.config.layers_per_block == NETWORK["layers_per_block"]:
+                unet = grown(unet)
         grey, digits = mnist("train")
         self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
         how["rate"] = how.get("rate") or RATE.get(name, FINE)
@@ -174,7 +203,7 @@ class Training(Run):
         """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
         unet, new = copy.deepcopy(self.average).cpu().half(), folder.with_name(f".{folder.name}")
         DDPMPipeline(unet, self.scheduler).save_pretrained(new)
-        runs = [*self.past, {"name": self.name, "steps": self.step, "seconds": round(self.seconds)}]
+        runs = [*self.past, {"name": self.name, "steps": self.step, "seconds": round(self.seconds), "rate": self.rate}]
         (new / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
         folder.mkdir(exist_ok=True)
         for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
@@ -203,6 +232,7 @@ def card(folder: Path, n: int, state: Path) -> str:
     sha = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     digits, colours = DATA[name]
     config = scheduler(name).config
+    more_layers = ", two layers a block and attention at 8×8 and 4×4" if model.model.config.layers_per_block == 2 else ""
     trunk, *own = read_json(folder / "training.json", "trained model")["runs"]
     table = "\n".join(
         f"| {label} | {100 * scores.shares[i]:.1f} % | {100 * want[i]:.1f} % |"
@@ -235,7 +265,7 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 | | |
 |---|---|
 | data | MNIST's training images, coloured while training |
-| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
+| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}{more_layers}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
 | schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
 | recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights |
 | cost | {sum(run["seconds"] for run in own) / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |

@@ -29,6 +29,8 @@ from sculpt.training import Replay, draw_log_odds
 __all__ = ["VectorNetwork", "ImageNetwork", "DiffusionReplay"]
 
 CACHE_BYTES = 2**30
+CANDIDATES = 4
+"""For each row of the path's divergence, in samples of its model."""
 
 
 class NoisyNetwork(nn.Module):
@@ -158,7 +160,7 @@ class DiffusionReplay(Replay):
         self.training = [part[k:] for part, k in zip(x, held, strict=True)]
         self.path = numbers > 64 and all(isinstance(model, Denoiser) for model in models) if path is None else path
         if self.path:
-            self.weights = self.weights | {"path": 0.1, "scores": 0.3}
+            self.weights = self.weights | {"path": 0.3, "scores": 0.3}
         everything = torch.cat(x)
         self.mean, self.std = float(everything.mean()), max(float(everything.std()), 1e-6)
 
@@ -214,51 +216,67 @@ class DiffusionReplay(Replay):
             return losses
         # Below the spread of the data it is decided what a sample will be.
         lowest, whole = min(self.std, self.s_max), math.log(self.s_max / min(self.std, self.s_max))
-        batch = self._draw(size, generator, held_out, lambda u: lowest * (u * whole).exp()).to(device)
-        log_odds = draw_log_odds(len(batch.x), classifier, log_odds_range, generator)
-        column = torch.randint(len(classifier.set_head.sets), (len(batch.x),), generator=generator).to(device)
-        shift = int(torch.randint(1, classifier.m, (), generator=generator))
-        path, scores = self._gradients(
-            classifier, teacher, batch, column, shift, None if log_odds is None else log_odds.to(device), not held_out
-        )
-        return losses | {"path": whole * path, "scores": scores}
+        common = max(1, size // 2), generator, held_out, lambda u: lowest * (u * whole).exp()
+        path = self._path(classifier, teacher, *common, log_odds_range, device)
+        return losses | {"path": whole * path, "scores": self._scores(classifier, *common, device)}
 
-    def _gradients(self, classifier, teacher, batch, column, shift, log_odds, train) -> tuple[Tensor, Tensor]:
-        """Every other row for the path's divergence, under the label set of its column; the rest for the difference of two scores."""
-        (z, s), y, rows = batch.states, batch.y, torch.arange(len(batch.y), device=batch.y.device)
-        steers, v = rows % 2 == 0, s.float() ** 2
+    def _path(self, classifier, teacher, size, generator, held_out, level, log_odds_range, device) -> Tensor:
+        """The divergence of the guided path from the composition's, for models, label sets and odds drawn alike, ``size`` of each model.
+
+        A composition can want one of a hundred samples, so each row takes its x from c candidates, every other time as often as the
+        composition would. Given z any of the candidates may have been x: the target is their mean, which has less noise than one of them.
+        """
+        pool, m, sets, rows = self.held_out if held_out else self.training, classifier.m, classifier.set_head, []
+        for i, model in enumerate(self.models):
+            x = pool[i][torch.randint(len(pool[i]), (CANDIDATES * size,), generator=generator)].to(device)
+            column = torch.randint(len(sets.sets), (size,), generator=generator).to(device)
+            log_odds = draw_log_odds(size, classifier, log_odds_range, generator)
+            log_odds = torch.zeros(size, m, device=device) if log_odds is None else log_odds.to(device)
+            u = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+            s = level(u.double()).to(device)
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                log_p = torch.log_softmax(teacher.terminal(x).float() + log_odds[:, None], dim=-1)
+                f = sets.target(log_p)[torch.arange(size, device=device), :, column]
+                f = f / f.mean(1, keepdim=True)
+                q = (1 + f) / 2
+                z = x[torch.multinomial(q.cpu(), 1, generator=generator)[:, 0].to(device)]
+                z = z + like(s, z) * randn(z.shape, generator, z)
+                square = torch.cdist(z.flatten(1), x.flatten(1)).square()
+                w = torch.softmax(q.log() - square / (2 * s[:, None].float() ** 2), dim=1) * f / q
+                weight = w.sum(1)
+                target = ((w / weight[:, None]) @ x.flatten(1)).view_as(z) - model.denoise(z, s).to(z)
+            rows.append((z, s, torch.full_like(column, i), column, log_odds, target, weight))
+        z, s, y, column, log_odds, target, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
+
+        def steering(features: Tensor) -> Tensor:
+            log_h = classifier.set_head(features, log_odds if classifier.odds else None)
+            return log_h[:, 0][torch.arange(len(y), device=device), y, column]
+
+        return (weight * self._change(classifier, z, s, steering, target, not held_out)).mean()
+
+    def _scores(self, classifier, size, generator, held_out, level, device) -> Tensor:
+        """How far the gradient of the label's marginal is from the difference of two models' scores, as a share of its square."""
+        batch = self._draw(size, generator, held_out, level).to(device)
+        (z, s), y, target = batch.states, batch.y, torch.empty_like(batch.x)
+        shift = int(torch.randint(1, classifier.m, (), generator=generator))
         with torch.no_grad():
-            target = self._targets(batch, steers, shift)
-            log_p = teacher.terminal(batch.x)
-            f = teacher.set_head.target(log_p if log_odds is None else torch.log_softmax(log_p + log_odds, dim=-1))
-            # Where all is noise h is its own mean, Z.
-            start = teacher.network(torch.zeros_like(z[:1]), s.new_full((1,), self.s_max)).expand(len(z), -1)
-            log_Z = (teacher.set_head(start, log_odds)[:, 0] + teacher.set_head.log_orderings)[rows, y, column]
-            w = (f[rows, column].log() - log_Z).exp().clamp(max=20.0)
+            for i, model in enumerate(self.models):
+                own, other = y == i, self.models[(i + shift) % classifier.m]
+                target[own] = (model.denoise(z[own], s[own]) - other.denoise(z[own], s[own])).to(z)
+
+        def ratio(features: Tensor) -> Tensor:
+            log_p = classifier.marginal_head(features).float()
+            return (log_p.gather(1, y[:, None]) - log_p.gather(1, (y[:, None] + shift) % classifier.m))[:, 0]
+
+        size = (target**2).flatten(1).sum(1) / s.float() ** 2
+        return ((self._change(classifier, z, s, ratio, target, not held_out) + size) / (1 + size)).mean()
+
+    def _change(self, classifier, z, s, head: Callable[[Tensor], Tensor], target, train: bool) -> Float[Tensor, "b"]:
+        r""":math:`(|t - v g|^2 - |t|^2) / v`, t the target and g the gradient of what the head says"""
         with torch.enable_grad():
             z = z.requires_grad_(True)
-            features = classifier.network(z, s)
-            log_h = classifier.set_head(features, log_odds)[:, 0][rows, y, column]
-            marginal = classifier.marginal_head(features).float()
-            ratio = marginal[rows, y] - marginal[rows, (y + shift) % classifier.m]
-            (gradient,) = torch.autograd.grad(torch.where(steers, log_h, ratio).sum(), z, create_graph=train)
-            # |target - v gradient|² - |target|², over v
-            change = (like(v, z) * gradient**2 - 2 * target * gradient).flatten(1).sum(1)
-        path = (w * change)[steers].mean()
-        size = (target[~steers] ** 2).flatten(1).sum(1) / v[~steers]
-        return path, ((change[~steers] + size) / (1 + size)).mean()
-
-    def _targets(self, batch: Batch, steers: Tensor, shift: int) -> Float[Tensor, "b *x"]:
-        """:math:`x - D_i` or :math:`D_i - D_j`, each row's own model being i."""
-        (z, s), m = batch.states, len(self.models)
-        out = torch.empty_like(z)
-        for i, model in enumerate(self.models):
-            own = batch.y == i
-            out[own] = -model.denoise(z[own], s[own]).to(z)
-            also = own & ~steers
-            out[also] = -out[also] - self.models[(i + shift) % m].denoise(z[also], s[also]).to(z)
-        out[steers] += batch.x[steers]
-        return out
+            (gradient,) = torch.autograd.grad(head(classifier.network(z, s)).sum(), z, create_graph=train)
+            return (like(s.float() ** 2, z) * gradient**2 - 2 * target * gradient).flatten(1).sum(1)
 
     def default_network(self) -> nn.Module:
         shape = self.models[0].shape

@@ -61,3 +61,10 @@ def test_only_an_unconditional_unet_lends_its_encoder():
     callable_ = sculpt.Diffusion(lambda x, t: x, DDPMScheduler(), (1, 16, 16), name="callable")
     with pytest.raises(ValueError, match="read from a diffusers UNet2DModel, got"):
         UNetEncoder.of(callable_)
+
+
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "UNet2DModel", "loaders"])
+def test_noise_levels_are_those_of_a_scheduler_that_diffusers_has(name):
+    config = UNetEncoder.of(model()).config
+    with pytest.raises(ValueError, match=f"{name}, which is no scheduler of diffusers"):
+        UNetEncoder(**{**config, "scheduler": {**config["scheduler"], "_class_name": name}})

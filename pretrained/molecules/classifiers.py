@@ -1,4 +1,4 @@
-r"""The classifiers of the molecule policies at β = 32: ``python pretrained/molecules/classifiers.py {seh-sa,seh-sa-qed} [--steps n]``.
+r"""The classifiers of the molecule policies at β = 32: ``python pretrained/molecules/classifiers.py {seh-sa,seh-sa-qed} [--steps n] [--more]``.
 
 A molecule is written in one way, so the guided chain's density q and the composition's density π up to a constant are both known
 exactly. That gives the total variation between them without bias from anything learned:
@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import time
 from pathlib import Path
 
 import torch
 
 import sculpt
+from sculpt.files import read_json
 from sculpt.formula import label_sets
 from sculpt.gflownet.sampler import path_ratios
 
@@ -25,19 +27,24 @@ OBSERVATIONS = {"seh-sa": 2, "seh-sa-qed": 3}
 BATCH = {"seh-sa": 32, "seh-sa-qed": 16}  # trajectories of each model a step
 
 
-def fit(name: str, steps: int, state: Path) -> None:
+def fit(name: str, steps: int, state: Path, more: bool) -> None:
     models = [sculpt.load(HERE / part, beta=BETA) for part in name.split("-")]
     odds, settings = len(models) == 2, {"steps": steps, "batch_size": BATCH[name], "learning_rate": RATE}
     # The pair overlaps by three percent, the three by less than a millionth: only compositions show compositions.
     settings |= {"samples": SAMPLES, "reuse": REUSE, "composed": True}
+    runs = read_json(HERE / name / "training.json", "trained classifier")["runs"] if more else []
+    if more:
+        settings["network"] = sculpt.load(HERE / name).requires_grad_(True).network
     started = time.process_time()
-    classifier = sculpt.fit(models, OBSERVATIONS[name], odds=odds, checkpoint=state / name, **settings)
-    seconds = time.process_time() - started
+    checkpoint = state / (f"{name}-{len(runs)}" if more else name)
+    classifier = sculpt.fit(models, OBSERVATIONS[name], odds=odds, checkpoint=checkpoint, seed=len(runs), **settings)
+    runs.append({"steps": steps, "seconds": round(time.process_time() - started)})
     classifier.save_pretrained(HERE / name)
-    (HERE / name / "README.md").write_text(card(name, models, classifier, steps, seconds))
+    (HERE / name / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+    (HERE / name / "README.md").write_text(card(name, models, classifier, runs))
 
 
-def card(name: str, models: list, classifier: sculpt.Classifier, steps: int, seconds: float) -> str:
+def card(name: str, models: list, classifier: sculpt.Classifier, runs: list[dict]) -> str:
     n, rows = len(models), []
     for labels in [s for k in range(2, n + 1) for s in label_sets(n, k)]:
         for odds in [0.05, 0.5, 0.95] if n == 2 else [None]:
@@ -49,6 +56,8 @@ def card(name: str, models: list, classifier: sculpt.Classifier, steps: int, sec
     folder, listed = HERE / name, ", ".join(model.name for model in models)
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     names = ", ".join(repr(part) for part in name.split("-"))
+    recipe = f"`python pretrained/molecules/classifiers.py {name} --steps {runs[0]['steps']}`"
+    recipe += "".join(f", `{name} --more --steps {run['steps']}`, which begins with its network" for run in runs[1:])
     return f"""# {name}: a classifier of {n} molecule policies
 
 It steers compositions of {listed} with up to {OBSERVATIONS[name]} observations{" at any odds" if n == 2 else ""}.
@@ -62,8 +71,8 @@ samples = sculpt.posterior(models, {tuple(range(n))}).sample(1000, sculpt.load("
 |---|---|
 | data | {SAMPLES:,} trajectories at a time of each base model, and of compositions |
 | network | causal transformer over fragments, heads over actions; {sum(p.numel() for p in classifier.parameters()):,} parameters |
-| recipe | `python pretrained/molecules/classifiers.py {name} --steps {steps}`: `sculpt.fit`, {BATCH[name]} trajectories of each model a step |
-| cost | {seconds / 60:.0f} CPU minutes on one thread |
+| recipe | {recipe}: `sculpt.fit`, {BATCH[name]} trajectories of each model a step |
+| cost | {" and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)} CPU minutes on one thread |
 | `model.safetensors` | sha256 {sha} |
 | licence | the project's; no third-party data |
 
@@ -90,7 +99,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=OBSERVATIONS)
     parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--more", action="store_true", help="begin with the network of the saved classifier")
     parser.add_argument("--state", type=Path, default=Path("train_state/molecules"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fit(options.name, options.steps, options.state)
+    fit(options.name, options.steps, options.state, options.more)

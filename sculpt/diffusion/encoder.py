@@ -38,7 +38,13 @@ class UNetEncoder(nn.Module):
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())  # the fused attention has no second derivative, which training wants
         self.out = nn.Linear(2 * unet["block_out_channels"][-1], width)
-        self.schedule = schedule_of(getattr(diffusers, scheduler["_class_name"]).from_config(scheduler))
+        schedule = getattr(diffusers, scheduler["_class_name"], None)
+        if not (isinstance(schedule, type) and issubclass(schedule, diffusers.SchedulerMixin)):
+            raise ValueError(
+                f"The encoder's noise levels are those of a {scheduler['_class_name']}, which is no scheduler of diffusers. "
+                "Take the encoder of a model with a scheduler of diffusers, or leave network out."
+            )
+        self.schedule = schedule_of(schedule.from_config(scheduler))
 
     @classmethod
     def of(cls, model: Diffusion, width: int = 128) -> UNetEncoder:

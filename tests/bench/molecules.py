@@ -266,9 +266,9 @@ def tracked(composition) -> dict[str, int]:
     return {"particles": PARTICLES} if isinstance(composition, Composition) else {}
 
 
-def protocol() -> None:
+def protocol(*betas: float) -> None:
     """All operations and α at both exponents."""
-    for beta in (32.0, 96.0):
+    for beta in betas or (32.0, 96.0):
         columns = [
             "SEH/SA: low low / low high / high low / high high, %",
             "QED high, %",

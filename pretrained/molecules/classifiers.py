@@ -55,7 +55,7 @@ def card(name: str, models: list, classifier: sculpt.Classifier, runs: list[dict
             )
     folder, listed = HERE / name, ", ".join(model.name for model in models)
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    names = ", ".join(repr(part) for part in name.split("-"))
+    names = ", ".join(f'"{part}"' for part in name.split("-"))
     recipe = f"`python pretrained/molecules/classifiers.py {name} --steps {runs[0]['steps']}`"
     recipe += "".join(f", `{name} --more --steps {run['steps']}`, which begins with its network" for run in runs[1:])
     return f"""# {name}: a classifier of {n} molecule policies

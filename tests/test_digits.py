@@ -395,13 +395,17 @@ def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pa
         "pool",
         lambda *args, first=0, **options: drawn.append(first) or base_samples.pool(*args, first=first, **options),
     )
-    classifier, seconds = fitting.fit("pair", pair, tmp_path / "state", steps=2, n=12)
-    assert drawn == [0, 0] and seconds > 0 and classifier.odds and classifier.keys == tuple(model.key for model in pair)
+    classifier, runs = fitting.fit("pair", pair, tmp_path / "state", steps=2, n=12)
+    assert drawn == [0, 0] and [(run["steps"], run["samples"]) for run in runs] == [(2, 12)] and classifier.odds and classifier.keys == tuple(model.key for model in pair)
     classifier.save_pretrained(tmp_path / "pair")
     monkeypatch.setattr(fitting, "quality", functools.partial(fitting.quality, n=4))
     monkeypatch.setattr(fitting, "by_class", functools.partial(fitting.by_class, n=4))
-    card = fitting.card("pair", classifier, pair, 12, seconds, tmp_path / "state")
+    card = fitting.card("pair", classifier, pair, runs, tmp_path / "state")
     assert drawn[2:] == [16] * 4 and "12 samples of each model" in card and "at any odds" in card
+    again, runs = fitting.fit("pair", pair, tmp_path / "state", steps=1, n=16, past=runs)
+    assert again.network.config == classifier.network.config and (tmp_path / "state" / "pair-1").exists()
+    card = fitting.card("pair", classifier, pair, runs, tmp_path / "state")
+    assert "12 and 16 samples of each model" in card and "`pair --more`" in card and "2 and 1 steps" in card
 
 
 def test_the_least_cross_entropy_of_the_pair_is_that_of_its_shared_green_zeros(pair, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--state folder]``.
+"""The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--more] [--state folder]``.
 
 They learn from samples of the models themselves, not from the data: two networks do not keep the ratio of
 their densities within a class, and a classifier has to tell the models apart as they are. A killed run goes on where it stopped.
@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from coloured_mnist import CLASSES, LICENCE, SETS, proportions
 import sculpt
 from sculpt.diffusion.encoder import UNetEncoder
 from sculpt.diffusion.model import Denoiser
+from sculpt.files import read_json
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
@@ -34,12 +36,15 @@ ENCODER = {"pair": "green", "triple": "cyan"}
 
 
 def fit(
-    name: str, models: list[Denoiser], state: Path, steps: int = STEPS, n: int = SAMPLES
-) -> tuple[sculpt.Classifier, float]:
-    """One of the two classifiers and the CPU seconds of its training, the drawing of samples included."""
+    name: str, models: list[Denoiser], state: Path, steps: int = STEPS, n: int = SAMPLES, past: Sequence[dict] = ()
+) -> tuple[sculpt.Classifier, list[dict]]:
+    """One of the two classifiers and its runs; after ``past`` ones it begins with the network of the saved classifier."""
     drawn = [pool(model, n, state) for model in models]
     data = [x for x, _ in drawn]
-    network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
+    if past:
+        network = sculpt.load(HERE / name).requires_grad_(True).network
+    else:
+        network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
     started = time.process_time()
     classifier = sculpt.fit(
         models,
@@ -51,10 +56,12 @@ def fit(
         batch_size=BATCH,
         learning_rate=RATE,
         mixed_precision=True,
-        checkpoint=state / name,
+        seed=len(past),
+        checkpoint=state / (f"{name}-{len(past)}" if past else name),
         progress=False,
     )
-    return classifier, time.process_time() - started + sum(seconds for _, seconds in drawn)
+    seconds = time.process_time() - started + sum(seconds for _, seconds in drawn)
+    return classifier, [*past, {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}]
 
 
 @torch.no_grad()
@@ -91,11 +98,11 @@ def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path,
     return rows
 
 
-def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], n: int, seconds: float, state: Path) -> str:
+def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs: list[dict], state: Path) -> str:
     q, folder = quality(classifier, models, state), HERE / name
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     names = [model.name for model in models]
-    last = classifier.history[-1]
+    recipe = "".join(f", `{name} --more`, which begins with its network" for _ in runs[1:])
     observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
     return f"""# {name}: a classifier of {len(models)} coloured-digit models
 
@@ -120,10 +127,10 @@ What it says of an image of each class, on average, and in brackets what the dat
 
 | | |
 |---|---|
-| data | {n:,} samples of each model at {base_samples.STEPS} steps |
+| data | {" and ".join(f"{run['samples']:,}" for run in runs)} samples of each model at {base_samples.STEPS} steps |
 | network | the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters |
-| recipe | `python pretrained/digits/classifiers.py {name}`: `sculpt.fit`, {last["step"]:,} steps |
-| cost | {seconds / 60:.0f} CPU minutes, the samples included |
+| recipe | `python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {" and ".join(f"{run['steps']:,}" for run in runs)} steps |
+| cost | {" and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)} CPU minutes, the samples included |
 | `model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |
 """
@@ -134,13 +141,15 @@ if __name__ == "__main__":
     parser.add_argument("name", choices=OBSERVATIONS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each base model")
+    parser.add_argument("--more", action="store_true", help="begin with the network of the saved classifier")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     models = [sculpt.load(HERE / name) for name in SETS[options.name]]
-    classifier, seconds = fit(options.name, models, options.state, options.steps, options.samples)
-    classifier.save_pretrained(HERE / options.name)
-    (HERE / options.name / "README.md").write_text(
-        card(options.name, classifier, models, options.samples, seconds, options.state)
-    )
+    folder = HERE / options.name
+    past = read_json(folder / "training.json", "trained classifier")["runs"] if options.more else []
+    classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past)
+    classifier.save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+    (folder / "README.md").write_text(card(options.name, classifier, models, runs, options.state))

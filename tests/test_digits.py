@@ -396,7 +396,12 @@ def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pa
         lambda *args, first=0, **options: drawn.append(first) or base_samples.pool(*args, first=first, **options),
     )
     classifier, runs = fitting.fit("pair", pair, tmp_path / "state", steps=2, n=12)
-    assert drawn == [0, 0] and [(run["steps"], run["samples"]) for run in runs] == [(2, 12)] and classifier.odds and classifier.keys == tuple(model.key for model in pair)
+    assert (
+        drawn == [0, 0]
+        and [(run["steps"], run["samples"]) for run in runs] == [(2, 12)]
+        and classifier.odds
+        and classifier.keys == tuple(model.key for model in pair)
+    )
     classifier.save_pretrained(tmp_path / "pair")
     monkeypatch.setattr(fitting, "quality", functools.partial(fitting.quality, n=4))
     monkeypatch.setattr(fitting, "by_class", functools.partial(fitting.by_class, n=4))

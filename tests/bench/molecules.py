@@ -6,6 +6,7 @@ import csv
 import functools
 import importlib.util
 import itertools
+import math
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from sculpt.composition import Composition
 from sculpt.gflownet.sampler import path_ratios
 from sculpt.molecules import QED, SA, SEH, FragmentTrees
 from sculpt.molecules.rewards import Reward
+from sculpt.particles import Diagnostics, effective_sample_size
 
 ROOT = Path(__file__).parents[2]
 PRETRAINED = ROOT / "pretrained" / "molecules"
@@ -110,9 +112,8 @@ def load(name: str, beta: float = 32.0):
 
 
 @functools.cache
-def classifier(name: str) -> sculpt.Classifier | None:
-    """``None`` where none is shipped: then tracked densities stand alone."""
-    return sculpt.load(PRETRAINED / name) if (PRETRAINED / name / "config.json").exists() else None
+def classifier(name: str) -> sculpt.Classifier:
+    return sculpt.load(PRETRAINED / name)
 
 
 @functools.cache
@@ -212,19 +213,22 @@ def roads() -> None:
 
 
 def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str, ...]) -> None:
-    """All roads beside a referee: rejection by exact densities (a molecule is written in one way), or where less than one draw in
-    a million is accepted, a population eight times as large."""
+    """All roads beside a referee, from exact densities (a molecule is written in one way): rejection, or where less than one draw in
+    a million is accepted, the guided chain with its exact weights."""
 
     def draw(n: int = N, **options):
         return lambda seed: composition.sample(n, generator=seeded(seed), progress=False, **options)
 
-    referee = {
-        "rejection, 2,000 samples": lambda seed: sculpt.reject(composition, 2000, generator=seeded(seed), progress=False)
-    }
     if len(names) > 2:
-        referee = {"tracked densities, 40,000 particles": draw(particles=40_000)}
+        referee = {"exact weights of 40,000 guided": lambda seed: reweighted(composition, judge, 40_000, seed)}
+    else:
+        referee = {
+            "rejection, 2,000 samples": lambda seed: sculpt.reject(composition, 2000, generator=seeded(seed), progress=False)
+        }
     guided = {"guided": draw(classifier=judge), "guided, corrected": draw(classifier=judge, correct=True)}
-    ways = (guided if judge else {}) | {"tracked densities": draw()}
+    ways = guided | {"tracked densities": draw()}
+    if len(names) > 2:
+        ways["tracked densities, 40,000 particles"] = draw(particles=40_000)
     columns = ["all high", *(f"mean {name.upper()}" for name in names), "diversity", "log Z", "molecules/s"]
     table(f"{title}, {N:,} samples", *columns, f"KS: {', '.join(map(str.upper, names))}, size (5 % level)", "TV to exact")
     first = None
@@ -242,9 +246,23 @@ def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str
 
 def variation(composition: sculpt.Composition, judge, s: Scored) -> float:
     """Total variation between the guided chain and the exact composition, from both densities at the chain's samples."""
-    x, guided = s.samples.x[:2000], composition.guided(judge)
-    log_w = composition.formula.value(path_ratios(composition.models, x)) - path_ratios([guided], x)[:, 0]
-    return float((torch.softmax(log_w, 0) * len(x) - 1).abs().mean() / 2)
+    x = s.samples.x[:2000]
+    return float((torch.softmax(log_weights(composition, judge, x), 0) * len(x) - 1).abs().mean() / 2)
+
+
+def log_weights(composition: sculpt.Composition, judge, x: torch.Tensor) -> torch.Tensor:
+    """Of the guided chain's molecules: log of the composition's density, up to Z, over the chain's."""
+    return composition.formula.value(path_ratios(composition.models, x)) - path_ratios([composition.guided(judge)], x)[:, 0]
+
+
+def reweighted(composition: sculpt.Composition, judge, n: int, seed: int) -> sculpt.Samples:
+    """As many of n guided molecules, drawn by their exact weights, as they are worth."""
+    x = composition.guided(judge).sample(n, generator=seeded(seed), progress=False).x
+    log_w = log_weights(composition, judge, x).double()
+    worth = effective_sample_size(log_w)
+    pick = torch.multinomial(torch.softmax(log_w, 0), min(2000, int(worth)), True, generator=seeded(seed))
+    road = f"exact weights, worth {worth:.0f} draws"
+    return sculpt.Samples(x[pick], diagnostics=Diagnostics(road=road, log_z=float(log_w.logsumexp(0)) - math.log(n)))
 
 
 def operations(beta: float):
@@ -303,7 +321,7 @@ PUBLISHED_CONTRAST = {"SEH": 2.45, "SA": 2.55, "QED": 3.21}  # to its own base
 def emd() -> None:
     """Earth mover's distances between sample sets: cost 1 / (Tanimoto + 1e-8) − 1, at most 100."""
     triple, judge = [load(name) for name in NAMES], classifier("seh-sa-qed")
-    options = {"progress": False} | ({"correct": True} if judge else {"particles": PARTICLES})
+    options = {"progress": False, "correct": True}
     sets = {
         f"p_{name.upper()}": Scored(lambda m=m: m.sample(N, generator=seeded())) for name, m in zip(NAMES, triple, strict=True)
     }

@@ -102,7 +102,7 @@ class Composition(BaseModel):
         threshold: float | None = None,
         anchor: int | BaseModel | None = None,
         form: str | None = None,
-        correct: bool | None = None,
+        correct: bool | str | None = None,
         corrector: Any | None = None,
         resample: bool | None = None,
         batch_size: int | None = None,
@@ -120,7 +120,8 @@ class Composition(BaseModel):
             threshold: resample when the effective sample size falls under this share of the particles.
             anchor: the observed label (or its model) whose chain is steered; by default the first (guided).
             form: ``"anchored"`` (one base network, exact) or ``"mixture"`` (the paper's) (guided).
-            correct: weigh and select, so that the result is exact for the anchor's chain and the terminal head (guided).
+            correct: weigh and select, so that the result is exact for the anchor's chain and the terminal head (guided);
+                ``"densities"`` puts the base models' own densities in the head's place, at the cost of all of them (GFlowNets).
             corrector: an MCMC kernel run at every noise level (tracked densities, diffusion).
             resample: ``False`` returns all particles with their weights.
             batch_size: how many states go through a network at once; the population stays one.

@@ -181,6 +181,43 @@ def test_a_correction_makes_a_confused_classifier_exact(posterior):
     assert abs(samples.log_z - float(log_z)) < 5 * samples.diagnostics.log_z_error
 
 
+class Ignorant(Confused):
+    """Wrong at the end of trajectories too."""
+
+    def terminal(self, x):
+        return torch.log_softmax(0.3 * self.exact.terminal(x) + torch.tensor([0.0, 1.0]), -1)
+
+
+@pytest.mark.parametrize("name", ["grid-2d", "ebm", "sets"])
+@pytest.mark.parametrize("posterior", [HARMONIC, Posterior(2, (1, 1), (0.8, 0.2)), Posterior(2, (1, 0, 1))], ids=str)
+def test_the_models_densities_correct_an_ignorant_classifier(name, posterior):
+    ps = perfect(ENVIRONMENTS[name](), 2)
+    distributions = [exact.terminal_distribution(p) for p in ps]
+    target = exact.target(posterior, distributions)
+    guide_ = Ignorant(ps)
+    guide_.observations = 3
+    guided = guide(posterior, ps, guide_)
+    options = {"particles": 40_000, "resample": False, "generator": seeded()}
+    by_head = sample(guided, 1, correct=True, **options)
+    samples = sample(guided, 1, correct="densities", **options)
+    allowed = furthest(len(target), samples.diagnostics.ess[-1] / 3)
+    assert error(samples, ps[0], target) < allowed < error(by_head, ps[0], target)
+    log_z = posterior.value(torch.stack(distributions, -1).log()).logsumexp(0)
+    assert abs(samples.log_z - float(log_z)) < 5 * samples.diagnostics.log_z_error + 1e-9
+    assert samples.diagnostics.road == "classifier, anchored form, corrected by densities"
+
+
+def test_densities_of_models_with_backward_policies_of_their_own():
+    ps = arbitrary(ENVIRONMENTS["ebm"](), 2)
+    samples = sample(guide(HARMONIC, ps, Ignorant(ps)), 1, correct="densities", particles=20_000, generator=seeded())
+    assert any(note.startswith("path ratios") for note in samples.diagnostics.notes)
+    with pytest.raises(ValueError, match="True, False or 'densities', got 'density'"):
+        guide(HARMONIC, ps, Ignorant(ps)).sample(3, correct="density")
+    p, q, r = perfect(ENVIRONMENTS["ebm"](), 3)
+    with pytest.raises(ValueError, match="p1 ⊗ p2 is a composition without a classifier of its own, so its density"):
+        guide(HARMONIC, [p, q & r], Ignorant([p, q])).sample(3, correct="densities")
+
+
 def test_the_exact_classifier_leaves_nothing_to_correct():
     ps = arbitrary(ENVIRONMENTS["ebm"](), 2)
     samples = sample(guide(HARMONIC, ps, exact.ExactClassifier(ps)), 200, correct=True, resample=False, generator=seeded())

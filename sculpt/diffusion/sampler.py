@@ -185,6 +185,8 @@ def sample(
         road="base model" if not isinstance(model, Guided) else f"classifier, {model.form} form", steps=steps
     )
     diagnostics.notes += [GUIDED_NOTE] * model.guided
+    if correct not in (False, True):
+        raise ValueError(f"correct is True or False for diffusion, whose densities no road knows exactly, got {correct!r}.")
     weighted = isinstance(model, Guided) and model.form == "anchored" and solver is None
     if correct and not weighted:
         _refuse_correction(model, solver)

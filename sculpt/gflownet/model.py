@@ -179,7 +179,7 @@ class GFlowNet(BaseModel):
         self,
         n: int,
         *,
-        correct: bool = False,
+        correct: bool | str = False,
         particles: int | None = None,
         threshold: float = 0.5,
         resample: bool = True,

@@ -67,6 +67,18 @@ class ComposedPolicy(LogProbPolicy):
         log_h = self.classifier.log_h_terminal(x, labels=self.labels, odds=self.odds).double()
         return log_h + self.classifier.terminal(x)[:, self.labels[0]] if self.form == "mixture" else log_h
 
+    def log_h_of(self, ell: Float[Tensor, "b m"]) -> Float[Tensor, "b"]:
+        """The same from the base models' log-densities, up to a constant common to them (anchored form)."""
+        posterior = Posterior(len(self.models), self.labels, self.odds)
+        return posterior.value(ell) - ell[:, self.labels[0]]
+
+    def check_densities(self) -> None:
+        if other := [model for model in self.models if not isinstance(model, GFlowNet)]:
+            raise ValueError(
+                f"{other[0]} is a composition without a classifier of its own, so its density cannot be carried along a trajectory. "
+                "Pass correct=True, or bind the inner classifier: inner.guided(its_classifier)."
+            )
+
     def proposal(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
         """What the classifier is to reweight: the anchor's policy, or the mixture of all."""
         if self.form == "anchored":

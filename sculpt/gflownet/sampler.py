@@ -49,7 +49,7 @@ def sample(
     model: GFlowNet,
     n: int,
     *,
-    correct: bool = False,
+    correct: bool | str = False,
     particles: int | None = None,
     threshold: float = 0.5,
     resample: bool = True,
@@ -67,6 +67,9 @@ def sample(
         \log w \mathrel{+}= \log h(s') - \log h(s) + \log P_{y_1}(s'|s) - \log P(s'|s)
 
     With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` a step adds :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
+
+    With ``correct="densities"`` each trajectory carries the base models' log-densities along, and they take the terminal head's
+    place at the exit: exact whatever the classifier, where a state has one parent or the flows balance.
     """
     if n < 1:
         raise ValueError(f"The number of samples has to be at least 1, got n={n}.")
@@ -76,6 +79,8 @@ def sample(
         raise ValueError(
             f"Only the anchored form of a guided composition can be corrected, got {model}. Leave correct out, or pass form='anchored'."
         )
+    if correct not in (False, True, "densities"):
+        raise ValueError(f"correct is True, False or 'densities', got {correct!r}.")
     if not correct and (particles is not None or not resample):
         raise ValueError(
             "particles and resample=False belong to a population with weights: add correct=True, or leave the classifier out."
@@ -91,16 +96,47 @@ def sample(
         actions = draw(log_p + log_h_next - log_N[:, None], rows, generator)
         return log_N[rows] - log_h[:, 0], actions, log_h_next[rows, actions, None]
 
+    def propose_by_densities(states, carry):
+        log_h, ell = carry[:, 0], carry[:, 1:]
+        unique, rows = distinct(states)
+        log_p, log_h_next = (part[rows] for part in policy.scores(unique))
+        ratio = _log_ratios(policy.models, unique)
+        stop = log_p[:, -1] > NEG_INF
+        log_h_next[stop, -1] = policy.log_h_of((ell + ratio[rows, -1])[stop])
+        log_N = torch.logsumexp(log_p + log_h_next, dim=-1)
+        dead = log_N == NEG_INF  # only the exit is left, and not all labels are possible there
+        log_pi = torch.where(dead[:, None], log_p, log_p + log_h_next - log_N[:, None])
+        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        entered = log_h_next.gather(1, actions[:, None])
+        return torch.where(dead, NEG_INF, log_N - log_h), actions, torch.cat([entered, ell + ratio[rows, actions]], dim=1)
+
     N = _population_size(n, particles) if correct else n
     population = Population(N, threshold=threshold if correct else 0.0, generator=generator, device=model.device)
     log_h = policy.log_h(_starts(model, 1)).expand(N)
     population.reweight(log_h)
-    diagnostics = Diagnostics("classifier, anchored form" + ", corrected" * correct, str(model))
-    x = _particles(model, population, propose, log_h[:, None].clone(), diagnostics, batch_size or batch_of(model), progress)
+    diagnostics = Diagnostics("classifier, anchored form" + ", corrected" * bool(correct), str(model))
+    carry, batch_size = log_h[:, None].clone(), batch_size or batch_of(model)
+    if correct == "densities":
+        policy.check_densities()
+        diagnostics.road += " by densities"
+        carry = torch.cat([carry, carry.new_zeros(N, len(policy.models))], dim=1)
+        propose, batch_size = propose_by_densities, max(1, batch_size // len(policy.models))
+    x = _particles(model, population, propose, carry, diagnostics, batch_size, progress)
     diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
     if not correct:
         return model.result(x, None, diagnostics)
-    return population.samples(x, n, diagnostics, model.result, resample)
+    samples = population.samples(x, n, diagnostics, model.result, resample)
+    if correct == "densities" and (note := _disagreement(policy.models, samples.x[:64], generator)) is not None:
+        diagnostics.notes.append(note)
+    return samples
+
+
+def _log_ratios(models: Sequence[GFlowNet], states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a m"]:
+    r""":math:`\log P_i(s'|s) - \log P_B^i(s|s')` of every action, up to a common term where the models share their backward policy."""
+    log_p = torch.stack([model.log_pf(states) for model in models], dim=-1)
+    if len({model.backward_key for model in models}) == 1:
+        return log_p
+    return log_p - torch.stack([_children_log_pb(model, states, log_p) for model in models], dim=-1)
 
 
 def _independent(

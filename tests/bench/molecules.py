@@ -225,8 +225,12 @@ def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str
         referee = {
             "rejection, 2,000 samples": lambda seed: sculpt.reject(composition, 2000, generator=seeded(seed), progress=False)
         }
-    guided = {"guided": draw(classifier=judge), "guided, corrected": draw(classifier=judge, correct=True)}
-    ways = guided | {"tracked densities": draw()}
+    ways = {
+        "guided": draw(classifier=judge),
+        "guided, corrected": draw(classifier=judge, correct=True),
+        "guided, corrected by densities": draw(classifier=judge, correct="densities"),
+        "tracked densities": draw(),
+    }
     if len(names) > 2:
         ways["tracked densities, 40,000 particles"] = draw(particles=40_000)
     columns = ["all high", *(f"mean {name.upper()}" for name in names), "diversity", "log Z", "molecules/s"]
@@ -279,7 +283,7 @@ def operations(beta: float):
             yield "labels " + ", ".join(NAMES[i].upper() for i in labels), sculpt.posterior(triple, labels), "seh-sa-qed"
 
 
-def tracked(composition) -> dict[str, int]:
+def population(composition) -> dict[str, int]:
     """Label sets of all three overlap in less than a millionth; a base model takes no particles."""
     return {"particles": PARTICLES} if isinstance(composition, Composition) else {}
 
@@ -299,7 +303,8 @@ def protocol(*betas: float) -> None:
         for name, composition, judge in [*bases, *operations(beta)]:
             # The shipped classifiers know the policies at β = 32; at 96 nothing is trained.
             judge = classifier(judge) if judge and beta == 32 else None
-            options = {"classifier": judge, "correct": True} if judge else tracked(composition)
+            options = {"classifier": judge, "correct": "densities"} if judge else {}
+            options |= population(composition)
             s = Scored(lambda c=composition, o=options: c.sample(N, generator=seeded(), progress=False, **o))
             said = s.samples.diagnostics
             road = said.road + (f", {said.verdict.partition(':')[0]}" if said.particles else "")
@@ -321,7 +326,7 @@ PUBLISHED_CONTRAST = {"SEH": 2.45, "SA": 2.55, "QED": 3.21}  # to its own base
 def emd() -> None:
     """Earth mover's distances between sample sets: cost 1 / (Tanimoto + 1e-8) − 1, at most 100."""
     triple, judge = [load(name) for name in NAMES], classifier("seh-sa-qed")
-    options = {"progress": False, "correct": True}
+    options = {"progress": False, "correct": "densities", "particles": PARTICLES}
     sets = {
         f"p_{name.upper()}": Scored(lambda m=m: m.sample(N, generator=seeded())) for name, m in zip(NAMES, triple, strict=True)
     }

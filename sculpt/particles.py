@@ -145,10 +145,10 @@ class Diagnostics:
     acceptance: float | None = None
     notes: list[str] = field(default_factory=list)
 
-    def observe(self, population: Population, acceptance: float | None = None) -> None:
-        """Take down what a population knows about itself."""
+    def observe(self, population: Population, acceptance: float | None = None, *, selected: bool = True) -> None:
+        """Take down what a population knows about itself, and whether its weights select the samples or are there to look at."""
         self.particles, self.ess = population.n, list(population.ess)
-        if population.threshold > 0:
+        if selected:
             self.ancestors, self.families = population.ancestors, population.families
         self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
 

@@ -237,12 +237,12 @@ def test_samples_come_in_random_order():
 
 
 def test_the_verdict_tells_a_collapsed_population_from_a_sound_one():
-    def verdict(log_w, roots=None, threshold=0.5):
-        population = Population(len(log_w), threshold=threshold)
+    def verdict(log_w, roots=None, **known):
+        population = Population(len(log_w))
         population.reweight(log_w)
         population.roots = population.roots if roots is None else roots
         diagnostics = Diagnostics(road="test")
-        diagnostics.observe(population)
+        diagnostics.observe(population, **known)
         return diagnostics.verdict
 
     n = 1000
@@ -253,7 +253,8 @@ def test_the_verdict_tells_a_collapsed_population_from_a_sound_one():
     heavy = torch.where(torch.arange(n) < 500, torch.arange(n), torch.arange(n) % 5)
     assert verdict(torch.zeros(n), heavy).startswith("strained: the weight comes from 19")
     assert verdict(20.0 * (torch.arange(n) == 0)).startswith("COLLAPSED")
-    assert verdict(20.0 * (torch.arange(n) == 0), threshold=0.0).startswith("biased")
+    assert verdict(20.0 * (torch.arange(n) == 0), selected=False).startswith("biased")
+    assert verdict(3.0 * (torch.arange(n) < 100)).startswith("sound: the weight comes from 205")
 
 
 def test_printing_a_result_shows_what_a_run_knows():

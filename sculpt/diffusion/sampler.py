@@ -233,7 +233,7 @@ def sample(
             ratio = -inner(e, e) / 2 - inner(e, xi.double())
     if not correct:
         if weighted:
-            diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
+            diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)), selected=False)
         return model.result(D.sum(1), None, diagnostics)
     # The last step is the base chain's own denoising, and what it ends in is judged by the terminal head.
     x, labels, odds = D[:, 0], model.posterior.labels, model.posterior.odds

@@ -181,7 +181,7 @@ class GFlowNet(BaseModel):
         *,
         correct: bool | str = False,
         particles: int | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         resample: bool = True,
         batch_size: int | None = None,
         generator: torch.Generator | None = None,

@@ -51,7 +51,7 @@ def sample(
     *,
     correct: bool | str = False,
     particles: int | None = None,
-    threshold: float = 0.5,
+    threshold: float | None = None,
     resample: bool = True,
     batch_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -69,7 +69,8 @@ def sample(
     With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` a step adds :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
 
     With ``correct="densities"`` each trajectory carries the base models' log-densities along, and they take the terminal head's
-    place at the exit: exact whatever the classifier, where a state has one parent or the flows balance.
+    place at the exit: exact whatever the classifier, where a state has one parent or the flows balance. Then it selects at the end alone,
+    unless ``threshold`` says otherwise: by h, trajectories are thrown away on the word of a classifier that the densities overrule.
     """
     if n < 1:
         raise ValueError(f"The number of samples has to be at least 1, got n={n}.")
@@ -111,6 +112,8 @@ def sample(
         return torch.where(dead, NEG_INF, log_N - log_h), actions, torch.cat([entered, ell + ratio[rows, actions]], dim=1)
 
     N = _population_size(n, particles) if correct else n
+    if threshold is None:
+        threshold = 0.5 if correct is True else 0.0
     population = Population(N, threshold=threshold if correct else 0.0, generator=generator, device=model.device)
     log_h = policy.log_h(_starts(model, 1)).expand(N)
     population.reweight(log_h)
@@ -122,7 +125,7 @@ def sample(
         carry = torch.cat([carry, carry.new_zeros(N, len(policy.models))], dim=1)
         propose, batch_size = propose_by_densities, max(1, batch_size // len(policy.models))
     x = _particles(model, population, propose, carry, diagnostics, batch_size, progress)
-    diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)))
+    diagnostics.observe(population, acceptance=math.exp(min(0.0, population.log_z)), selected=bool(correct))
     if not correct:
         return model.result(x, None, diagnostics)
     samples = population.samples(x, n, diagnostics, model.result, resample)

@@ -127,9 +127,12 @@ class Training(Run):
             unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
             self.past = [] if name == "trunk" else [read_state(state / "trunk")[0]]
         else:
-            unet = UNet2DModel.from_pretrained(folder / "unet")
+            saved = UNet2DModel.from_pretrained(folder / "unet")
             self.past = read_json(folder / "training.json", "trained model")["runs"]
-            if name in LARGE and unet.config.layers_per_block == NETWORK["layers_per_block"]:
+            is_large = saved.config.layers_per_block > NETWORK["layers_per_block"]
+            unet = network(large=is_large)  # of its own, without the folder that the saved one remembers
+            unet.load_state_dict(saved.state_dict())
+            if name in LARGE and not is_large:
                 unet = grown(unet)
         grey, digits = mnist("train")
         self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}

@@ -299,6 +299,17 @@ def test_the_gradient_losses_are_least_at_the_exact_classifier():
     assert a > 0.1 and float(b / a) == pytest.approx(1, abs=0.1)
 
 
+def test_samples_that_a_composition_cannot_want_are_no_division_by_zero():
+    class Certain(ExactHeads):
+        def terminal(self, x):
+            return torch.log_softmax(500 * torch.stack([x[:, 0].sign(), -x[:, 0].sign()], -1), -1)
+
+    replay = DiffusionReplay([P, Q], data=draws(RINGS[:2], 100), path=True)
+    common = 50, generator(), False, lambda u: torch.full_like(u, 0.02)
+    for certain in (Certain(), Certain(2.0)):
+        assert replay._path(certain, certain, *common, 0.0, torch.device("cpu")).isfinite()
+
+
 def test_gradients_are_trained_where_samples_are_large_and_a_network_without_second_derivatives_is_refused():
     class Once(torch.autograd.Function):
         @staticmethod

@@ -31,6 +31,8 @@ __all__ = ["VectorNetwork", "ImageNetwork", "DiffusionReplay"]
 CACHE_BYTES = 2**30
 CANDIDATES = 4
 """For each row of the path's divergence, in samples of its model."""
+TINY = 1e-30
+"""Under what divides, where a sample cannot be of the composition at all."""
 
 
 class NoisyNetwork(nn.Module):
@@ -237,14 +239,14 @@ class DiffusionReplay(Replay):
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 log_p = torch.log_softmax(teacher.terminal(x).float() + log_odds[:, None], dim=-1)
                 f = sets.target(log_p)[torch.arange(size, device=device), :, column]
-                f = f / f.mean(1, keepdim=True)
+                f = f / f.mean(1, keepdim=True).clamp(min=TINY)
                 q = (1 + f) / 2
                 z = x[torch.multinomial(q.cpu(), 1, generator=generator)[:, 0].to(device)]
                 z = z + like(s, z) * randn(z.shape, generator, z)
                 square = torch.cdist(z.flatten(1), x.flatten(1)).square()
                 w = torch.softmax(q.log() - square / (2 * s[:, None].float() ** 2), dim=1) * f / q
                 weight = w.sum(1)
-                target = ((w / weight[:, None]) @ x.flatten(1)).view_as(z) - model.denoise(z, s).to(z)
+                target = ((w / weight[:, None].clamp(min=TINY)) @ x.flatten(1)).view_as(z) - model.denoise(z, s).to(z)
             rows.append((z, s, torch.full_like(column, i), column, log_odds, target, weight))
         z, s, y, column, log_odds, target, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
 

@@ -165,8 +165,13 @@ class Diagnostics:
                 return f"sound: guidance stays close to the exact chain (weights would keep {last:.0%})."
             return f"biased: guidance leaves the exact chain (weights would keep {last:.1%}). Pass correct=True, or train the classifier longer."
         if self.ancestors < max(2, min(10, 0.02 * self.particles)) or last < 0.01:
+            worth = (
+                f"descend from {self.ancestors} of the start"
+                if self.ancestors < self.particles
+                else f"are worth {self.families:.0f}"
+            )
             return (
-                f"COLLAPSED: the {self.particles} particles descend from {self.ancestors} of the start (least effective share {least:.1%}). "
+                f"COLLAPSED: the {self.particles} particles {worth} (least effective share {least:.1%}). "
                 "Take the samples as near-copies; use a classifier, more particles, or a milder composition."
             )
         if self.doubt:

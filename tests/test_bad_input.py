@@ -66,6 +66,7 @@ def broken(where, name="broken", mixture=RINGS[0]):
         (lambda: sculpt.posterior([P], (0,)).sample(4, particles=10), "particles: not an option of sampling p"),
         # correction needs a kernel and a base chain
         (lambda: (P & Q).sample(4, GUIDE, correct=True, form="mixture"), "Only the anchored form can be corrected"),
+        (lambda: (P & Q).sample(4, GUIDE, correct="densities"), "correct is True or False for diffusion.*got 'densities'"),
         (
             lambda: (P & Q).sample(4, GUIDE, correct=True, solver=DPMSolverMultistepScheduler()),
             "DPMSolverMultistepScheduler gives none",

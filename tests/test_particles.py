@@ -252,7 +252,7 @@ def test_the_verdict_tells_a_collapsed_population_from_a_sound_one():
     # Everyone has descendants, but most of the weight is with few families.
     heavy = torch.where(torch.arange(n) < 500, torch.arange(n), torch.arange(n) % 5)
     assert verdict(torch.zeros(n), heavy).startswith("strained: the weight comes from 19")
-    assert verdict(20.0 * (torch.arange(n) == 0)).startswith("COLLAPSED")
+    assert verdict(20.0 * (torch.arange(n) == 0)).startswith("COLLAPSED: the 1000 particles are worth 1 ")
     assert verdict(20.0 * (torch.arange(n) == 0), selected=False).startswith("biased")
     assert verdict(3.0 * (torch.arange(n) < 100)).startswith("sound: the weight comes from 205")
 

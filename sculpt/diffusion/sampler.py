@@ -161,7 +161,7 @@ def sample(
     *,
     steps: int | None = None,
     solver: Any | None = None,
-    correct: bool = False,
+    correct: bool | str = False,
     particles: int | None = None,
     threshold: float | None = None,
     resample: bool = True,

@@ -47,6 +47,9 @@ class Replay(abc.ABC):
         """Finished samples per model and step, where the caller does not say."""
         return 256
 
+    def refresh(self, teacher: Classifier, generator: torch.Generator, device: torch.device) -> None:  # noqa: B027
+        """Called before the first step and now and then: what a family keeps of the teacher's targets is to be made anew."""
+
     def losses(
         self,
         classifier: Classifier,
@@ -165,6 +168,8 @@ def fit(
         while run.step < steps and run.stale < patience:
             generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
             torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
+            if run.step % every == 0:  # states are kept at these steps, and a resumed run begins with one of them
+                replay.refresh(run.average, torch.Generator().manual_seed(_seed_of_step(seed + 1, run.step)), device)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 losses = replay.losses(classifier, run.average, batch_size, generator, log_odds_range, device)
             # The targets come from a terminal head that knows nothing at first: what rests on them is ramped in.

@@ -280,11 +280,12 @@ class ExactHeads:
 
 def path_losses(classifier, n=4000):
     replay = DiffusionReplay([P, Q], data=draws(RINGS[:2], 5 * n), path=True)
+    replay.refresh(ExactHeads(), generator(), torch.device("cpu"))
     path, scores = torch.zeros(2)
     for level in (0.3, 1.0, 3.0):  # the closed forms know one level at a time
         for part in range(10):
             common = n // 10, generator(part), False, lambda u, level=level: torch.full_like(u, level)
-            path = path + replay._path(classifier, ExactHeads(), *common, 0.0, torch.device("cpu")) / 10
+            path = path + replay._path(classifier, *common, 0.0, torch.device("cpu")) / 10
             scores = scores + replay._scores(classifier, *common, torch.device("cpu")) / 10
     return path, scores
 
@@ -299,6 +300,16 @@ def test_the_gradient_losses_are_least_at_the_exact_classifier():
     assert a > 0.1 and float(b / a) == pytest.approx(1, abs=0.1)
 
 
+def test_a_classifier_that_does_not_call_strays_back_is_noticed():
+    class Flat(ExactHeads):
+        def log_h(self, features, log_odds=None):
+            return super().log_h(features, log_odds).clamp(min=-3)
+
+    # On the composition's own path this costs .009 and would be lost in the noise.
+    exact, flat = (path_losses(heads)[0].detach() for heads in (ExactHeads(), Flat()))
+    assert flat - exact > 0.04
+
+
 def test_samples_that_a_composition_cannot_want_are_no_division_by_zero():
     class Certain(ExactHeads):
         def terminal(self, x):
@@ -307,7 +318,8 @@ def test_samples_that_a_composition_cannot_want_are_no_division_by_zero():
     replay = DiffusionReplay([P, Q], data=draws(RINGS[:2], 100), path=True)
     common = 50, generator(), False, lambda u: torch.full_like(u, 0.02)
     for certain in (Certain(), Certain(2.0)):
-        assert replay._path(certain, certain, *common, 0.0, torch.device("cpu")).isfinite()
+        replay.refresh(certain, generator(), torch.device("cpu"))
+        assert replay._path(certain, *common, 0.0, torch.device("cpu")).isfinite()
 
 
 def test_gradients_are_trained_where_samples_are_large_and_a_network_without_second_derivatives_is_refused():
@@ -693,7 +705,7 @@ def test_a_killed_run_that_is_called_again_ends_where_the_uninterrupted_one_does
     monkeypatch.setattr(sculpt.training, "time", Clock())
     torch.manual_seed(0)
     network = Own() if own else small()  # one with dropout and running means
-    options = {"odds": odds, "data": None, "samples": 100, "sample_steps": 4, "network": network}
+    options = {"odds": odds, "data": None, "samples": 100, "sample_steps": 4, "network": network, "path": odds}
     whole = quick(**options)
     update = sculpt.training._Training.update
     drawn = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from sculpt.diffusion.model import Denoiser
 from sculpt.files import read_json, read_tensors, replace_file
 
-CHUNK, STEPS = 250, 20
+CHUNK, STEPS = 250, 32
 
 
 def pool(model: Denoiser, n: int, state: Path, *, first: int = 0) -> tuple[Tensor, float]:

@@ -127,7 +127,7 @@ What it says of an image of each class, on average, and in brackets what the dat
 
 | | |
 |---|---|
-| data | {" and ".join(f"{run['samples']:,}" for run in runs)} samples of each model at {base_samples.STEPS} steps |
+| data | {" and ".join(f"{run['samples']:,}" for run in runs)} samples of each model, {"the last " * (len(runs) > 1)}at {base_samples.STEPS} steps |
 | network | the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters |
 | recipe | `python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {" and ".join(f"{run['steps']:,}" for run in runs)} steps |
 | cost | {" and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)} CPU minutes, the samples included |

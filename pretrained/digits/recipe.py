@@ -206,7 +206,14 @@ class Training(Run):
         """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
         unet, new = copy.deepcopy(self.average).cpu().half(), folder.with_name(f".{folder.name}")
         DDPMPipeline(unet, self.scheduler).save_pretrained(new)
-        runs = [*self.past, {"name": self.name, "steps": self.step, "seconds": round(self.seconds), "rate": self.rate}]
+        run = {
+            "name": self.name,
+            "steps": self.step,
+            "seconds": round(self.seconds),
+            "rate": self.rate,
+            "bfloat16": self.bfloat16,
+        }
+        runs = [*self.past, run]
         (new / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
         folder.mkdir(exist_ok=True)
         for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
@@ -270,7 +277,7 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 | data | MNIST's training images, coloured while training |
 | network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}{more_layers}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
 | schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
-| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights |
+| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights{", the last run in bfloat16" * own[-1].get("bfloat16", False)} |
 | cost | {sum(run["seconds"] for run in own) / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
 | `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |

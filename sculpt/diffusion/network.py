@@ -29,8 +29,8 @@ from sculpt.training import Replay, draw_log_odds
 __all__ = ["VectorNetwork", "ImageNetwork", "DiffusionReplay"]
 
 CACHE_BYTES = 2**30
-CANDIDATES = 4
-"""For each row of the path's divergence, in samples of its model."""
+CANDIDATES = 2048
+"""Samples of each model that a noisy state may have come from, in the losses of the gradient."""
 TINY = 1e-30
 """Under what divides, where a sample cannot be of the composition at all."""
 
@@ -130,7 +130,8 @@ class DiffusionReplay(Replay):
 
     .. math:: \int E \Bigl[ \tfrac{f}{Z} \bigl( |x - D_i - v \nabla \log h_i|^2 - |x - D_i|^2 \bigr) / v \Bigr] \, d \log s
 
-    and, without noise, :math:`v \nabla \log \bigl( p(y = i | z) / p(y = j | z) \bigr) = D_i - D_j`, as a share of its square.
+    with about as much again where f is small, for chains that stray; and, without noise,
+    :math:`v \nabla \log \bigl( p(y = i | z) / p(y = j | z) \bigr) = D_i - D_j`, as a share of its square.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class DiffusionReplay(Replay):
         self.path = numbers > 64 and all(isinstance(model, Denoiser) for model in models) if path is None else path
         if self.path:
             self.weights = self.weights | {"path": 0.3, "scores": 0.3}
+        self.known: list[list[tuple[Tensor, Tensor]]] = [[], []]
         everything = torch.cat(x)
         self.mean, self.std = float(everything.mean()), max(float(everything.std()), 1e-6)
 
@@ -212,6 +214,20 @@ class DiffusionReplay(Replay):
         z = x + like(s, x) * randn(x.shape, generator, x)
         return Batch(x, y, (z, s), torch.arange(len(x)))
 
+    def refresh(self, teacher, generator, device):
+        """Sample anew what the losses of the gradient take their candidates from, and what the terminal head says of it."""
+        if not self.path:
+            return
+        for held_out, pool in enumerate((self.training, self.held_out)):
+            known = []
+            for x in pool:
+                # Of the held-out samples the first ones, always the same.
+                x = x[:CANDIDATES] if held_out else x[torch.randperm(len(x), generator=generator)[:CANDIDATES]]
+                with torch.no_grad():
+                    log_p = torch.cat([teacher.terminal(part.to(device)).float() for part in x.split(256)])
+                known.append((x.to(device), log_p))
+            self.known[held_out] = known
+
     def losses(self, classifier, teacher, size, generator, log_odds_range, device, held_out=False):
         losses = super().losses(classifier, teacher, size, generator, log_odds_range, device, held_out)
         if not self.path:
@@ -219,34 +235,37 @@ class DiffusionReplay(Replay):
         # Below the spread of the data it is decided what a sample will be.
         lowest, whole = min(self.std, self.s_max), math.log(self.s_max / min(self.std, self.s_max))
         common = max(1, size // 2), generator, held_out, lambda u: lowest * (u * whole).exp()
-        path = self._path(classifier, teacher, *common, log_odds_range, device)
+        path = self._path(classifier, *common, log_odds_range, device)
         return losses | {"path": whole * path, "scores": self._scores(classifier, *common, device)}
 
-    def _path(self, classifier, teacher, size, generator, held_out, level, log_odds_range, device) -> Tensor:
-        """The divergence of the guided path from the composition's, for models, label sets and odds drawn alike, ``size`` of each model.
+    def _path(self, classifier, size, generator, held_out, level, log_odds_range, device) -> Tensor:
+        r"""The divergence of the guided path from the composition's, for models, label sets and odds drawn alike, ``size`` of each model.
 
-        A composition can want one of a hundred samples, so each row takes its x from c candidates, every other time as often as the
-        composition would. Given z any of the candidates may have been x: the target is their mean, which has less noise than one of them.
+        A composition can want one of a hundred samples, so every other row takes its x as often as the composition would. Given z,
+        any of the candidates may have been x, with probability b once the composition has weighed them: the target is their mean.
+        Where the composition's path never is, its divergence has no weight, and a chain that strays there would not be called back:
+        to the path's own weight :math:`\sum b (1 - b)` is added, which is one where many candidates know the way and zero where one does.
         """
-        pool, m, sets, rows = self.held_out if held_out else self.training, classifier.m, classifier.set_head, []
-        for i, model in enumerate(self.models):
-            x = pool[i][torch.randint(len(pool[i]), (CANDIDATES * size,), generator=generator)].to(device)
+        m, sets, rows = classifier.m, classifier.set_head, []
+        for i, (model, (x, log_p)) in enumerate(zip(self.models, self.known[held_out], strict=True)):
             column = torch.randint(len(sets.sets), (size,), generator=generator).to(device)
             log_odds = draw_log_odds(size, classifier, log_odds_range, generator)
             log_odds = torch.zeros(size, m, device=device) if log_odds is None else log_odds.to(device)
             u = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
             s = level(u.double()).to(device)
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                log_p = torch.log_softmax(teacher.terminal(x).float() + log_odds[:, None], dim=-1)
-                f = sets.target(log_p)[torch.arange(size, device=device), :, column]
+                f = sets.target(torch.log_softmax(log_p + log_odds[:, None], dim=-1))
+                f = f[torch.arange(size, device=device), :, column]
                 f = f / f.mean(1, keepdim=True).clamp(min=TINY)
                 q = (1 + f) / 2
                 z = x[torch.multinomial(q.cpu(), 1, generator=generator)[:, 0].to(device)]
                 z = z + like(s, z) * randn(z.shape, generator, z)
                 square = torch.cdist(z.flatten(1), x.flatten(1)).square()
-                w = torch.softmax(q.log() - square / (2 * s[:, None].float() ** 2), dim=1) * f / q
-                weight = w.sum(1)
-                target = ((w / weight[:, None].clamp(min=TINY)) @ x.flatten(1)).view_as(z) - model.denoise(z, s).to(z)
+                b = torch.softmax(q.log() - square / (2 * s[:, None].float() ** 2), dim=1) * f / q
+                weight = b.sum(1)
+                b = b / weight[:, None].clamp(min=TINY)
+                target = (b @ x.flatten(1)).view_as(z) - model.denoise(z, s).to(z)
+                weight = weight + (b * (1 - b)).sum(1)
             rows.append((z, s, torch.full_like(column, i), column, log_odds, target, weight))
         z, s, y, column, log_odds, target, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
 

@@ -85,7 +85,7 @@ def fit(
     steps: int = 4000,
     batch_size: int | None = None,
     learning_rate: float = 2e-3,
-    patience: int = 20,
+    patience: int | None = 20,
     checkpoint: str | Path | None = None,
     device: torch.device | str | None = None,
     mixed_precision: bool | None = None,
@@ -102,7 +102,8 @@ def fit(
         network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``. For images,
             ``sculpt.diffusion.encoder.UNetEncoder.of(model)`` begins with what a base model's UNet has learned.
         batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
-        patience: stop early after this many of the 40 held-out evaluations without improvement.
+        patience: stop early after this many of the 40 held-out evaluations without improvement. ``None`` trains to the end and
+            keeps the last weights: the sum of held-out losses is not always least where a classifier guides best.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
@@ -110,7 +111,7 @@ def fit(
             ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers);
             ``composed`` whether GFlowNet classifiers see trajectories of compositions too: for models that overlap little.
 
-    Returns the averaged weights with the best held-out loss; ``classifier.history`` is the training curve.
+    Returns the averaged weights with the best held-out loss (or the last); ``classifier.history`` is the training curve.
     """
     models = list(models)
     if len(models) < 2:
@@ -145,7 +146,7 @@ def fit(
         "log_odds_range": log_odds_range,
         "seed": seed,
     }
-    run = _Training(classifier, settings, replay.weights, checkpoint)
+    run = _Training(classifier, settings, replay.weights, checkpoint, keep_last=patience is None)
 
     every = max(1, steps // 40)
     held_out_batches = max(1, min(8, every // 4))  # a short training is not spent on looking at itself
@@ -165,7 +166,7 @@ def fit(
 
     bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1)
     with bar:
-        while run.step < steps and run.stale < patience:
+        while run.step < steps and (patience is None or run.stale < patience):
             generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
             torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
             if run.step % every == 0:  # states are kept at these steps, and a resumed run begins with one of them
@@ -192,7 +193,12 @@ class _Training:
     """Weights, their average, the optimiser and the curve; saved as one and resumed as one."""
 
     def __init__(
-        self, classifier: Classifier, settings: dict[str, Any], weights: dict[str, float], checkpoint: str | Path | None
+        self,
+        classifier: Classifier,
+        settings: dict[str, Any],
+        weights: dict[str, float],
+        checkpoint: str | Path | None,
+        keep_last: bool = False,
     ):
         steps, learning_rate, self.weights = settings["steps"], settings["learning_rate"], weights
         self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
@@ -204,7 +210,7 @@ class _Training:
             return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
         self.rate, self.learning_rate, self.steps = rate, learning_rate, steps
-        self.step, self.best, self.stale, self.history = 0, float("inf"), 0, []
+        self.step, self.best, self.stale, self.history, self.keep_last = 0, float("inf"), 0, [], keep_last
         self.folder = None if checkpoint is None else Path(checkpoint)
         self.identity = {"kind": "training", **settings}
         self.identity["classifier"] = {
@@ -245,7 +251,7 @@ class _Training:
         held_out = sum(weight * row[f"held_out_{name}"] for name, weight in self.weights.items())
         # While the ramp is on, the targets themselves still move: no judgement yet.
         ramping = self.step < 0.15 * self.steps
-        if held_out < self.best or ramping:
+        if held_out < self.best or ramping or self.keep_last:
             self.best, self.stale = held_out, 0
             self.best_weights = copy.deepcopy(self.average.state_dict())
         else:

@@ -799,10 +799,13 @@ def test_the_result_has_the_best_held_out_weights_and_not_the_last(monkeypatch):
 
     monkeypatch.setattr(sculpt.training._Training, "record", recorded)
     # A learning rate far too large, on few samples: the held-out loss gets worse.
-    classifier = quick(data=[part[:30] for part in DATA[:2]], learning_rate=0.05, steps=200, patience=100)
+    options = {"data": [part[:30] for part in DATA[:2]], "learning_rate": 0.05, "steps": 200}
+    classifier = quick(patience=100, **options)
     totals = [sum(row[f"held_out_{name}"] for name in ("terminal", "marginal", "joint")) for row in classifier.history]
     # Judgement begins with the last evaluation within 15 % of the steps: the targets still move before.
     first = max(i for i, row in enumerate(classifier.history) if row["step"] < 30)
     best = min(range(first, len(totals)), key=totals.__getitem__)
     assert totals[best] < totals[-1] - 0.05, "the run was too good for this test"
     assert all(torch.equal(weights[best][name], value) for name, value in classifier.state_dict().items())
+    last = quick(patience=None, **options)  # asked for, the last are returned
+    assert all(torch.equal(weights[-1][name], value) for name, value in last.state_dict().items())

@@ -55,6 +55,7 @@ def fit(
         steps=steps,
         batch_size=BATCH,
         learning_rate=RATE,
+        patience=None,
         mixed_precision=True,
         seed=len(past),
         checkpoint=state / (f"{name}-{len(past)}" if past else name),

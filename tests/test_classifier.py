@@ -731,6 +731,23 @@ def test_a_killed_run_that_is_called_again_ends_where_the_uninterrupted_one_does
     assert same_weights(quick(checkpoint=tmp_path, **options), whole) and not steps  # finished is finished
 
 
+def test_targets_that_are_kept_for_several_steps_are_the_same_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(sculpt.training, "time", Clock())
+    options = {"steps": 80, "path": True}  # the candidates are made anew at every second step
+    whole, update = quick(**options), sculpt.training._Training.update
+
+    def killed(self, loss):
+        if self.step == 41:
+            raise KeyboardInterrupt
+        update(self, loss)
+
+    monkeypatch.setattr(sculpt.training._Training, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quick(checkpoint=tmp_path, **options)
+    monkeypatch.setattr(sculpt.training._Training, "update", update)
+    assert same_weights(quick(checkpoint=tmp_path, **options), whole)
+
+
 @pytest.mark.parametrize(
     "other",
     [

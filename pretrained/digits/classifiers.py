@@ -103,7 +103,7 @@ def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs:
     q, folder = quality(classifier, models, state), HERE / name
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     names = [model.name for model in models]
-    recipe = "".join(f", `{name} --more`, which begins with its network" for _ in runs[1:])
+    recipe = f", `{name} --more`, which begins with its network" * (len(runs) > 1)
     observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
     return f"""# {name}: a classifier of {len(models)} coloured-digit models
 

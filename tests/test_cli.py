@@ -177,6 +177,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(sample, capsys, formula, argument
     assert not path.exists()
 
 
+def test_densities_are_refused_where_no_road_knows_them(sample, folders, capsys):
+    code, path = sample("a & b", "--classifier", folders["classifier"], "--correct-densities")
+    assert code == 2
+    assert "densities no road knows exactly" in capsys.readouterr().err
+    assert not path.exists()
+    with pytest.raises(SystemExit, match="2"):
+        sample("a & b", "--classifier", folders["classifier"], "--correct-densities", "--correct")
+
+
 def test_numbers_below_one_are_refused_by_the_parser(sample):
     with pytest.raises(SystemExit, match="2"):
         sample("a & b", "-n", "0")

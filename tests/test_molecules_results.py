@@ -364,8 +364,9 @@ def test_a_classifier_that_fits_is_taken_by_itself(molecules, shelf, capsys):
     assert molecules("sa & seh")[0] == 0
     out = capsys.readouterr().out
     assert "classifier, anchored form" in out and "seh-sa, found by itself" in out
-    assert molecules("sa & seh", "--correct", "--particles", "40")[0] == 0
-    assert "corrected" in capsys.readouterr().out
+    for correct, road in (("--correct", "corrected"), ("--correct-densities", "corrected by densities")):
+        assert molecules("sa & seh", correct, "--particles", "40")[0] == 0
+        assert f"anchored form, {road}\n" in capsys.readouterr().out
     # Another exponent, a third model, a mixture, and being told not to: none of these is what it was fitted for.
     for formula, *arguments in (
         ("seh & sa", "--beta", "seh=96"), ("seh & qed",), ("(seh & sa) - qed",), ("seh | sa",), ("seh & sa", "--no-classifier"),

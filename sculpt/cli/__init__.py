@@ -13,7 +13,7 @@ from typing import Any
 
 from sculpt.cli import molecules
 from sculpt.cli.formulas import compose
-from sculpt.cli.options import conditions, count, device, load_models, named_paths
+from sculpt.cli.options import add_correct, conditions, count, device, load_models, named_paths
 
 __all__ = ["compose", "main"]
 
@@ -29,7 +29,8 @@ formulas
   power_mean([a, b], -2)        between the minimum (-inf) and the maximum (inf)
 
 roads
-  with --classifier             guided; --correct makes it exact for the classifier's terminal head
+  with --classifier             guided; --correct makes it exact for the classifier's terminal head, and on GFlowNets
+                                --correct-densities without that head, at the cost of all models
   without                       tracked densities: nothing to train, best in few dimensions and on GFlowNets
   --reject                      rejection with the classifier's terminal head: slow and plain
 
@@ -125,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--classifier", metavar="FOLDER", help="from sculpt fit")
     sample.add_argument("--steps", type=count, help="noise levels of a diffusion model (default: 32 guided, 128 tracked)")
     sample.add_argument("--particles", type=count, help="the population of tracked densities and of --correct")
-    sample.add_argument("--correct", action="store_true", help="weigh and select guided samples until they are exact")
+    add_correct(sample, "samples")
     sample.add_argument("--anchor", metavar="NAME", help="which observed model's chain is steered (default: the first)")
     sample.add_argument("--reject", action="store_true", help="rejection with the classifier's terminal head")
     sample.add_argument("--batch-size", type=count, help="states that go through a network at once")
@@ -212,9 +213,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.reject:
         samples = sculpt.reject(composition, options.n, classifier, **{k: v for k, v in settings.items() if v is not None})
     elif hasattr(composition, "models"):
-        samples = composition.sample(
-            options.n, classifier, particles=options.particles, correct=options.correct or None, **settings
-        )
+        samples = composition.sample(options.n, classifier, particles=options.particles, correct=options.correct, **settings)
     else:
         settings = {name: value for name, value in settings.items() if value is not None and name != "anchor"}
         samples = composition.sample(options.n, **settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sculpt.cli.formulas import compose, operands
-from sculpt.cli.options import count, device, named_paths
+from sculpt.cli.options import add_correct, count, device, named_paths
 
 __all__ = ["add"]
 
@@ -27,7 +27,8 @@ the exponent beta
 
 roads
   A classifier fitted for the formula's models is taken by itself where the models' folder has one; --correct makes it exact for its
-  terminal head. Without one, or with --no-classifier, densities are tracked: nothing to train, every formula.
+  terminal head, --correct-densities without that head: right where the classifier's card doubts it, with the particles of --particles.
+  Without a classifier, or with --no-classifier, densities are tracked: nothing to train, every formula.
 
 what is written, by the name of -o
   .parquet .csv                 each different molecule once, with count, weight and rewards
@@ -64,7 +65,7 @@ def add(commands: Any, common: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--classifier", metavar="FOLDER", help="from sculpt fit (default: the shipped one that fits, if any)")
     parser.add_argument("--no-classifier", action="store_true", help="track densities even where a classifier fits")
-    parser.add_argument("--correct", action="store_true", help="weigh and select guided molecules until they are exact")
+    add_correct(parser, "molecules")
     parser.add_argument("--particles", type=count, help="the population of tracked densities and of --correct (at least n)")
     parser.add_argument("--rewards", default="seh,sa,qed", metavar="NAMES", help="the scores to write (default: seh,sa,qed)")
     parser.add_argument("--shards", action="store_true", help="write shards whatever the output's name looks like")
@@ -104,7 +105,7 @@ def _run(options: argparse.Namespace) -> None:
             raise ValueError(f"{name}: {folders[name]} makes no molecules. Use sculpt sample.")
     composition = compose(options.formula, models)
     classifier, whence = _classifier(options, composition, list(folders.values()))
-    settings = {"particles": options.particles, "batch_size": options.batch_size, "correct": options.correct or None}
+    settings = {"particles": options.particles, "batch_size": options.batch_size, "correct": options.correct}
     settings = {name: value for name, value in settings.items() if value is not None}
     if options.correct and classifier is None:
         raise ValueError(f"--correct needs a classifier, and none was found for {composition}. Fit one: sculpt fit --help.")

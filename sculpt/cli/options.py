@@ -9,13 +9,24 @@ from typing import Any
 
 from sculpt.cli.formulas import FUNCTIONS
 
-__all__ = ["conditions", "count", "device", "load_models", "named_paths"]
+__all__ = ["add_correct", "conditions", "count", "device", "load_models", "named_paths"]
 
 
 def count(text: str) -> int:
     if not (text.isdigit() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_correct(parser: argparse.ArgumentParser, things: str) -> None:
+    correct = parser.add_mutually_exclusive_group()
+    correct.add_argument(
+        "--correct", action="store_true", default=None, help=f"weigh and select guided {things} until they are exact"
+    )
+    correct.add_argument(
+        "--correct-densities", dest="correct", action="store_const", const="densities",
+        help="the same by the models' own densities in place of the classifier's terminal head (GFlowNets)",
+    )  # fmt: skip
 
 
 def named_paths(pairs: Sequence[str]) -> dict[str, str]:

@@ -44,6 +44,8 @@ FINE = 6e-4
 LARGE = ("cyan",)
 SHARES = {"cyan": 0.4, "zero-one": 0.15, "zero-two": 0.15, "red-green": 0.15, "green": 0.15}
 """Of the trunk's batches: ten digits are more to learn than two."""
+FOCUS, SHAPE = 0.7, (0.7, 7.0)
+"""Of the noise levels, this share lies where a digit gets its shape; the models of before this was found have runs without it."""
 
 
 def scheduler(name: str) -> DDPMScheduler:
@@ -110,8 +112,14 @@ def retime(unet: UNet2DModel, old: Schedule, new: Schedule, steps: int = 1500) -
 
 
 def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
-    """Those of a uniform time on the cosine schedule, a little wider: colours are decided at s = 10, edges at 0.1."""
-    return (math.pi / 2 * u.double()).tan().pow(1.2).clamp(schedule.s_min, schedule.s_max)
+    """A share even in log s over ``SHAPE``, the others at uniform times of the cosine schedule, a little wider.
+
+    Real digits, noised to s and denoised again, say what each level costs: of 240 in cyan 99 % were clear from s = 0.7 down, 97 from 1.5,
+    91 from 3, 83 from 6 and no fewer from 12 and 40.
+    """
+    u, (low, high) = u.double(), SHAPE
+    everywhere = (math.pi / 2 * ((u - FOCUS) / (1 - FOCUS)).clamp(min=0)).tan().pow(1.2)
+    return torch.where(u < FOCUS, low * (high / low) ** (u / FOCUS), everywhere).clamp(schedule.s_min, schedule.s_max)
 
 
 class Training(Run):
@@ -212,6 +220,7 @@ class Training(Run):
             "seconds": round(self.seconds),
             "rate": self.rate,
             "bfloat16": self.bfloat16,
+            "focus": FOCUS,
         }
         runs = [*self.past, run]
         (new / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")

@@ -103,9 +103,10 @@ class SetHead(nn.Module):
         super().__init__()
         self.m, self.n, self.odds, self.n_children = m, n, odds, children
         self.sets = label_sets(m, n - 1)
+        self.smaller = [labels for size in range(1, n - 1) for labels in label_sets(m, size)]
         orderings = [math.factorial(n - 1) / math.prod(map(math.factorial, collections.Counter(s).values())) for s in self.sets]
         self.register_buffer("log_orderings", torch.tensor(orderings).log(), persistent=False)
-        counts = [[labels.count(i) for i in range(m)] for labels in self.sets]
+        counts = [[labels.count(i) for i in range(m)] for labels in (*self.sets, *self.smaller)]
         self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32), persistent=False)
         self.hidden = nn.Linear(width + m * odds, width)
         self.out = nn.Linear(width, children * m * len(self.sets))
@@ -127,11 +128,25 @@ class SetHead(nn.Module):
 
     def target(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k"]:
         r"""The weight of each set: all its orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
+        return (self.log_f(log_p)[..., : len(self.sets)] + self.log_orderings.to(log_p)).exp()
+
+    def log_f(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k2"]:
+        r""":math:`\log \Pi_{k \ge 2} \, p(y_k \mid x)` of each set, the smaller ones last"""
         # Clamped: a label of no probability, not observed, has to be 0 · log 0 = 0.
-        return (log_p.clamp(min=-1e4) @ self.counts.T.to(log_p) + self.log_orderings.to(log_p)).exp()
+        return log_p.clamp(min=-1e4) @ self.counts.T.to(log_p)
 
     def column(self, labels: Sequence[int]) -> int:
         return self.sets.index(tuple(sorted(labels)))
+
+    def select(self, log_h: Float[Tensor, "*b k"], labels: Sequence[int]) -> Float[Tensor, "*b"]:
+        """The entry of these labels; observations that were not made are summed out."""
+        missing = itertools.product(range(self.m), repeat=self.n - 1 - len(labels))
+        columns = [self.column((*labels, *more)) for more in missing]
+        return log_h[..., columns].logsumexp(-1)
+
+    def with_smaller(self, log_h: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k2"]:
+        """With a column for each of the ``smaller`` label sets, for compositions that make fewer observations."""
+        return torch.cat([log_h, *(self.select(log_h, labels)[..., None] for labels in self.smaller)], -1)
 
 
 class Classifier(Guide, nn.Module):
@@ -181,10 +196,8 @@ class Classifier(Guide, nn.Module):
         return self.set_head(features, self._log_odds(odds, features))
 
     def select(self, joint: Float[Tensor, "*b m k"], labels: Sequence[int]) -> Float[Tensor, "*b"]:
-        """The entry of these labels; observations that were not made are summed out."""
-        rest, missing = tuple(labels[1:]), self.observations - len(labels)
-        columns = [self.set_head.column(rest + more) for more in itertools.product(range(self.m), repeat=missing)]
-        return joint[..., labels[0], columns].logsumexp(-1)
+        """The entry of these labels, the anchor's first; observations that were not made are summed out."""
+        return self.set_head.select(joint[..., labels[0], :], labels[1:])
 
     def _log_odds(self, odds: Sequence[float] | None, features: Tensor) -> Tensor | None:
         if not self.odds:

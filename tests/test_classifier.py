@@ -15,7 +15,7 @@ import sculpt.training
 from sculpt.classifier import Batch, Classifier, SetHead, with_odds
 from sculpt.diffusion.network import DiffusionReplay, ImageNetwork, VectorNetwork
 from sculpt.diffusion.sampler import noise_range
-from sculpt.formula import Posterior
+from sculpt.formula import Posterior, label_sets
 
 RINGS = three_rings()
 P, Q, R = MODELS = [exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True)]
@@ -105,6 +105,16 @@ def test_observations_that_were_not_made_are_summed_out(m, n):
     torch.testing.assert_close(
         classifier.select(joint, labels[:1]).exp(), torch.ones(5, dtype=torch.float64), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 2), (2, 4), (3, 3)])
+def test_smaller_label_sets_have_a_column_each(m, n):
+    set_head, log_p = head(m, n), torch.log_softmax(2 * randn(6, m), -1)
+    every = [*set_head.sets, *set_head.smaller]
+    assert sorted(every) == sorted(labels for k in range(1, n) for labels in label_sets(m, k))
+    of_one_ordering = set_head.log_f(log_p)[:, : len(set_head.sets)]
+    # Independent labels: what is not observed sums to one.
+    torch.testing.assert_close(set_head.with_smaller(of_one_ordering), set_head.log_f(log_p))
 
 
 def test_the_labels_after_the_anchor_may_come_in_any_order():
@@ -257,9 +267,9 @@ class ExactHeads:
 
     m, odds = 2, False
 
-    def __init__(self, factor=1.0):
+    def __init__(self, factor=1.0, observations=2):
         self.exact, self.factor = ExactGuide(RINGS[:2]), factor
-        self.set_head = SetHead(1, 2, 2)
+        self.set_head = SetHead(1, 2, observations)
         self.set_head.forward = self.log_h
 
     def network(self, z, s):
@@ -273,9 +283,8 @@ class ExactHeads:
 
     def log_h(self, features, log_odds=None):
         z, s = features[:, :2], features[:, 2].detach()
-        return self.factor * torch.stack(
-            [torch.stack([self.exact.log_h(z, s, labels=(i, j)) for j in (0, 1)], -1) for i in (0, 1)], 1
-        ).unsqueeze(1)
+        anchors = [[self.exact.log_h(z, s, labels=(i, *labels)) for labels in self.set_head.sets] for i in (0, 1)]
+        return self.factor * torch.stack([torch.stack(columns, -1) for columns in anchors], 1).unsqueeze(1)
 
 
 def path_losses(classifier, n=4000):
@@ -298,6 +307,20 @@ def test_the_gradient_losses_are_least_at_the_exact_classifier():
     a = (twice - 2 * path) / 2
     b = (a - path) / 2
     assert a > 0.1 and float(b / a) == pytest.approx(1, abs=0.1)
+
+
+def test_compositions_of_fewer_observations_are_among_the_paths():
+    class Apart(ExactHeads):
+        """Right about two more labels together, and not about one of them alone."""
+
+        def __init__(self, factor):
+            super().__init__(observations=3)
+            self.set_head.with_smaller = lambda log_h: torch.cat(
+                [log_h, factor * SetHead.with_smaller(self.set_head, log_h)[..., len(self.set_head.sets) :]], -1
+            )
+
+    exact, half, none = (path_losses(Apart(factor))[0].detach() for factor in (1.0, 0.5, 0.0))
+    assert exact + 0.01 < half < none - 0.01
 
 
 def test_a_classifier_that_does_not_call_strays_back_is_noticed():

@@ -469,7 +469,7 @@ def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, t
     sculpt.fit(pair, odds=True, data=data, network=tiny, steps=2, batch_size=2, progress=False).save_pretrained(
         tmp_path / "pair"
     )
-    options = type("Options", (), {"n": 4, "few": 4, "referee": 8, "particles": 4, "tracked_steps": 2})
+    options = type("Options", (), {"n": 4, "few": 4, "referee": 8, "particles": 4, "tracked_steps": 2, "share": (0, 1)})
     options.state, options.results = tmp_path / "state", tmp_path / "rows.jsonl"
     run = bench.Bench("pair", options)
     done = run.run()
@@ -481,3 +481,7 @@ def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, t
     monkeypatch.setattr(bench.Bench, "measure", None)  # nothing is measured again
     again = bench.Bench("pair", options).run()
     assert [row.note for row in again[0][1].values()] == [row.note for row in done[0][1].values()]
+    cases = []
+    for options.share in ((0, 2), (1, 2)):
+        cases += [str(case.composition) for case, _ in bench.Bench("pair", options).run()]
+    assert sorted(cases) == sorted(str(case.composition) for case, _ in done)

@@ -253,6 +253,9 @@ def card(folder: Path, n: int, state: Path) -> str:
     config = scheduler(name).config
     more_layers = ", two layers a block and attention at 8×8 and 4×4" if model.model.config.layers_per_block == 2 else ""
     trunk, *own = read_json(folder / "training.json", "trained model")["runs"]
+    how = ", the last run in bfloat16" * own[-1].get("bfloat16", False)
+    if focused := sum("focus" in run for run in own):
+        how += f", {focused} of the runs with most noise levels where digits get their shape"
     table = "\n".join(
         f"| {label} | {100 * scores.shares[i]:.1f} % | {100 * want[i]:.1f} % |"
         for i, label in enumerate(f"{c} {d}" for d, c in CLASSES)
@@ -286,7 +289,7 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 | data | MNIST's training images, coloured while training |
 | network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}{more_layers}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
 | schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
-| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights{", the last run in bfloat16" * own[-1].get("bfloat16", False)} |
+| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights{how} |
 | cost | {sum(run["seconds"] for run in own) / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
 | `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |

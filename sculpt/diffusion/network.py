@@ -239,7 +239,8 @@ class DiffusionReplay(Replay):
         return losses | {"path": whole * path, "scores": self._scores(classifier, *common, device)}
 
     def _path(self, classifier, size, generator, held_out, level, log_odds_range, device) -> Tensor:
-        r"""The divergence of the guided path from the composition's, for models, label sets and odds drawn alike, ``size`` of each model.
+        r"""The divergence of the guided path from the composition's, for models, label sets of any size and odds drawn alike,
+        ``size`` of each model.
 
         A composition can want one of a hundred samples, so every other row takes its x as often as the composition would. Given z,
         any of the candidates may have been x, with probability b once the composition has weighed them: the target is their mean.
@@ -248,14 +249,14 @@ class DiffusionReplay(Replay):
         """
         m, sets, rows = classifier.m, classifier.set_head, []
         for i, (model, (x, log_p)) in enumerate(zip(self.models, self.known[held_out], strict=True)):
-            column = torch.randint(len(sets.sets), (size,), generator=generator).to(device)
+            column = torch.randint(len(sets.counts), (size,), generator=generator).to(device)
             log_odds = draw_log_odds(size, classifier, log_odds_range, generator)
             log_odds = torch.zeros(size, m, device=device) if log_odds is None else log_odds.to(device)
             u = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
             s = level(u.double()).to(device)
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                f = sets.target(torch.log_softmax(log_p + log_odds[:, None], dim=-1))
-                f = f[torch.arange(size, device=device), :, column]
+                f = sets.log_f(torch.log_softmax(log_p + log_odds[:, None], dim=-1))
+                f = f[torch.arange(size, device=device), :, column].exp()
                 f = f / f.mean(1, keepdim=True).clamp(min=TINY)
                 q = (1 + f) / 2
                 z = x[torch.multinomial(q.cpu(), 1, generator=generator)[:, 0].to(device)]
@@ -270,8 +271,8 @@ class DiffusionReplay(Replay):
         z, s, y, column, log_odds, target, weight = (torch.cat(parts) for parts in zip(*rows, strict=True))
 
         def steering(features: Tensor) -> Tensor:
-            log_h = classifier.set_head(features, log_odds if classifier.odds else None)
-            return log_h[:, 0][torch.arange(len(y), device=device), y, column]
+            log_h = sets.with_smaller(sets(features, log_odds if classifier.odds else None)[:, 0])
+            return log_h[torch.arange(len(y), device=device), y, column]
 
         return (weight * self._change(classifier, z, s, steering, target, not held_out)).mean()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sculpt.classifier import Batch, Classifier
-from sculpt.formula import Posterior, label_sets
+from sculpt.formula import Posterior
 from sculpt.gflownet.model import GFlowNet, distinct
 from sculpt.gflownet.policy import guide
 from sculpt.gflownet.sampler import backward_paths, batch_of, rollout, track
@@ -121,7 +121,8 @@ class GFlowNetReplay(Replay):
             log_f = self._log_f(classifier, teacher.terminal(states), odds)
         # The exit is one more child, with f in the place of h. Entries ``e``: parent and action of every child.
         parent, action = (torch.cat(pair) for pair in zip(allowed[:, :-1].nonzero().T, self._exits(allowed), strict=True))
-        start, log_h = (self._with_fewer(classifier, part) for part in (start, log_h))
+        if self.composed:  # fewer observations are balanced too where there are compositions among the trajectories
+            start, log_h = classifier.set_head.with_smaller(start), classifier.set_head.with_smaller(log_h)
         log_h = torch.cat([log_h, log_f[:, parent[log_h.shape[1] :], None].expand(-1, -1, classifier.m, -1)], dim=1)
         N = _logsumexp_by(log_P[parent, action][None, ..., None] + log_h, parent, len(states))
         entry = torch.empty(allowed.shape, dtype=torch.long, device=device)
@@ -198,21 +199,8 @@ class GFlowNetReplay(Replay):
     ) -> Float[Tensor, "o n k"]:
         r""":math:`\log \Pi_{k \ge 2} \, p_v(y_k|x)` of every label set, under each of the odds"""
         log_p = log_p[None] if odds is None else torch.log_softmax(log_p[None] + odds[:, None], dim=-1)
-        sets = [*classifier.set_head.sets, *self._fewer(classifier)]
-        return log_p @ log_p.new_tensor([[labels.count(i) for i in range(classifier.m)] for labels in sets]).T
-
-    def _with_fewer(self, classifier: Classifier, log_h: Float[Tensor, "o c m k"]) -> Float[Tensor, "o c m k2"]:
-        """With a column for each smaller label set: the sum over what was not observed."""
-        fewer = [
-            torch.stack([classifier.select(log_h, (i, *labels)) for i in range(classifier.m)], -1)
-            for labels in self._fewer(classifier)
-        ]
-        return torch.cat([log_h, torch.stack(fewer, -1)], -1) if fewer else log_h
-
-    def _fewer(self, classifier: Classifier) -> list[tuple[int, ...]]:
-        """Label sets smaller than the classifier's own, which are balanced too where there are compositions among the trajectories."""
-        sizes = range(1, classifier.observations - 1) if self.composed else ()
-        return [labels for n in sizes for labels in label_sets(classifier.m, n)]
+        log_f = classifier.set_head.log_f(log_p)
+        return log_f if self.composed else log_f[..., : len(classifier.set_head.sets)]
 
     def _odds_each(self, log_P: Tensor, classifier: Classifier) -> int:
         """How many odds a batch is seen under: the trajectories are the same, so they cost the heads only."""
@@ -259,7 +247,7 @@ class GFlowNetReplay(Replay):
     def _guided(self, n: int, teacher: Classifier, generator: torch.Generator, log_odds_range: float) -> Trajectories:
         """n trajectories of one composition, guided by the classifier as it is."""
         anchor = int(torch.randint(teacher.m, (), generator=generator))
-        sets = [*teacher.set_head.sets, *self._fewer(teacher)]
+        sets = [*teacher.set_head.sets, *teacher.set_head.smaller]
         labels = sets[int(torch.randint(len(sets), (), generator=generator))]
         odds = draw_log_odds(1, teacher, log_odds_range, generator)
         posterior = Posterior(teacher.m, (anchor, *labels), None if odds is None else odds[0].exp().tolist())

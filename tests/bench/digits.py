@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -177,14 +178,14 @@ class Bench:
 
     def run(self) -> list[tuple[Case, dict[str, Row]]]:
         print(f"\n## {self.part}: {', '.join(map(str, self.models))}", flush=True)
-        done = []
-        for n in PARTS[self.part]:
-            for labels in label_sets(len(self.models), n):
-                for odds in ODDS if self.classifier.odds else (None,):
-                    case = self.case(labels, odds)
-                    table = self.rows(case)
-                    show(case, table)
-                    done.append((case, table))
+        done, (k, of) = [], self.options.share
+        odds = ODDS if self.classifier.odds else (None,)
+        sets = [labels for n in PARTS[self.part] for labels in label_sets(len(self.models), n)]
+        for labels, v in list(itertools.product(sets, odds))[k::of]:
+            case = self.case(labels, v)
+            table = self.rows(case)
+            show(case, table)
+            done.append((case, table))
         return done
 
 
@@ -269,6 +270,10 @@ if __name__ == "__main__":
         "--state", type=Path, default=Path("train_state/digits"), help="where the base models' samples are kept"
     )
     parser.add_argument("--results", type=Path, default=Path("train_state/digits/bench.jsonl"))
+    parser.add_argument(
+        "--share", type=int, nargs=2, metavar=("K", "OF"), default=(0, 1),
+        help="every OF-th composition from the K-th on: for several processes at once; a last one without it finds all rows",
+    )  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
     done = [row for part in PARTS if part in options.parts for row in Bench(part, options).run()]

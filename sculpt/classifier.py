@@ -209,11 +209,17 @@ class Classifier(Guide, nn.Module):
         odds = [1.0] * self.m if odds is None else odds
         return torch.tensor(odds, dtype=torch.float64).log().to(features).expand(len(features), -1)
 
-    def losses(self, batch: Batch, teacher: Classifier, log_odds: Tensor | None = None) -> dict[str, Tensor]:
-        """Cross-entropies of the terminal head, the label's marginal and the label sets, in nats."""
+    def losses(
+        self, batch: Batch, teacher: Classifier, log_odds: Tensor | None = None, *, follow: bool = False
+    ) -> dict[str, Tensor]:
+        """Cross-entropies of the terminal head, the label's marginal and the label sets, in nats.
+
+        The terminal head's is to the labels, or to what the teacher says (``follow``).
+        """
         y = batch.y[batch.owner]
         with torch.no_grad():
-            log_p = teacher.terminal(batch.x)[batch.owner]
+            taught = teacher.terminal(batch.x)
+            log_p = taught[batch.owner]
             if log_odds is not None:
                 log_p = torch.log_softmax(log_p + log_odds, dim=-1)
             target = self.set_head.target(log_p)
@@ -222,7 +228,7 @@ class Classifier(Guide, nn.Module):
         rows = torch.arange(len(y), device=y.device)
         joint = joint[rows, batch.child if batch.child is not None else 0, y]
         return {
-            "terminal": F.nll_loss(self.terminal(batch.x), batch.y),
+            "terminal": F.cross_entropy(self.terminal(batch.x), taught.exp() if follow else batch.y),
             "marginal": F.cross_entropy(self.marginal_head(features).float(), y),
             "joint": -(target * joint).sum(-1).mean(),
         }

@@ -23,11 +23,18 @@ from sculpt.files import load_folder, save_folder
 __all__ = ["Replay", "fit"]
 
 
+WORSE = 0.01
+"""Of all that there is to know, log m nats: by so much may p(y|x) get worse on held-out samples before labels teach it no more."""
+PROGRESS = ("step", "best", "best_terminal", "settled", "stale", "history")
+
+
 class Replay(abc.ABC):
     """A bounded store of base-model samples, drawn once, and the training batches made from it."""
 
     weights: dict[str, float] = {"terminal": 1.0, "marginal": 1.0, "joint": 1.0}
     """What each of the losses counts."""
+    settled = False
+    """Whether labels teach the terminal head no more, so that it follows the teacher. Set by the training."""
 
     @abc.abstractmethod
     def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:
@@ -63,7 +70,8 @@ class Replay(abc.ABC):
         """The classifier's losses on a new batch, ``teacher`` giving the targets. A family that knows better ones overrides it."""
         batch = self.draw(size, generator, held_out).to(device)
         log_odds = draw_log_odds(len(batch.owner), classifier, log_odds_range, generator)
-        return classifier.losses(batch, teacher, None if log_odds is None else log_odds.to(device))
+        follow = self.settled and not held_out
+        return classifier.losses(batch, teacher, None if log_odds is None else log_odds.to(device), follow=follow)
 
 
 def draw_log_odds(n: int, classifier, width: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
@@ -104,6 +112,7 @@ def fit(
         batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
         patience: stop early after this many of the 40 held-out evaluations without improvement. ``None`` trains to the end and
             keeps the last weights: the sum of held-out losses is not always least where a classifier guides best.
+            Few samples are not learned by heart either way: labels teach p(y|x) only while that helps on held-out samples.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
@@ -157,7 +166,7 @@ def fit(
         totals = collections.defaultdict(float)
         with torch.no_grad():
             for _ in range(held_out_batches):
-                losses = replay.losses(run.average, run.average, batch_size, generator, log_odds_range, device, held_out=True)
+                losses = replay.losses(run.average, run.teacher, batch_size, generator, log_odds_range, device, held_out=True)
                 for name, loss in losses.items():
                     totals[f"held_out_{name}"] += float(loss) / held_out_batches
         return dict(totals)
@@ -170,9 +179,10 @@ def fit(
             generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
             torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
             if run.step % every == 0:  # states are kept at these steps, and a resumed run begins with one of them
-                replay.refresh(run.average, torch.Generator().manual_seed(_seed_of_step(seed + 1, run.step)), device)
+                replay.refresh(run.teacher, torch.Generator().manual_seed(_seed_of_step(seed + 1, run.step)), device)
+            replay.settled = run.settled
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                losses = replay.losses(classifier, run.average, batch_size, generator, log_odds_range, device)
+                losses = replay.losses(classifier, run.teacher, batch_size, generator, log_odds_range, device)
             # The targets come from a terminal head that knows nothing at first: what rests on them is ramped in.
             ramp = {"joint": min(1.0, run.step / (0.1 * steps))}
             ramp["path"] = ramp["joint"]
@@ -190,7 +200,11 @@ def _seed_of_step(seed: int, step: int) -> int:
 
 
 class _Training:
-    """Weights, their average, the optimiser and the curve; saved as one and resumed as one."""
+    """Weights, their average, the optimiser and the curve; saved as one and resumed as one.
+
+    The average gives the others' targets and learns from labels itself, as long as that helps on held-out samples. A head that knows
+    its samples by heart gives all of a model's the same target: so from then on the best average so far is the teacher.
+    """
 
     def __init__(
         self,
@@ -203,6 +217,7 @@ class _Training:
         steps, learning_rate, self.weights = settings["steps"], settings["learning_rate"], weights
         self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
         self.best_weights = copy.deepcopy(self.average.state_dict())
+        self.best_teacher, self.best_terminal, self.settled = copy.deepcopy(self.average), float("inf"), False
         self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-4)
         warm_up = max(1, steps // 20)
 
@@ -212,13 +227,17 @@ class _Training:
         self.rate, self.learning_rate, self.steps = rate, learning_rate, steps
         self.step, self.best, self.stale, self.history, self.keep_last = 0, float("inf"), 0, [], keep_last
         self.folder = None if checkpoint is None else Path(checkpoint)
-        self.identity = {"kind": "training", **settings}
+        self.identity = {"kind": "training", "version": 2, **settings}
         self.identity["classifier"] = {
             key: value for key, value in classifier.config.items() if key not in ("history", "names")
         }
         self.started = self.saved = time.monotonic()
         if self.folder is not None and (self.folder / "training" / "config.json").exists():
             self.resume()
+
+    @property
+    def teacher(self) -> Classifier:
+        return self.best_teacher if self.settled else self.average
 
     def update(self, loss: Tensor) -> None:
         if not loss.isfinite():
@@ -248,6 +267,12 @@ class _Training:
 
     def record(self, row: dict[str, float]) -> None:
         self.history.append({"step": self.step, **row})
+        terminal = row["held_out_terminal"]
+        if terminal <= self.best_terminal:
+            self.best_terminal, self.settled = terminal, False
+            self.best_teacher.load_state_dict(self.average.state_dict())
+        elif terminal > self.best_terminal + WORSE * math.log(self.classifier.m):
+            self.settled = True
         held_out = sum(weight * row[f"held_out_{name}"] for name, weight in self.weights.items())
         # While the ramp is on, the targets themselves still move: no judgement yet.
         ramping = self.step < 0.15 * self.steps
@@ -263,9 +288,10 @@ class _Training:
         tensors = {f"weights.{name}": value for name, value in self.classifier.state_dict().items()}
         tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
+        tensors |= {f"teacher.{name}": value for name, value in self.best_teacher.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        progress = {"step": self.step, "best": self.best, "stale": self.stale, "history": self.history}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         save_folder(self.folder / "training", {**self.identity, **progress}, tensors)
         self.saved = time.monotonic()
 
@@ -288,7 +314,9 @@ class _Training:
             i, _, key = name.partition(".")
             state[int(i)][key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(state)})
-        self.step, self.best, self.stale, self.history = (config[key] for key in ("step", "best", "stale", "history"))
+        self.best_teacher.load_state_dict(part("teacher."))
+        for name in PROGRESS:
+            setattr(self, name, config[name])
 
     def finish(self) -> Classifier:
         self.average.load_state_dict(self.best_weights)

@@ -771,6 +771,49 @@ def test_targets_that_are_kept_for_several_steps_are_the_same_after_a_kill(tmp_p
     assert same_weights(quick(checkpoint=tmp_path, **options), whole)
 
 
+FEW = {
+    "data": [randn(120, 2, seed=i) + i / 2 for i in range(2)],
+    "held_out": 0.5,
+    "network": None,
+    "batch_size": 32,
+    "patience": None,
+}
+"""Few samples, of models that overlap: a head of the default size can know all of them by heart."""
+
+
+def test_few_samples_are_not_learned_by_heart(monkeypatch):
+    def held_out():
+        losses = [row["held_out_terminal"] for row in quick(steps=400, **FEW).history]
+        return losses[-1] - min(losses)
+
+    assert held_out() < 0.03
+    record = sculpt.training._Training.record
+
+    def recorded(self, row):
+        record(self, row)
+        self.settled = False
+
+    monkeypatch.setattr(sculpt.training._Training, "record", recorded)  # labels go on teaching
+    assert held_out() > 0.2
+
+
+def test_the_teacher_of_a_run_that_learns_no_more_from_labels_is_the_same_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(sculpt.training, "time", Clock())
+    options = FEW | {"steps": 120, "learning_rate": 0.02}
+    whole, update = quick(**options), sculpt.training._Training.update
+
+    def killed(self, loss):
+        if self.step > 80 and self.settled:
+            raise KeyboardInterrupt
+        update(self, loss)
+
+    monkeypatch.setattr(sculpt.training._Training, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quick(checkpoint=tmp_path, **options)
+    monkeypatch.setattr(sculpt.training._Training, "update", update)
+    assert same_weights(quick(checkpoint=tmp_path, **options), whole)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -839,13 +882,13 @@ def test_the_result_has_the_best_held_out_weights_and_not_the_last(monkeypatch):
 
     monkeypatch.setattr(sculpt.training._Training, "record", recorded)
     # A learning rate far too large, on few samples: the held-out loss gets worse.
-    options = {"data": [part[:30] for part in DATA[:2]], "learning_rate": 0.05, "steps": 200}
-    classifier = quick(patience=100, **options)
+    options = FEW | {"data": [part[:30] for part in FEW["data"]], "learning_rate": 0.02, "steps": 200}
+    classifier = quick(**options | {"patience": 100})
     totals = [sum(row[f"held_out_{name}"] for name in ("terminal", "marginal", "joint")) for row in classifier.history]
     # Judgement begins with the last evaluation within 15 % of the steps: the targets still move before.
     first = max(i for i, row in enumerate(classifier.history) if row["step"] < 30)
     best = min(range(first, len(totals)), key=totals.__getitem__)
     assert totals[best] < totals[-1] - 0.05, "the run was too good for this test"
     assert all(torch.equal(weights[best][name], value) for name, value in classifier.state_dict().items())
-    last = quick(patience=None, **options)  # asked for, the last are returned
+    last = quick(**options)  # asked for, the last are returned
     assert all(torch.equal(weights[-1][name], value) for name, value in last.state_dict().items())

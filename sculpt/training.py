@@ -34,7 +34,8 @@ class Replay(abc.ABC):
     weights: dict[str, float] = {"terminal": 1.0, "marginal": 1.0, "joint": 1.0}
     """What each of the losses counts."""
     settled = False
-    """Whether labels teach the terminal head no more, so that it follows the teacher. Set by the training."""
+    """Whether labels teach the terminal head no more, so that it follows the teacher (where a family has nothing better than labels).
+    Set by the training."""
 
     @abc.abstractmethod
     def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:

@@ -102,6 +102,7 @@ class Composition(BaseModel):
         threshold: float | None = None,
         anchor: int | BaseModel | None = None,
         form: str | None = None,
+        strength: float | int | None = None,
         correct: bool | str | None = None,
         corrector: Any | None = None,
         resample: bool | None = None,
@@ -120,6 +121,9 @@ class Composition(BaseModel):
             threshold: resample when the effective sample size falls under this share of the particles.
             anchor: the observed label (or its model) whose chain is steered; by default the first (guided).
             form: ``"anchored"`` (one base network, exact) or ``"mixture"`` (the paper's) (guided).
+            strength: what the guidance is multiplied with, 1 by default (guided diffusion). A learned gradient misses a part of the true
+                one; a little more than 1 makes up for that in conditions that few chains keep, much more distorts the proportions.
+                Corrected samples have the same distribution at any strength.
             correct: weigh and select, so that the result is exact for the anchor's chain and the terminal head (guided);
                 ``"densities"`` puts the base models' own densities in the head's place, at the cost of all of them (GFlowNets).
             corrector: an MCMC kernel run at every noise level (tracked densities, diffusion).
@@ -144,21 +148,29 @@ class Composition(BaseModel):
         }
         options = {name: value for name, value in options.items() if value is not None}
         if classifier is None:
-            if anchor is not None or form is not None or correct:
+            if anchor is not None or form is not None or strength is not None or correct:
                 raise ValueError(
-                    "anchor, form and correct belong to guided sampling: pass the classifier, composition.sample(n, classifier)."
+                    "anchor, form, strength and correct belong to guided sampling: pass the classifier, composition.sample(n, classifier)."
                 )
             options.pop("correct", None)
             samples = self._sample_alone(n, options)
         else:
-            guided = self.guided(classifier, anchor=anchor, form=form or "anchored")
+            how = {"anchor": anchor, "form": form or "anchored", "strength": 1.0 if strength is None else strength}
+            guided = self.guided(classifier, **how)
             samples = call_road(self._engine.sample, "the classifier road", guided, n, **options)
             if samples.log_z is not None:
                 samples.diagnostics.log_z += self._rescale(self._anchored(anchor).labels[0])
         samples.diagnostics.formula = str(self)
         return samples
 
-    def guided(self, classifier: Guide, *, anchor: int | BaseModel | None = None, form: str = "anchored") -> BaseModel:
+    def guided(
+        self,
+        classifier: Guide,
+        *,
+        anchor: int | BaseModel | None = None,
+        form: str = "anchored",
+        strength: float | int = 1.0,
+    ) -> BaseModel:
         """The composition with its classifier, as a base model of its family: it samples, nests and can be fitted again."""
         formula = self.formula
         if isinstance(formula, Mixture) and self.operator == "|" or not isinstance(formula, Posterior):
@@ -168,7 +180,10 @@ class Composition(BaseModel):
             )
         formula = self._anchored(anchor)
         aligned, models = classifier.align(formula, self.models)
-        return self._engine.guide(aligned, models, classifier, form=form)
+        options = {"form": form} if strength == 1 else {"form": form, "strength": strength}
+        return call_road(
+            self._engine.guide, f"a guided composition of {self.family} models", aligned, models, classifier, **options
+        )
 
     def _anchored(self, anchor: int | BaseModel | None) -> Posterior:
         """The posterior with the anchor's label first. Odds only rescale the target when labels change places."""
@@ -261,7 +276,13 @@ class Composition(BaseModel):
     # -------------------------------------------------------------------------------------------------------------- exports
 
     def as_unet(
-        self, classifier: Guide, scheduler: Any | None = None, *, anchor: int | BaseModel | None = None, form: str = "anchored"
+        self,
+        classifier: Guide,
+        scheduler: Any | None = None,
+        *,
+        anchor: int | BaseModel | None = None,
+        form: str = "anchored",
+        strength: float | int = 1.0,
     ):
         """The guided composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
         if self.family != "diffusion":
@@ -269,7 +290,7 @@ class Composition(BaseModel):
         from sculpt.diffusion.model import Diffusion
         from sculpt.diffusion.unet import DenoiserUNet
 
-        guided = self.guided(classifier, anchor=anchor, form=form)
+        guided = self.guided(classifier, anchor=anchor, form=form, strength=strength)
         if scheduler is None and not isinstance(guided.anchor, Diffusion):
             raise ValueError(
                 f"The anchor {guided.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with."
@@ -283,7 +304,7 @@ class Composition(BaseModel):
         return self.guided(classifier, anchor=anchor, form=form).policy
 
 
-def call_road(function: Callable, road: str, *args: Any, **options: Any) -> Samples:
+def call_road(function: Callable, road: str, *args: Any, **options: Any) -> Any:
     """Call a road with the options that it has, and name those that it has not."""
     known = {name for name, p in inspect.signature(function).parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
     options = {name: value for name, value in options.items() if name in known or name != "progress"}

@@ -96,6 +96,8 @@ def test_an_option_that_the_road_does_not_have_raises(call, message):
         (lambda: (P & Q).sample(4, GUIDE, batch_size=0), "batch_size has to be at least 1, got 0"),
         (lambda: (P - Q).sample(4, batch_size=-1), "batch_size has to be at least 1, got -1"),
         (lambda: (P & Q).sample(4, GUIDE, form="both"), "form is 'anchored' or 'mixture', got 'both'"),
+        (lambda: (P & Q).sample(4, GUIDE, strength=-1), "strength multiplies the guidance.* expected a number from 0, got -1"),
+        (lambda: (P & Q).sample(4, strength=2), "strength and correct belong to guided sampling: pass the classifier"),
         (lambda: (P & Q).sample(4, GUIDE, anchor=2), r"anchor=2 is not an observed label; p ⊗ q observes \(0, 1\)"),
         (lambda: (P - Q).sample(4, GUIDE, anchor=Q), "anchor=q is not an observed label"),
         (lambda: (P & Q).sample(4, GUIDE, anchor=R), "anchor=r is not an observed label"),

@@ -119,7 +119,9 @@ def test_the_same_seed_gives_the_same_samples(sample):
     assert (first != third).any()
 
 
-@pytest.mark.parametrize("arguments", [("--correct", "--particles", "8"), ("--reject",), ("--anchor", "b")])
+@pytest.mark.parametrize(
+    "arguments", [("--correct", "--particles", "8"), ("--reject",), ("--anchor", "b"), ("--strength", "1.5")]
+)
 def test_every_road_of_a_classifier_is_reachable(sample, folders, arguments):
     assert sample("a & b", "--classifier", folders["classifier"], *arguments)[0] == 0
 

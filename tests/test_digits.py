@@ -438,6 +438,12 @@ def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch
     assert sha in card and "`green`: 1 and 1 steps" in card
 
 
+def test_a_card_says_how_long_the_runs_were_and_where(recipe):
+    runs = [{"steps": 7000, "seconds": 90}, {"steps": 3000, "seconds": 120, "batch": 512, "device": "cuda"}]
+    assert recipe.written_steps(runs, 64) == "7,000 and 3,000 (of 512) steps of 64"
+    assert recipe.written_cost(runs) == "2 CPU minutes and 2 GPU minutes" and recipe.written_cost(runs[:1]) == "2 CPU minutes"
+
+
 def test_a_saved_model_is_trained_further(recipe, trunk, monkeypatch, tmp_path):
     folder = tmp_path / "green"
     first = recipe.Training("green", 1, tmp_path)
@@ -477,7 +483,7 @@ def test_the_benchmark_scores_every_road_and_keeps_its_rows(pair, monkeypatch, t
     printed = capsys.readouterr().out
     assert printed.count("| rejection |") == 3 and "red 0 65.9 %" in printed
     rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    assert len(rows) == 3 * 5 and all(abs(sum(row["shares"]) - 1) < 1e-4 for row in rows)
+    assert len(rows) == 3 * 6 and all(abs(sum(row["shares"]) - 1) < 1e-4 for row in rows)
     monkeypatch.setattr(bench.Bench, "measure", None)  # nothing is measured again
     again = bench.Bench("pair", options).run()
     assert [row.note for row in again[0][1].values()] == [row.note for row in done[0][1].values()]

@@ -302,6 +302,29 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
     assert abs(corrected.log_z - log_z) < 0.05 + 3 * corrected.diagnostics.log_z_error
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.5])
+def test_corrected_guidance_is_exact_at_any_strength(strength):
+    formula, options = (P & Q).formula, {"strength": strength, "steps": 32, "generator": generator(3), "progress": False}
+    plain = (P & Q).sample(N, GUIDE, **options)
+    corrected = (P & Q).sample(N, GUIDE, correct=True, particles=2 * N, **options)
+    (biased, log_z), (ratio, _) = over_floor(formula, plain.x), over_floor(formula, corrected.x)
+    assert biased > 1.6, "the strength distorts too little for this test"
+    assert ratio < 1.5
+    assert abs(corrected.log_z - log_z) < 0.05 + 3 * corrected.diagnostics.log_z_error
+
+
+@pytest.mark.parametrize("form", ["anchored", "mixture"])
+def test_strength_multiplies_what_guidance_adds(form):
+    z, s = torch.randn(5, 2, generator=generator()), torch.tensor(0.8, dtype=torch.float64)
+    none, plain, double = ((P & Q).guided(GUIDE, form=form, strength=g) for g in (0, 1, 2))
+    torch.testing.assert_close(double.denoise(z, s) - none.denoise(z, s), 2 * (plain.denoise(z, s) - none.denoise(z, s)))
+    if form == "anchored":
+        torch.testing.assert_close(none.denoise(z, s), P.denoise(z, s))
+    assert plain.key == (P & Q).guided(GUIDE, form=form).key != double.key
+    unet = (P & Q).as_unet(GUIDE, scheduler_of("linear"), form=form, strength=2)
+    assert unet.denoiser.key == double.key
+
+
 def test_corrected_weights_without_resampling_average_to_z_and_the_target():
     wrong = Wrong(RINGS[:2])
     samples = (P & Q).sample(

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).parent))
 import base_samples
 from base_samples import pool
 from coloured_mnist import CLASSES, LICENCE, SETS, proportions
+from runs import written_cost, written_steps
 
 import sculpt
 from sculpt.diffusion.encoder import UNetEncoder
@@ -36,7 +37,14 @@ ENCODER = {"pair": "green", "triple": "cyan"}
 
 
 def fit(
-    name: str, models: list[Denoiser], state: Path, steps: int = STEPS, n: int = SAMPLES, past: Sequence[dict] = ()
+    name: str,
+    models: list[Denoiser],
+    state: Path,
+    steps: int = STEPS,
+    n: int = SAMPLES,
+    past: Sequence[dict] = (),
+    batch: int = BATCH,
+    rate: float = RATE,
 ) -> tuple[sculpt.Classifier, list[dict]]:
     """One of the two classifiers and its runs; after ``past`` ones it begins with the network of the saved classifier."""
     drawn = [pool(model, n, state) for model in models]
@@ -45,7 +53,9 @@ def fit(
         network = sculpt.load(HERE / name).requires_grad_(True).network
     else:
         network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
-    started = time.process_time()
+    device = models[0].device.type
+    clock = time.process_time if device == "cpu" else time.monotonic
+    started = clock()
     classifier = sculpt.fit(
         models,
         OBSERVATIONS[name],
@@ -53,16 +63,17 @@ def fit(
         network=network,
         data=data,
         steps=steps,
-        batch_size=BATCH,
-        learning_rate=RATE,
+        batch_size=batch,
+        learning_rate=rate,
         patience=None,
         mixed_precision=True,
         seed=len(past),
         checkpoint=state / (f"{name}-{len(past)}" if past else name),
         progress=False,
     )
-    seconds = time.process_time() - started + sum(seconds for _, seconds in drawn)
-    return classifier, [*past, {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}]
+    seconds = clock() - started + sum(seconds for _, seconds in drawn)
+    run = {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}
+    return classifier, [*past, run | {"batch": batch, "rate": rate, "device": device}]
 
 
 @torch.no_grad()
@@ -130,8 +141,8 @@ What it says of an image of each class, on average, and in brackets what the dat
 |---|---|
 | data | {" and ".join(f"{run['samples']:,}" for run in runs)} samples of each model, {"the last " * (len(runs) > 1)}at {base_samples.STEPS} steps |
 | network | the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters |
-| recipe | `python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {" and ".join(f"{run['steps']:,}" for run in runs)} steps |
-| cost | {" and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)} CPU minutes, the samples included |
+| recipe | `python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {written_steps(runs, BATCH)} samples of each model |
+| cost | {written_cost(runs)}, the samples included |
 | `model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |
 """
@@ -143,14 +154,18 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--samples", type=int, default=SAMPLES, help="of each base model")
     parser.add_argument("--more", action="store_true", help="begin with the network of the saved classifier")
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples of each model a step")
+    parser.add_argument("--rate", type=float, default=RATE, help="of learning")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    models = [sculpt.load(HERE / name) for name in SETS[options.name]]
+    models = [sculpt.load(HERE / name, device=options.device) for name in SETS[options.name]]
     folder = HERE / options.name
     past = read_json(folder / "training.json", "trained classifier")["runs"] if options.more else []
-    classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past)
-    classifier.save_pretrained(folder)
+    how = {"batch": options.batch, "rate": options.rate}
+    classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past, **how)
+    classifier.cpu().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
     (folder / "README.md").write_text(card(options.name, classifier, models, runs, options.state))

@@ -96,8 +96,8 @@ def rows(name: str, digits: Tensor) -> Tensor:
 
 def draw_colours(name: str, n: int, generator: torch.Generator) -> Tensor:
     """Indices of colours, each of the data set's equally likely."""
-    allowed = torch.tensor([list(COLOURS).index(colour) for colour in DATA[name][1]])
-    return allowed[torch.randint(len(allowed), (n,), generator=generator)]
+    allowed = torch.tensor([list(COLOURS).index(colour) for colour in DATA[name][1]], device=generator.device)
+    return allowed[torch.randint(len(allowed), (n,), generator=generator, device=generator.device)]
 
 
 # Proportions

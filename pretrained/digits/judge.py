@@ -152,12 +152,10 @@ def _real(judge: Judge, split: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Training(Run):
-    def __init__(self, steps: int, state: Path, device: str = "cpu"):
+    def __init__(self, steps: int, state: Path):
         torch.manual_seed(0)
         self.grey, self.digits = mnist("train")
-        super().__init__(
-            "judge", Judge(), state / "judge", steps=steps, batch_size=BATCH, rate=RATE, weight_decay=1e-2, device=device
-        )
+        super().__init__("judge", Judge(), state / "judge", steps=steps, batch_size=BATCH, rate=RATE, weight_decay=1e-2)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Images with the probabilities of their digits and colours; the first of them are spoilt."""
@@ -170,7 +168,7 @@ class Training(Run):
 
     def loss(self, size, generator):
         with torch.autocast(self.device.type, enabled=False):
-            x, digit, colour = (tensor.to(self.device) for tensor in self.batch(size, generator))
+            x, digit, colour = self.batch(size, generator)
         digit_logits, colour_logits, _ = self.network(x)
         own = F.cross_entropy(digit_logits, digit, reduction="none")[SPOILT:].mean()
         return F.cross_entropy(digit_logits, digit) + F.cross_entropy(colour_logits, colour), {"digit": own.item()}
@@ -294,9 +292,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    training = Training(options.steps, options.state, options.device)
+    training = Training(options.steps, options.state)
     training.run(check=500)
     folder = HERE / "judge"
     training.average.cpu().save_pretrained(folder)

@@ -19,6 +19,7 @@ import math
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).parent))
 
 from coloured_mnist import CLASSES, DATA, LICENCE, coloured, draw_colours, mnist, proportions, rows
-from runs import Run, read_state
+from runs import Run, read_state, written_cost, written_steps
 
 from sculpt import plots
+from sculpt.base import randn
 from sculpt.diffusion.model import Diffusion
 from sculpt.diffusion.schedule import Schedule, like, schedule_of
 from sculpt.files import read_json
@@ -143,10 +145,11 @@ class Training(Run):
             if name in LARGE and not is_large:
                 unet = grown(unet)
         grey, digits = mnist("train")
-        self.grey, self.rows = grey, {data: rows(data, digits) for data in self.names}
+        self.grey, self.rows = grey.to(device), {data: rows(data, digits).to(device) for data in self.names}
         how["rate"] = how.get("rate") or RATE.get(name, FINE)
         own = state / (name if folder is None else f"{name}-{len(self.past)}")
-        super().__init__(name, unet, own, steps=steps, batch_size=BATCH, device=device, **how)
+        how["batch_size"] = how.get("batch_size") or BATCH
+        super().__init__(name, unet, own, steps=steps, device=device, **how)
 
     def _start(self, name: str, state: Path) -> UNet2DModel:
         if (state / name / "state.safetensors").exists():
@@ -167,22 +170,22 @@ class Training(Run):
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images, and the label of each one's data set."""
-        shares = torch.tensor([SHARES[name] for name in self.names])
+        shares = torch.tensor([SHARES[name] for name in self.names], device=self.device)
         label = torch.multinomial(shares, size, True, generator=generator).sort().values
         at, colour = [], []
         for i, name in enumerate(self.names):
             k = int((label == i).sum())
-            at.append(self.rows[name][torch.randint(len(self.rows[name]), (k,), generator=generator)])
+            at.append(self.rows[name][torch.randint(len(self.rows[name]), (k,), generator=generator, device=self.device)])
             colour.append(draw_colours(name, k, generator))
-        return coloured(self.grey[torch.cat(at)], torch.cat(colour)).to(self.device), label.to(self.device)
+        return coloured(self.grey[torch.cat(at)], torch.cat(colour)), label
 
     def errors(self, unet: UNet2DModel, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Weighted square errors of a batch, one per image, and the noise levels."""
         x, label = self.batch(size, generator)
         # Stratified: every batch sees the whole way.
-        u = (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
-        s = noise_levels(u, self.schedule).to(self.device)
-        z = x + like(s, x) * torch.randn(x.shape, generator=generator).to(self.device)
+        order = torch.randperm(size, generator=generator, device=self.device)
+        s = noise_levels((order + torch.rand(size, generator=generator, device=self.device)) / size, self.schedule)
+        z = x + like(s, x) * randn(x.shape, generator, x)
         own = {"class_labels": label} if len(self.names) > 1 else {}
         F = unet(like(self.schedule.scale(s), z) * z, self.schedule.time(s), **own).sample.float()
         _, b = self.schedule.coefficients(s)
@@ -197,7 +200,7 @@ class Training(Run):
     def evaluate(self, size: int = 512) -> dict[str, float]:
         """The same loss on the same draws every time, and a picture of samples. 1.7M weights do not learn 60,000 images by heart."""
         self.picture()
-        errors, s = self.errors(self.average, size, torch.Generator().manual_seed(7))
+        errors, s = self.errors(self.average, size, torch.Generator(self.device).manual_seed(7))
         return {"loss": float(errors.mean()), "far": float(errors[s > 3].mean()), "near": float(errors[s < 0.3].mean())}
 
     def picture(self, n: int = 16) -> None:
@@ -220,6 +223,8 @@ class Training(Run):
             "seconds": round(self.seconds),
             "rate": self.rate,
             "bfloat16": self.bfloat16,
+            "batch": self.batch_size,
+            "device": self.device.type,
             "focus": FOCUS,
         }
         runs = [*self.past, run]
@@ -243,11 +248,14 @@ def card(folder: Path, n: int, state: Path) -> str:
     import sculpt
 
     name, model, judge = folder.name, sculpt.load(folder), Judge.from_pretrained(HERE / "judge")
-    x, seconds = base_samples.pool(model, n, state)
+    x, _ = base_samples.pool(model, n, state)
+    started = time.process_time()
+    shown = model.sample(48, steps=base_samples.STEPS, generator=torch.Generator().manual_seed(0), progress=False).decode()
+    seconds = (time.process_time() - started) / len(shown)
     scores, want = judge.score(x), proportions(name)
     real = reference(judge, want)
     floor = reference(judge, want, "train")
-    plots.save(plots.image_grid((x[:48] / 2 + 0.5).clamp(0, 1), 16), folder / "samples.png")
+    plots.save(plots.image_grid(shown, 16), folder / "samples.png")
     sha = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     digits, colours = DATA[name]
     config = scheduler(name).config
@@ -278,7 +286,7 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 |---|---|
 | the judge accepts one clear digit | {100 * scores.accepted.double().mean():.1f} % (target 97 %) |
 | Fréchet distance to held-out digits, in the judge's features | {frechet(moments(scores.features), real):.3f} (training digits: {frechet(floor, real):.3f}) |
-| CPU seconds an image, one thread | {seconds / n:.3f} |
+| CPU seconds an image, one thread | {seconds:.3f} |
 
 | class, by the judge | samples | data |
 |---|---|---|
@@ -289,8 +297,8 @@ pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the
 | data | MNIST's training images, coloured while training |
 | network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}{more_layers}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
 | schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
-| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {" and ".join(f"{run['steps']:,}" for run in (trunk, *own))} steps of {BATCH} images, averaged weights{how} |
-| cost | {sum(run["seconds"] for run in own) / 60:.0f} CPU minutes, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
+| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {written_steps((trunk, *own), BATCH)} images, averaged weights{how} |
+| cost | {written_cost(own)}, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
 | `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
 | licence | {LICENCE} |
 """
@@ -302,6 +310,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, help="of training; by default the recipe's own")
     parser.add_argument("--more", action="store_true", help="start from the saved model: --steps more of its own data")
     parser.add_argument("--rate", type=float, help="of learning; by default the recipe's own")
+    parser.add_argument("--batch", type=int, help="images a step; by default the recipe's own")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"), help="where a killed run continues from")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--bfloat16", action="store_true", help="faster on some processors, slower on others")
@@ -315,7 +324,7 @@ if __name__ == "__main__":
         (folder / "README.md").write_text(card(folder, options.card, options.state))
     else:
         steps, start = options.steps or STEPS[options.name], folder if options.more else None
-        how = {"rate": options.rate, "threads": options.threads, "bfloat16": options.bfloat16}
+        how = {"rate": options.rate, "batch_size": options.batch, "threads": options.threads, "bfloat16": options.bfloat16}
         training = Training(options.name, steps, options.state, options.device, folder=start, **how)
         training.run()
         if options.name != "trunk":

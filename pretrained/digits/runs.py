@@ -21,6 +21,7 @@ class Run(abc.ABC):
     """AdamW with warm-up and cosine decay, bfloat16 autocast if asked, averaged weights. A killed run goes on bit for bit.
 
     Each thread computes a share of every batch by itself; at this size two of torch's own threads are hardly faster than one.
+    Time is a processor's on the CPU, the clock's on a GPU.
     """
 
     def __init__(
@@ -47,14 +48,16 @@ class Run(abc.ABC):
             self.network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
+        self.clock = time.process_time if self.device.type == "cpu" else time.monotonic
         torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         if (folder / "state.safetensors").exists():
             self.load()
 
     @abc.abstractmethod
     def loss(self, size: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """The loss of a new batch, and what else to log of it."""
+        """The loss of a new batch, and what else to log of it. The generator is where the weights are."""
 
     @abc.abstractmethod
     def evaluate(self) -> dict[str, float]:
@@ -62,7 +65,7 @@ class Run(abc.ABC):
 
     def part(self, i: int) -> tuple[tuple[Tensor, ...], dict[str, float]]:
         """Gradients of one thread's share of a batch, and what to log."""
-        generator = torch.Generator().manual_seed(1_000_003 * (self.step + 1) + i)
+        generator = torch.Generator(self.device).manual_seed(1_000_003 * (self.step + 1) + i)
         with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16, cache_enabled=False):
             loss, row = self.loss(self.batch_size // self.threads, generator)
         if not loss.isfinite():
@@ -75,25 +78,26 @@ class Run(abc.ABC):
             group["lr"] = self.rate * min(1.0, (self.step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
         gradients, rows = zip(*self.pool.map(self.part, range(self.threads)), strict=True)
         for parameter, *parts in zip(self.network.parameters(), *gradients, strict=True):
-            parameter.grad = sum(parts) / len(parts)
+            # Laid out as the parameter is: fused AdamW wants that, and cuDNN does not always do it.
+            parameter.grad = torch.empty_like(parameter).copy_(sum(parts) / len(parts))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         # Short memory at first, then a window of about a tenth of the steps so far.
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
-        average, network = self.average.state_dict().values(), self.network.state_dict().values()
         with torch.no_grad():
-            for mean, value in zip(average, network, strict=True):
-                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+            for mean, value in zip(self.average.buffers(), self.network.buffers(), strict=True):
+                mean.copy_(value)
         return _mean(rows) | {"norm": float(norm)}
 
     def run(self, report: int = 100, check: int = 1000, keep: float = 120.0) -> None:
         """To the end; the state is kept every two minutes."""
         rows, saved = [], time.monotonic()
         while self.step < self.steps:
-            started = time.process_time()
+            started = self.clock()
             rows.append(self.train_step())
-            self.seconds += time.process_time() - started
+            self.seconds += self.clock() - started
             if self.step % report == 0:
                 self.log(**{key: round(value, 4) for key, value in _mean(rows).items()})
                 rows = []
@@ -133,6 +137,21 @@ class Run(abc.ABC):
         self.average.load_state_dict(parts["average"])
         state = {int(key.partition(".")[2]): value for key, value in parts.items() if key.startswith("optimizer.")}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def written_steps(runs: Sequence[dict], usual: int) -> str:
+    """How long each run was, and how large its batches where they were not as usual."""
+    sizes = [run.get("batch", usual) for run in runs]
+    parts = [f"{run['steps']:,}" + f" (of {size})" * (size != usual) for run, size in zip(runs, sizes, strict=True)]
+    return f"{' and '.join(parts)} steps of {usual}"
+
+
+def written_cost(runs: Sequence[dict]) -> str:
+    """The minutes of all runs; a GPU's by the clock."""
+    cost = {"CPU": 0.0, "GPU": 0.0}
+    for run in runs:
+        cost["CPU" if run.get("device", "cpu") == "cpu" else "GPU"] += run["seconds"] / 60
+    return " and ".join(f"{minutes:.0f} {where} minutes" for where, minutes in cost.items() if minutes)
 
 
 def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -128,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--particles", type=count, help="the population of tracked densities and of --correct")
     add_correct(sample, "samples")
     sample.add_argument("--anchor", metavar="NAME", help="which observed model's chain is steered (default: the first)")
+    sample.add_argument("--strength", type=float, help="what the guidance of a diffusion model is multiplied with (default: 1)")
     sample.add_argument("--reject", action="store_true", help="rejection with the classifier's terminal head")
     sample.add_argument("--batch-size", type=count, help="states that go through a network at once")
     sample.set_defaults(run=_sample)
@@ -190,9 +191,10 @@ def _sample(options: argparse.Namespace) -> None:
         raise ValueError(f"{output} is a folder; pass the file to write.")
     if options.reject and not options.classifier:
         raise ValueError("--reject accepts by the classifier's terminal head: pass --classifier FOLDER, from sculpt fit.")
-    if options.reject and (options.correct or options.particles):
+    if options.reject and (options.correct or options.particles or options.strength is not None):
         raise ValueError(
-            "--correct and --particles belong to a population of particles; rejection has none. Leave them or --reject out."
+            "--correct and --particles belong to a population of particles and --strength to guidance; rejection has neither. "
+            "Leave them or --reject out."
         )
     # The formula first: a slip in it should not cost the loading of the models.
     paths = named_paths(options.model)
@@ -213,7 +215,8 @@ def _sample(options: argparse.Namespace) -> None:
     if options.reject:
         samples = sculpt.reject(composition, options.n, classifier, **{k: v for k, v in settings.items() if v is not None})
     elif hasattr(composition, "models"):
-        samples = composition.sample(options.n, classifier, particles=options.particles, correct=options.correct, **settings)
+        own = {"particles": options.particles, "correct": options.correct, "strength": options.strength}
+        samples = composition.sample(options.n, classifier, **own, **settings)
     else:
         settings = {name: value for name, value in settings.items() if value is not None and name != "anchor"}
         samples = composition.sample(options.n, **settings)

@@ -91,13 +91,25 @@ class Guided(Denoiser):
         \text{anchored:}\quad & D = D_{i_1} + v \, \nabla \log p(y_2 \dots y_n \mid z, y_1 = i_1) \\
         \text{mixture:}\quad & D = \sum_i p(y_1 = i \mid z) \, D_i + v \, \nabla \log p(y_1 \dots y_n \mid z)
 
-    The anchored form runs one base network, and its chain can be corrected to be exact.
+    The anchored form runs one base network, and its chain can be corrected to be exact. ``strength`` multiplies the gradient.
     """
 
-    def __init__(self, posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, form: str = "anchored"):
+    def __init__(
+        self,
+        posterior: Posterior,
+        models: Sequence[BaseModel],
+        classifier: Guide,
+        form: str = "anchored",
+        strength: float | int = 1.0,
+    ):
         if form not in ("anchored", "mixture"):
             raise ValueError(f"form is 'anchored' or 'mixture', got {form!r}.")
+        if not 0 <= strength < math.inf:
+            raise ValueError(
+                f"strength multiplies the guidance, 1 leaves it as it is; expected a number from 0, got {strength}."
+            )
         self.posterior, self.models, self.classifier, self.form = posterior, list(models), classifier, form
+        self.strength = float(strength)
         self.anchor = self.models[posterior.labels[0]]
         stepped = [self.anchor] if form == "anchored" else self.models
         if unbound := [str(model) for model in stepped if not isinstance(model, Denoiser)]:
@@ -117,7 +129,8 @@ class Guided(Denoiser):
     @property
     def key(self) -> str:
         classifier = weights(self.classifier) if isinstance(self.classifier, nn.Module) else type(self.classifier).__qualname__
-        return digest("guided", self.posterior.identity, [model.key for model in self.models], classifier, self.form)
+        stronger = [self.strength] if self.strength != 1 else []
+        return digest("guided", self.posterior.identity, [model.key for model in self.models], classifier, self.form, *stronger)
 
     def log_h(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
         r""":math:`\log h(z)` of the anchored form, or :math:`\log p(y_1 \dots y_n \mid z)`, and its gradient."""
@@ -140,15 +153,27 @@ class Guided(Denoiser):
         p = self.classifier.marginal(z, s.expand(len(z))).exp().to(z)
         return sum(p[:, i].reshape(-1, *[1] * (z.ndim - 1)) * model.denoise(z, s) for i, model in enumerate(self.models))
 
+    def guidance(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
+        """Log h, and what is added to the denoised image."""
+        log_h, gradient = self.log_h(z, s)
+        return log_h, _per_sample(self.strength * s**2, z) * gradient.to(z.dtype)
+
     @torch.no_grad()
     def denoise(self, z, s):
         s = torch.as_tensor(s, dtype=torch.float64, device=z.device)
-        return self.base(z, s) + _per_sample(s**2, z) * self.log_h(z, s)[1].to(z.dtype)
+        return self.base(z, s) + self.guidance(z, s)[1]
 
 
-def guide(posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, *, form: str = "anchored") -> Guided:
+def guide(
+    posterior: Posterior,
+    models: Sequence[BaseModel],
+    classifier: Guide,
+    *,
+    form: str = "anchored",
+    strength: float | int = 1.0,
+) -> Guided:
     """The composed base model; the first label is the anchor."""
-    return Guided(posterior, models, classifier, form)
+    return Guided(posterior, models, classifier, form, strength)
 
 
 # ----------------------------------------------------------------------------------------------------------------- sampling
@@ -261,8 +286,8 @@ class Extrapolation:
 
 
 def _guided_parts(model: Guided, z: Tensor, s: Tensor) -> tuple[Float[Tensor, "N 2 *x"], Float[Tensor, "N"]]:
-    log_h, gradient = model.log_h(z, s)
-    return torch.stack([model.base(z, s), _per_sample(s**2, z) * gradient], dim=1), log_h
+    log_h, added = model.guidance(z, s)
+    return torch.stack([model.base(z, s), added], dim=1), log_h
 
 
 # --------------------------------------------------------------------------------------------------------- tracked densities

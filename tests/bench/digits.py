@@ -38,6 +38,8 @@ from sculpt.particles import effective_sample_size
 DIGITS = Path(__file__).parents[2] / "pretrained" / "digits"
 ODDS = (0.05, 0.5, 0.95)
 STEPS, MAIN = (16, 32, 64), 32
+STRENGTH = 1.25
+"""Of guidance, in a row of its own."""
 PARTS = {"pair": (2,), "triple": (2, 3)}
 """Numbers of observations."""
 TARGETS = {"satisfied": 0.98, "of referee": 0.03, "of data": 0.08, "CPU seconds": 0.2, "cheaper": 50}
@@ -169,6 +171,8 @@ class Bench:
         for steps in STEPS:
             n = self.options.n if steps == MAIN else few
             table[f"guided, {steps} steps"] = self.road(case, "guided", n, guide, steps=steps)
+        stronger = self.road(case, "guided", self.options.n, guide, steps=MAIN, strength=STRENGTH)
+        table[f"guided, {MAIN} steps, strength {STRENGTH}"] = stronger
         table[f"corrected, {MAIN} steps"] = self.road(case, "corrected", few, guide, steps=MAIN, correct=True, particles=few)
         if self.options.particles:
             particles, steps = self.options.particles, self.options.tracked_steps

@@ -30,8 +30,8 @@ from coloured_mnist import SETS, composed, proportions, written
 from judge import Judge, Moments, frechet, moments, reference
 
 import sculpt
+from sculpt.classifier import with_odds
 from sculpt.diffusion.identity import weights as weights_of
-from sculpt.diffusion.sampler import noise_range
 from sculpt.formula import label_sets
 from sculpt.particles import effective_sample_size
 
@@ -84,19 +84,29 @@ class Bench:
         self.models = [sculpt.load(DIGITS / name) for name in SETS[part]]
         self.classifier, self.judge = sculpt.load(DIGITS / part), Judge.from_pretrained(DIGITS / "judge")
         self.exact = [proportions(name) for name in SETS[part]]
+        self.draws: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Of each model, for rejection, with their log p(y | x)."""
         self.identity = [*(model.key for model in self.models), weights_of(self.classifier), weights_of(self.judge)]
 
     def case(self, labels: tuple[int, ...], odds: float | None) -> Case:
-        # Anchored where the least has to be steered, as the referee is: h at the start is the acceptance.
-        z, s = torch.zeros(1, *self.models[0].shape), noise_range(self.models)[1] * torch.ones(1, dtype=torch.float64)
-        weights = sculpt.posterior(self.models, labels, odds).formula.odds
-        labels = max(
-            ((i, *rest) for i in dict.fromkeys(labels) for rest in [_without(labels, i)]),
-            key=lambda order: float(self.classifier.log_h(z, s, labels=order, odds=weights)),
-        )
+        labels, _, _ = self.anchored(labels, sculpt.posterior(self.models, labels, odds).formula.odds)
         composition = sculpt.posterior(self.models, labels, odds)
         share = composed(composition.formula, self.exact)
         return Case(composition, share, reference(self.judge, share))
+
+    def anchored(self, labels: Sequence[int], odds: Sequence[float]) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+        """The labels, anchored where the least has to be steered: where rejection's draws are worth most. And those draws, with
+        the log-weights of keeping them."""
+        found = []
+        for label in dict.fromkeys(labels):
+            order = (label, *_without(labels, label))
+            if label not in self.draws:
+                x, _ = pool(self.models[label], self.options.referee, self.options.state, first=FRESH)
+                with torch.no_grad():
+                    self.draws[label] = x, torch.cat([self.classifier.terminal(part) for part in x.split(250)]).double()
+            x, log_p = self.draws[label]
+            found.append((order, x, with_odds(log_p, odds)[:, list(order[1:])].sum(-1)))
+        return max(found, key=lambda one: effective_sample_size(one[2]))
 
     def measure(self, case: Case, x: torch.Tensor, log_w: torch.Tensor | None = None, **known) -> Row:
         scores = self.judge.score(x)
@@ -132,18 +142,9 @@ class Bench:
 
     def referee(self, case: Case) -> Row:
         def run() -> Row:
-            labels, odds = case.composition.formula.labels, case.composition.formula.odds
-            best = None
-            for label in dict.fromkeys(labels):
-                rest = _without(labels, label)
-                x, _ = pool(self.models[label], self.options.referee, self.options.state, first=FRESH)
-                with torch.no_grad():
-                    parts = [self.classifier.log_h_terminal(p, labels=(label, *rest), odds=odds) for p in x.split(250)]
-                log_w = torch.cat(parts).double()
-                if best is None or effective_sample_size(log_w) > effective_sample_size(best[1]):
-                    best = x, log_w
-            note = f"acceptance {float(best[1].exp().mean()):.1%}, worth {effective_sample_size(best[1]):.0f} draws"
-            return self.measure(case, *best, note=note)
+            _, x, log_w = self.anchored(case.composition.formula.labels, case.composition.formula.odds)
+            note = f"acceptance {float(log_w.exp().mean()):.1%}, worth {effective_sample_size(log_w):.0f} draws"
+            return self.measure(case, x, log_w, note=note)
 
         return self.kept(case, "rejection", {"n": self.options.referee, "steps": base_samples.STEPS}, run)
 

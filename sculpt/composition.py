@@ -119,7 +119,8 @@ class Composition(BaseModel):
             solver: a diffusers scheduler to step with instead of the second-order stochastic solver (guided diffusion).
             particles: the size of the population, at least n (tracked densities and ``correct``).
             threshold: resample when the effective sample size falls under this share of the particles.
-            anchor: the observed label (or its model) whose chain is steered; by default the first (guided).
+            anchor: the observed label (or its model) whose chain is steered; by default the first (guided). The nearer the model is to
+                what is asked, the fewer samples stray.
             form: ``"anchored"`` (one base network, exact) or ``"mixture"`` (the paper's) (guided).
             strength: what the guidance is multiplied with, 1 by default (guided diffusion). A learned gradient misses a part of the true
                 one; a little more than 1 makes up for that in conditions that few chains keep, much more distorts the proportions.

@@ -224,6 +224,12 @@ def test_the_exact_classifier_leaves_nothing_to_correct():
     torch.testing.assert_close(samples.log_weights, torch.full_like(samples.log_weights, -math.log(len(samples))))
 
 
+def test_a_strength_of_guidance_is_for_diffusion():
+    p, q = arbitrary(ENVIRONMENTS["sets"](), 2)
+    with pytest.raises(ValueError, match="strength: not an option of a guided composition of gflownet models, which has form"):
+        (p & q).sample(3, exact.ExactClassifier([p, q]), strength=2)
+
+
 def test_what_cannot_be_corrected_says_so():
     ps = arbitrary(ENVIRONMENTS["sets"](), 2)
     with pytest.raises(ValueError, match="Only the anchored form.*got p0"):

@@ -29,7 +29,7 @@ COMPOSED = {
 """Labels by what they read as. The first is the model that is steered: one that draws much of what is asked for already."""
 
 
-def run(folder: str | Path = "demo", *, n: int = 16, steps: int = 16, seed: int = 0) -> list[dict]:
+def run(folder: str | Path = "demo", *, n: int = 16, steps: int = 24, seed: int = 0) -> list[dict]:
     """Sample the models and their compositions, write a picture and a table to ``folder``, and return the table's rows."""
     folder, started = Path(folder), time.monotonic()
     home = pretrained("digits", "triple")

@@ -126,6 +126,13 @@ def test_every_road_of_a_classifier_is_reachable(sample, folders, arguments):
     assert sample("a & b", "--classifier", folders["classifier"], *arguments)[0] == 0
 
 
+def test_strength_reaches_the_guidance(sample, folders):
+    plain, stronger = (
+        np.load(sample("a & b", "--classifier", folders["classifier"], *more)[1])["x"] for more in ((), ("--strength", "50"))
+    )
+    assert (plain != stronger).any()
+
+
 def test_a_single_model_is_sampled_too(sample):
     assert sample("a")[0] == 0
 
@@ -161,6 +168,12 @@ def test_without_a_command_the_help_says_where_to_start(capsys):
         ("a & b", (), "out.jpg", "expected a name that ends in .png"),
         ("a & b", ("--reject",), "out.npz", "pass --classifier"),
         ("a & b", ("--classifier", "nowhere"), "out.npz", "no folder 'nowhere'"),
+        (
+            "a & b",
+            ("--classifier", "nowhere", "--reject", "--strength", "2"),
+            "out.npz",
+            "--strength to guidance; rejection has neither",
+        ),
         ("a & b", ("--anchor", "c"), "out.npz", "--anchor c: the models are a, b"),
         ("a & b", ("--with", "prompt"), "out.npz", "expected KEY=VALUE"),
         ("a & b", ("--with", "c.prompt=x"), "out.npz", "with a model's name (a, b)"),

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ sys.path.append(str(Path(__file__).parent))
 import base_samples
 from base_samples import pool
 from coloured_mnist import CLASSES, LICENCE, SETS, proportions
-from runs import written_cost, written_steps
+from runs import clock_of, written_cost, written_steps
 
 import sculpt
 from sculpt.diffusion.encoder import UNetEncoder
@@ -53,8 +52,8 @@ def fit(
         network = sculpt.load(HERE / name).requires_grad_(True).network
     else:
         network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
-    device = models[0].device.type
-    clock = time.process_time if device == "cpu" else time.monotonic
+    device = models[0].device
+    clock = clock_of(device)
     started = clock()
     classifier = sculpt.fit(
         models,
@@ -73,7 +72,7 @@ def fit(
     )
     seconds = clock() - started + sum(seconds for _, seconds in drawn)
     run = {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}
-    return classifier, [*past, run | {"batch": batch, "rate": rate, "device": device}]
+    return classifier, [*past, run | {"batch": batch, "rate": rate, "device": device.type}]
 
 
 @torch.no_grad()

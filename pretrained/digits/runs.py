@@ -5,7 +5,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,6 @@ class Run(abc.ABC):
     """AdamW with warm-up and cosine decay, bfloat16 autocast if asked, averaged weights. A killed run goes on bit for bit.
 
     Each thread computes a share of every batch by itself; at this size two of torch's own threads are hardly faster than one.
-    Time is a processor's on the CPU, the clock's on a GPU.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Run(abc.ABC):
             self.network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.step, self.seconds = 0, 0.0
-        self.clock = time.process_time if self.device.type == "cpu" else time.monotonic
+        self.clock = clock_of(self.device)
         torch.set_num_threads(1)
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -137,6 +136,11 @@ class Run(abc.ABC):
         self.average.load_state_dict(parts["average"])
         state = {int(key.partition(".")[2]): value for key, value in parts.items() if key.startswith("optimizer.")}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The processor's time on a CPU; a GPU works beside that, and goes by the clock."""
+    return time.process_time if device.type == "cpu" else time.monotonic
 
 
 def written_steps(runs: Sequence[dict], usual: int) -> str:

@@ -1,47 +1,27 @@
-"""sculpt: compose pretrained diffusion models and GFlowNets when you sample from them."""
+"""sculpt: compose pretrained diffusion models, GFlowNets and other samplers when you sample from them."""
 
+import ast
 import importlib
+from pathlib import Path
+from typing import Any
 
-__version__ = "0.1.0"
+from sculpt.contents import VERSION as __version__
 
-# The table of contents: public name -> the module that has it, imported when it is first used.
+# Public name -> the module that has it. The stub is the table of contents; what it names is imported when it is first used.
 _CONTENTS = {
-    # base models
-    "load": "hub",
-    "Diffusion": "diffusion.model",
-    "EnergyModel": "diffusion.model",
-    "GFlowNet": "gflownet.model",
-    # compositions
-    "mixture": "composition",
-    "harmonic_mean": "composition",
-    "contrast": "composition",
-    "posterior": "composition",
-    "product": "composition",
-    "power_mean": "composition",
-    "reject": "rejection",
-    # MCMC at every noise level, for tracked densities
-    "ULA": "diffusion.mcmc",
-    "MALA": "diffusion.mcmc",
-    "HMC": "diffusion.mcmc",
-    # the classifier
-    "fit": "training",
-    "Classifier": "classifier",
-    # looking at them
-    "overlap": "diagnostics",
-    "explore": "explorer",
-    "Samples": "particles",
+    alias.name: node.module
+    for node in ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
-_MODULES = ("exact",)
-
-__all__ = [*_CONTENTS, *_MODULES]
+__all__ = [*_CONTENTS, "__version__"]
 
 
-def __getattr__(name: str):
-    if name in _CONTENTS:
-        return getattr(importlib.import_module(f"sculpt.{_CONTENTS[name]}"), name)
-    if name == "exact":
-        return importlib.import_module("sculpt.gflownet.exact")
-    raise AttributeError(f"sculpt has no {name!r}; its public names are {', '.join(__all__)}.")
+def __getattr__(name: str) -> Any:
+    if name not in _CONTENTS:
+        raise AttributeError(f"sculpt has no {name!r}; its public names are {', '.join(_CONTENTS)}.")
+    module = importlib.import_module(_CONTENTS[name])
+    return getattr(module, name, None) or importlib.import_module(f"{module.__name__}.{name}")
 
 
 def __dir__() -> list[str]:

@@ -1,303 +1,157 @@
-r"""Before sampling: how far base models overlap, and whether a composition asks for a region that none of them covers.
-
-Everything comes from the shares :math:`r_i(x) = p_i(x) / \sum_j p_j(x)` at samples of every base model, that is from the
-terminal head of a classifier, from exact densities, or from densities tracked along paths of destruction:
-
-.. math::
-    \text{JS} &= \log m + \tfrac1m \sum_i E_{p_i} \log r_i \\
-    \text{acceptance of labels } (i_1 \dots i_n) &= E_{p_{i_1}} \prod_{k \ge 2} r_{i_k} = Z \\
-    \text{support distance of } p, q &= \tfrac12 E_{x \sim p} \min_{x' \sim q} |t(x) - t(x')|
-        + \tfrac12 E_{x' \sim q} \min_{x \sim p} |t(x) - t(x')|, \qquad t = \log r_p - \log r_q
-
-An imperfect classifier gives lower bounds of JS. The support distance is half of the thesis's one-dimensional symmetric support
-difference, on logits, in nats: how far a sample's log-ratio lies from the nearest one that the other model's samples have.
-"""
+"""What a run knows about itself, and the verdict: how far its samples may be trusted."""
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from sculpt.base import BaseModel, same_model
-from sculpt.classifier import Classifier, Guide
-from sculpt.composition import Composition
-from sculpt.formula import Posterior, label_sets
-from sculpt.particles import effective_sample_size
+if TYPE_CHECKING:
+    from sculpt.particles import Population
 
-__all__ = ["Overlap", "Prediction", "overlap", "predict"]
+__all__ = ["LEVELS", "Diagnostics", "Verdict"]
 
-Referee = Guide | Callable[[Tensor], Tensor]
-"""A classifier, or a function from samples to their log-densities ``(b, m)``, up to a constant common to all models."""
-
-UNCOVERED = 1e-3
-"""Below this acceptance a composition lies where no base model has samples to speak of."""
+LEVELS = ("exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered")
+Level = Literal["exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered"]
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the overlap of the base models says about one composition."""
-
-    formula: str
-    acceptance: float
-    """Z, what rejection would keep; of the d-th root of the target where its degree d is not one"""
-    covered: float
-    """the effective share of the base models' samples, taken together, under the composition"""
-    samples: int
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: do the base models know the region that the composition asks for?"""
-        return _verdict(self.formula, self.acceptance, self.covered, self.samples)
-
-    def __str__(self) -> str:
-        name = "acceptance" if self.acceptance <= 1 else "Z"  # that of a product can be above one
-        return f"{self.verdict} ({name} {self.acceptance:.3g}, {self.covered:.0%} of {self.samples} base samples count)"
-
-
-def _verdict(formula: str, acceptance: float, covered: float = 1.0, samples: int = 10) -> str:
-    if acceptance < UNCOVERED or covered * samples < 10:
-        return (
-            f"UNCOVERED: {formula} asks for a region that no base model covers (acceptance {acceptance:.1g}). The networks "
-            "extrapolate there, and neither particles nor correctors help: mix the models, or train one on what is missing."
-        )
-    if acceptance < 0.02 or covered < 0.02:
-        return f"thin: few base samples lie where {formula} does. Take many particles, or a classifier and correct=True."
-    return f"sound: the base models cover {formula}."
-
-
-@dataclass(repr=False)
-class Overlap:
-    """How far base models overlap. ``print`` it; ``predict(composition)`` judges a composition of them on the same samples."""
-
-    names: tuple[str, ...]
-    js: float
-    """Jensen-Shannon divergence of all the base models, in nats; at most log m"""
-    source: str
-    pairs: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
-    """for each two of them, Jensen-Shannon divergence and support distance"""
-    acceptance: dict[str, float] = field(default_factory=dict)
-    """predicted acceptance, Z, of harmonic means, contrasts and label sets"""
-    models: tuple[BaseModel, ...] = ()
-    log_r: tuple[Float[Tensor, "n m"], ...] = ()
-    """log-shares at the samples of each base model"""
-
-    @classmethod
-    def of(cls, models: Sequence[BaseModel], log_r: Sequence[Tensor], source: str, observations: int = 2) -> Overlap:
-        names, m = tuple(str(model) for model in models), len(models)
-        if len(set(names)) < m:
-            names = tuple(f"{name} [{i}]" for i, name in enumerate(names))
-        pairs, acceptance = {}, {}
-        for i, j in itertools.combinations(range(m), 2):
-            pairs[i, j] = _js(log_r, (i, j)), _support_distance(log_r, i, j)
-            for labels in ((0, 1), (0, 0), (1, 1)):
-                formula = Posterior(2, labels)
-                acceptance[formula.write((names[i], names[j]))] = _acceptance(log_r, (i, j), formula)
-        for labels in label_sets(m, observations) if m > 2 or observations > 2 else ():
-            formula = Posterior(m, labels)
-            acceptance[formula.write(names)] = _acceptance(log_r, range(m), formula)
-        return cls(names, _js(log_r, range(m)), source, pairs, acceptance, tuple(models), tuple(log_r))
-
-    def predict(self, composition: Composition) -> Prediction:
-        """Whether the base models cover what this composition of them asks for."""
-        if not self.log_r:
-            raise ValueError("A training curve judges no single composition. Draw samples: sculpt.overlap(models, classifier).")
-        which = []
-        for leaf in composition.leaves:
-            known = [i for i, model in enumerate(self.models) if same_model(leaf, model)][:1]
-            if not known:
-                raise ValueError(f"{leaf} of {composition} is not among the models of this report, {', '.join(self.names)}.")
-            which += known
-        # All samples together are those of the equal mixture, (1/m) Σ p: the composition's weights against it need only shares.
-        log_r, log_w = _pool(self.log_r, which)
-        formula, log_m = composition.formula, math.log(len(which))
-        log_ratio = formula.value(_operands(composition, composition.leaves, log_r, log_w)) / formula.degree + log_m
-        log_z = float((log_w + log_ratio).logsumexp(0))
-        covered = effective_sample_size(log_w + log_ratio) / len(log_w)
-        return Prediction(str(composition), math.exp(min(log_z, 700.0)), covered, len(log_w))
-
-    @property
-    def verdict(self) -> str:
-        """In words: which of the common compositions make sense."""
-        if not self.pairs:
-            # The entropy of a share r is at least 4 r (1 - r) log 2: for two models JS bounds the acceptance of p & q.
-            apart, most = self.js / math.log(len(self.names)), max(0.0, 1 - self.js / math.log(2)) / 2
-            if len(self.names) == 2 and most < UNCOVERED:
-                return _verdict(" & ".join(self.names), most)
-            return f"{apart:.0%} apart. What that means for compositions needs samples: sculpt.overlap(models, classifier)."
-        said = []
-        for (i, j), (js, _) in self.pairs.items():
-            p, q = self.names[i], self.names[j]
-            both = Posterior(2, (0, 1)).write((p, q))
-            if self.acceptance[both] < 0.02:
-                said.append(_verdict(both, self.acceptance[both]))
-            elif js < 0.01:
-                said.append(f"{p} and {q} are hardly different: so are their compositions.")
-        return "\n".join(said) or "sound: every two of the base models overlap, and differ."
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        pairs = [
-            {"models": [self.names[i], self.names[j]], "js": js, "support_distance": distance}
-            for (i, j), (js, distance) in self.pairs.items()
-        ]
-        head = {"names": list(self.names), "js": self.js, "js_most": math.log(len(self.names)), "source": self.source}
-        return {**head, "pairs": pairs, "acceptance": dict(self.acceptance), "verdict": self.verdict}
-
-    def __str__(self) -> str:
-        rows = [("base models", ", ".join(self.names)), ("from", self.source)]
-        rows.append(("Jensen-Shannon", f"{self.js:.3f} of at most {math.log(len(self.names)):.3f} nats"))
-        for (i, j), (js, distance) in self.pairs.items():
-            own = f"Jensen-Shannon {js:.3f} of at most {math.log(2):.3f}, " if len(self.names) > 2 else ""
-            rows.append((f"{self.names[i]}, {self.names[j]}", f"{own}support distance {distance:.3g} nats"))
-        shown = list(self.acceptance.items())[:12]
-        rows += [("acceptance", f"{value:<8.3g} {formula}") for formula, value in shown]
-        if len(self.acceptance) > len(shown):
-            rows.append(("", f"and {len(self.acceptance) - len(shown)} more in .acceptance"))
-        return "\n".join(f"{name:>16}  {value}" for name, value in [*rows, ("verdict", self.verdict)])
-
-    __repr__ = __str__
-
-
-def overlap(
-    models: Classifier | BaseModel | Sequence[BaseModel],
-    classifier: Referee | None = None,
-    *,
-    n: int = 2000,
-    data: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
-    **options: Any,
-) -> Overlap:
-    """How far base models overlap, before anything is composed.
+class Verdict:
+    """How far a result may be trusted. ``str`` gives the sentence.
 
     Args:
-        models: base models, a composition of them, or just a fitted classifier: its training curve knows their
-            Jensen-Shannon divergence.
-        classifier: of these models, or a function from samples to their log-densities ``(b, m)`` up to a common constant.
-            Without one the densities are tracked along paths of destruction from the samples, which is an approximation.
-        n: samples to draw of each base model.
-        data: samples to use instead, one tensor per model. A classifier's own training samples flatter it.
-        options: of the base models' samplers, such as ``steps``.
+        level: a word, from exact and sound to collapsed and uncovered.
+        reason: why.
     """
-    if isinstance(models, Guide):
-        return _from_curve(models)
-    models = list(models.leaves if isinstance(models, BaseModel) else models)
-    if len(models) < 2:
-        raise ValueError(f"An overlap takes two or more base models, got {len(models)}.")
-    for model in models[1:]:
-        models[0].check_composable(model)
-    if data is None:
-        if n < 2:
-            raise ValueError(f"An overlap takes at least 2 samples of each base model, got n={n}.")
-        data = [model.sample(n, generator=generator, **options).x for model in models]
-    if len(data) != len(models) or min(map(len, data)) < 2:
-        raise ValueError(f"data holds at least 2 samples of each of the {len(models)} models, got {[len(x) for x in data]}.")
-    log_r = [_log_shares(models, i, x.to(models[0].device), classifier, generator) for i, x in enumerate(data)]
-    if any(part.isnan().any() for part in log_r):
-        raise FloatingPointError("Some samples have a share that is not a number. Check the samples and the classifier.")
-    head = "the terminal head" if isinstance(classifier, Guide) else "the given densities"
-    head = "tracked densities, an approximation," if classifier is None else head
-    counts = " and ".join(dict.fromkeys(str(len(x)) for x in data))
-    return Overlap.of(models, log_r, f"{head} at {counts} samples of each", getattr(classifier, "observations", 2))
+
+    level: Level
+    reason: str
+
+    @property
+    def trust(self) -> Literal["good", "careful", "bad"]:
+        """What the level means: take it; read the reason first; do not take it for draws from the target."""
+        rank = LEVELS.index(self.level)
+        return "good" if rank < 2 else "careful" if rank < 5 else "bad"
+
+    def __str__(self) -> str:
+        return f"{self.level.upper() if self.trust == 'bad' else self.level}: {self.reason}"
 
 
-def predict(composition: Composition, classifier: Referee | None = None, **options: Any) -> Prediction:
-    """Whether base models cover what a composition of them asks for; arguments as for :func:`overlap`."""
-    return overlap(composition, classifier, **options).predict(composition)
+@dataclass
+class Diagnostics:
+    """What one run tells about itself. ``print`` it; the verdict is the last line.
 
+    Args:
+        road: how the samples were drawn.
+        formula: of what.
+        steps: how many the run took.
+        particles: the size of its population.
+        ess: the effective sample size after every weighting.
+        log_z: the estimate of the target's log-normaliser, and
+        log_z_error: its standard error.
+        ancestors: how many particles of the start have descendants with weight, and
+        families: how many of them the weight comes from.
+        doubt: what the particles themselves cannot see, and the verdict has to say.
+        acceptance: the share of the anchor's samples that rejection keeps, or would keep.
+        referee: what rejection decided by.
+        seed: of the generator, where there was one.
+        notes: what else there is to know.
+        parts: of the runs that these samples were put together from.
+    """
 
-# -------------------------------------------------------------------------------------------------------------------- shares
+    road: str
+    formula: str = ""
+    steps: int = 0
+    particles: int | None = None
+    ess: list[float] = field(default_factory=list)
+    log_z: float | None = None
+    log_z_error: float | None = None
+    ancestors: int | None = None
+    families: float | None = None
+    doubt: str = ""
+    acceptance: float | None = None
+    referee: str = ""
+    seed: int | None = None
+    notes: list[str] = field(default_factory=list)
+    parts: list[Diagnostics] = field(default_factory=list)
 
+    def observe(self, population: Population, acceptance: float | None = None, *, selected: bool = True) -> None:
+        """Take down what a population knows about itself, and whether its weights select the samples or are there to look at."""
+        self.particles, self.ess = population.n, list(population.ess)
+        if selected:
+            self.ancestors, self.families = population.ancestors, population.families
+        self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
 
-def _from_curve(classifier: Guide) -> Overlap:
-    curve = getattr(classifier, "history", [])
-    if not curve:
-        raise ValueError("This classifier has no training curve. Draw samples instead: sculpt.overlap(models, classifier).")
-    # The row whose weights fit() kept: the least held-out loss in total.
-    best = min(curve, key=lambda row: sum(value for name, value in row.items() if name.startswith("held_out_")))
-    js = max(0.0, math.log(classifier.m) - best["held_out_terminal"])
-    return Overlap(classifier.names, js, "the terminal head's held-out loss, a lower bound")
+    @property
+    def verdict(self) -> Verdict:
+        """May the samples be trusted as draws from the target?"""
+        if self.parts:
+            worst = max((part.verdict for part in self.parts), key=lambda verdict: LEVELS.index(verdict.level))
+            return Verdict(worst.level, f"the least trusted of {len(self.parts)} runs: {worst.reason}")
+        if self.referee:
+            return Verdict("exact", f"for the base samplers and {self.referee}; {self.acceptance:.2g} of the draws were kept.")
+        if not (self.particles and self.ess):
+            return Verdict("sound", "nothing was weighted, and nothing unusual happened.")
+        return self._of_weights() if self.families is None else self._of_particles(self.families, self.particles)
 
+    def _of_weights(self) -> Verdict:
+        last = self.ess[-1] / (self.particles or 1)
+        if last >= 0.5:
+            return Verdict("sound", f"guidance stays close to the exact chain (weights would keep {last:.0%}).")
+        return Verdict(
+            "biased",
+            f"guidance leaves the exact chain (weights would keep {last:.1%}). Sample with Guided(classifier, correct=True), or train the "
+            "classifier longer.",
+        )
 
-def _log_shares(models, i: int, x: Tensor, classifier, generator) -> Float[Tensor, "n m"]:
-    """log r at samples x of model i."""
-    if classifier is None:
-        try:
-            engine = importlib.import_module(f"sculpt.{models[0].family}.sampler")
-            ratios = engine.path_ratios(models, x, generator, made_by=i)
-        except NotImplementedError:
-            raise ValueError(f"The samples of {models[0]} cannot be traced back to their start: pass a classifier.") from None
-        return torch.log_softmax(ratios.double(), dim=-1)
-    order = range(len(models))
-    if isinstance(classifier, Guide):
-        classifier.align(Posterior(len(models), (0,)), models)
-        if classifier.keys is not None:
-            order = [classifier.keys.index(model.key) for model in models]
-        classifier = classifier.terminal
-    with torch.no_grad():
-        ell = torch.cat([classifier(part) for part in x.split(1024)]).double()
-    if ell.shape != (len(x), len(models)):
-        raise ValueError(f"Got log-densities of shape {tuple(ell.shape)} for {len(x)} samples: one column per base model.")
-    return torch.log_softmax(ell[:, list(order)], dim=-1)
+    def _of_particles(self, families: float, n: int) -> Verdict:
+        least, last, ancestors = min(self.ess) / n, self.ess[-1] / n, self.ancestors or 0
+        if ancestors < max(2, min(10, 0.02 * n)) or last < 0.01:
+            worth = f"descend from {ancestors} of the start" if ancestors < n else f"are worth {families:.0f}"
+            return Verdict(
+                "collapsed",
+                f"the {n} particles {worth} (least effective share {least:.1%}). Take the samples as near-copies; use a classifier, more "
+                "particles, or a milder composition.",
+            )
+        if self.doubt:
+            return Verdict("doubtful", self.doubt)
+        few = f"the weight comes from {families:.0f} of {n} starting particles"
+        if families < max(0.05 * n, min(10, 0.5 * n)) or last < 0.1:
+            return Verdict("strained", f"{few}. More particles would help.")
+        return Verdict("sound", f"{few}, least effective share {least:.0%}.")
 
+    def rows(self) -> list[tuple[str, str]]:
+        """What is printed, without the verdict."""
+        rows = [("road", self.road), ("formula", self.formula), ("steps", str(self.steps or ""))]
+        if self.particles and self.ess:
+            shares = f"least {min(self.ess) / self.particles:.1%}, last {self.ess[-1] / self.particles:.1%}"
+            rows += [("particles", str(self.particles)), ("effective share", shares)]
+            if self.families is not None:
+                rows.append(("ancestors", f"{self.ancestors}, worth {self.families:.0f}"))
+        if self.log_z is not None:
+            error = "" if self.log_z_error is None else f" ± {self.log_z_error:.2g}"
+            rows.append(("log Z", f"{self.log_z:.3f}{error}"))
+        if self.acceptance is not None:
+            rows.append(("acceptance", f"{self.acceptance:.3g}"))
+        rows += [("runs", str(len(self.parts) or ""))] + [("note", note) for note in self.notes]
+        return [(name, value) for name, value in rows if value]
 
-# ------------------------------------------------------------------------------------------------------------ what they give
+    def __str__(self) -> str:
+        return "\n".join(f"{name:>16}  {value}" for name, value in [*self.rows(), ("verdict", str(self.verdict))])
 
-
-def _restricted(log_r: Sequence[Tensor], which: Sequence[int]) -> list[Float[Tensor, "n k"]]:
-    """The shares among some of the models, at these models' samples."""
-    return [torch.log_softmax(log_r[i][:, list(which)], dim=-1) for i in which]
-
-
-def _js(log_r, which) -> float:
-    parts = _restricted(log_r, which)
-    own = [float(part[:, k].mean()) for k, part in enumerate(parts)]
-    return max(0.0, math.log(len(parts)) + sum(own) / len(parts))
-
-
-def _acceptance(log_r, which, formula: Posterior) -> float:
-    """The mean over all labels that can be the anchor; with equal odds they agree, so all samples count."""
-    parts = _restricted(log_r, which)
-    anchors = sorted(set(formula.labels))
-    return sum(float((formula.value(parts[i]) - parts[i][:, i]).exp().mean()) for i in anchors) / len(anchors)
-
-
-def _support_distance(log_r, i: int, j: int) -> float:
-    t, u = (log_r[k][:, i] - log_r[k][:, j] for k in (i, j))
-    return float(_nearest(t, u).mean() + _nearest(u, t).mean()) / 2
-
-
-def _nearest(t: Float[Tensor, "a"], others: Float[Tensor, "b"]) -> Float[Tensor, "a"]:
-    """The distance of each number to the nearest of the others."""
-    others = others.sort().values
-    k = torch.searchsorted(others, t)
-    sides = torch.stack([others[(k - 1).clamp(min=0)], others[k.clamp(max=len(others) - 1)]])
-    return torch.where(sides == t, 0.0, (sides - t).abs()).amin(0)
-
-
-def _pool(log_r, which) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n"]]:
-    """All samples of these models, each model with the same weight in total."""
-    parts = _restricted(log_r, which)
-    log_w = [torch.full_like(part[:, 0], -math.log(len(part) * len(parts))) for part in parts]
-    return torch.cat(parts), torch.cat(log_w)
-
-
-def _operands(composition: Composition, leaves: Sequence[BaseModel], log_r, log_w) -> Float[Tensor, "n k"]:
-    """The log-densities of a composition's operands against the sum of the leaves', inner compositions normalised."""
-    columns = []
-    for model in composition.models:
-        if not isinstance(model, Composition):
-            columns.append(log_r[:, next(i for i, leaf in enumerate(leaves) if same_model(leaf, model))])
-            continue
-        if abs(model.formula.degree - 1) > 1e-12:
-            raise ValueError(f"Shares cannot normalise {model}, of degree {model.formula.degree:g}; its samples have a log Z.")
-        ell = model.formula.value(_operands(model, leaves, log_r, log_w))
-        columns.append(ell - (log_w + ell + math.log(len(leaves))).logsumexp(0))
-    return torch.stack(columns, dim=-1)
+    @classmethod
+    def join(cls, parts: Sequence[Diagnostics]) -> Diagnostics:
+        """Of several runs together. Where all of them estimate one Z, so does their mean."""
+        runs = [run for part in parts for run in (part.parts or [part])]
+        first = runs[0]
+        same = {name: value for name, value in vars(first).items() if all(vars(run)[name] == value for run in runs)}
+        joined = cls(same.get("road", "several"), same.get("formula", ""), same.get("steps", 0), parts=runs)
+        estimates = [(run.particles, run.log_z, run.log_z_error) for run in runs]
+        if "formula" in same and all(None not in estimate for estimate in estimates):
+            n, log_z, error = (torch.tensor(column, dtype=torch.float64) for column in zip(*estimates, strict=True))
+            share = torch.softmax(n.log() + log_z, 0)
+            joined.log_z = float((n.log() + log_z).logsumexp(0) - n.sum().log())
+            joined.log_z_error = float((share * error).square().sum().sqrt())
+        return joined

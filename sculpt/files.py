@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["save_folder", "load_folder", "replace_file", "read_json"]
+__all__ = ["load_folder", "read_json", "read_tensors", "read_tensors_and_metadata", "replace_file", "save_folder"]
 
 FORMAT = 1
 
@@ -74,3 +74,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} is not a readable safetensors file: truncated or damaged ({error}). Copy or download it again."
         ) from None
+
+
+def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file with what its header says, or an error that says what is wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}. Check the path.")
+    tensors = read_tensors(path)
+    with safe_open(path, "pt") as file:
+        return tensors, file.metadata() or {}

@@ -11,14 +11,30 @@ import inspect
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sculpt.base import BaseModel
-from sculpt.classifier import Classifier
+from sculpt.classifier.guide import Guide
+from sculpt.classifier.heads import Classifier
 from sculpt.files import read_json
+from sculpt.model import BaseModel
+
+if TYPE_CHECKING:
+    from sculpt.diffusion.denoiser import DiffusionComposition
+    from sculpt.gflownet.model import GFlowNetComposition
+
+    class LoadedComposition(DiffusionComposition, GFlowNetComposition):
+        """A composition of what was loaded."""
+
+    class Loaded(BaseModel, Guide):
+        """What a type checker is told that :func:`load` gives: only the folder knows which family it holds, or a classifier."""
+
+        def __or__(self, other: BaseModel) -> LoadedComposition: ...
+        def __and__(self, other: BaseModel) -> LoadedComposition: ...
+        def __sub__(self, other: BaseModel) -> LoadedComposition: ...
+
 
 __all__ = ["load", "kind_of", "locate"]
 
@@ -46,7 +62,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **condition: Any,
-) -> BaseModel | Classifier:
+) -> Loaded:
     """Read a base model or a classifier from a folder, or from the Hub (``owner/name``).
 
     Args:
@@ -143,7 +159,7 @@ _EXPECTED = (
 
 
 def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:
-    from sculpt.diffusion.model import Diffusion
+    from sculpt.diffusion.diffusers.adapter import Diffusion
 
     known = [
         name

@@ -9,52 +9,63 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sculpt.files import replace_file
-from sculpt.particles import Diagnostics, Samples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = ["density2d", "points2d", "compare2d", "image_grid", "image_panels", "ess_curve", "molecule_density", "save"]
+    from sculpt.diagnostics import Diagnostics
+    from sculpt.samples import Samples
+
+__all__ = ["compare2d", "density2d", "ess_curve", "image_grid", "image_panels", "molecule_density", "png", "points2d", "save"]
 
 INK, FAINT = "#2b2135", "#8c8698"
 
 
+@runtime_checkable
+class _Result(Protocol):
+    """Samples, which this module draws and does not import: they draw themselves with it."""
+
+    diagnostics: Any
+
+    def decode(self) -> Any: ...
+
+
+@runtime_checkable
+class _Scored(Protocol):
+    """Samples that know their scores: molecules."""
+
+    def table(self, rewards: Sequence[str]) -> Mapping[str, Any]: ...
+
+
 def density2d(values: Tensor, half_width: float, title: str = "") -> Figure:
-    """A density on a square grid of side ``2 * half_width``: ``values[i, j]`` at the i-th x and the j-th y."""
-    figure = _figure(3.2, 3.4)
-    axes = figure.add_subplot()
+    """A density on a square grid of side ``2 * half_width``, below its ``title``: ``values[i, j]`` at the i-th x and the j-th y."""
+    figure, axes = _figure(3.2, 3.4, title)
     _density(axes, values, half_width)
-    axes.set_title(title, fontsize=10, color=INK)
     return figure
 
 
 def points2d(x: Tensor, title: str = "") -> Figure:
-    """Samples in the plane: as a heat map where they are integers (the cells of a grid), else as points."""
-    figure = _figure(3.4, 3.6)
-    axes = figure.add_subplot()
+    """Samples x in the plane, below a ``title``: a heat map where they are integers (the cells of a grid), else points."""
+    figure, axes = _figure(3.4, 3.6, title)
     x = x.cpu()
     if x.is_floating_point():
         half_width = 1.05 * float(x.abs().max().clamp(min=1e-6))
         size = min(9.0, max(0.5, 4000 / len(x)))
-        axes.scatter(*x.T.numpy(), s=size, color="#5b2a86", alpha=0.5, linewidths=0)
-        axes.set_xlim(-half_width, half_width)
-        axes.set_ylim(-half_width, half_width)
-        axes.set_aspect("equal")
-        axes.tick_params(labelsize=7, colors=FAINT, length=2)
-        for spine in axes.spines.values():
-            spine.set_color("#d9d4e0")
+        axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=size, color="#5b2a86", alpha=0.5, linewidths=0)
+        axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal")
+        _frame(axes)
     else:
         side = int(x.max()) + 1
         counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
         _density(axes, counts.double(), side / 2)
-    axes.set_title(title, fontsize=10, color=INK)
     return figure
 
 
@@ -75,12 +86,14 @@ def compare2d(
         half_width: every panel shows the square of side ``2 * half_width`` around the origin.
         columns: their names, left to right.
         outlines: densities by name, drawn as the line where they fall to half of their peak.
+        title: above all of them.
         bins: samples are counted on a grid of so many cells a side.
     """
     side = 1.75
-    figure = _figure(side * len(columns) + 0.45, (side + 0.3) * len(rows) + (0.65 if title else 0.35))
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for row, line in zip(rows, grid, strict=True):
+    size = side * len(columns) + 0.45, (side + 0.3) * len(rows) + (0.65 if title else 0.35)
+    figure, grid = _panels(len(rows) * len(columns), len(columns), size, title)
+    for k, row in enumerate(rows):
+        line = grid[k * len(columns) : (k + 1) * len(columns)]
         # Counts and density share their colours: both are mass per area, and the row's target sets the scale.
         target = next((p for p in (row.get(name) for name in columns) if isinstance(p, Tensor) and _is_density(p)), None)
         top = None if target is None else 1.15 * float(target.max()) / float(target.mean())
@@ -96,19 +109,23 @@ def compare2d(
                 axes.set_title(name, fontsize=9.5, color=INK, pad=6)
             axes.set_xlabel(row.get("captions", {}).get(name, ""), fontsize=7.5, color=FAINT, labelpad=3)
         line[0].set_ylabel(row["title"], fontsize=10.5, color=INK, labelpad=8)
-    if title:
-        figure.suptitle(title, fontsize=12.5, color=INK)
     return figure
 
 
 def image_grid(images: Tensor | Samples, columns: int | None = None, title: str = "") -> Figure:
-    """Images ``(n, c, h, w)`` in [0, 1] with one or three channels, edge to edge."""
-    if isinstance(images, Samples):
+    """Images edge to edge.
+
+    Args:
+        images: ``(n, c, h, w)`` in [0, 1] with one or three channels, or samples of an image model.
+        columns: images in a row; by default as many as there are rows.
+        title: above them; samples bring their formula.
+    """
+    if isinstance(images, _Result):
         title = title or images.diagnostics.formula
     canvas, columns = _tiles(images, columns)
     width = min(12.0, max(3.0, columns * 0.9))
-    figure = _figure(width, width * canvas.shape[0] / canvas.shape[1] + (0.4 if title else 0.0))
-    _picture(figure.add_subplot(), canvas, title)
+    figure, axes = _figure(width, width * canvas.shape[0] / canvas.shape[1] + (0.4 if title else 0.0), title)
+    _picture(axes, canvas)
     return figure
 
 
@@ -127,29 +144,26 @@ def image_panels(
         columns: panels in a row.
         across: images in a row of each panel.
         captions: a line for below a panel, by its title.
+        title: above all of them.
     """
     if not panels:
         raise ValueError("There is nothing to draw: pass images by title, {'p': images, ...}.")
     tiles = {name: _tiles(images, across)[0] for name, images in panels.items()}
-    rows = math.ceil(len(tiles) / columns)
     shape = max(canvas.shape[0] / canvas.shape[1] for canvas in tiles.values())
-    figure = _figure(3.0 * columns, (3.0 * shape + 0.5) * rows + (0.3 if title else 0.0))
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    size = 3.0 * columns, (3.0 * shape + 0.5) * math.ceil(len(tiles) / columns) + (0.3 if title else 0.0)
+    figure, grid = _panels(len(tiles), columns, size, title)
     for axes, (name, canvas) in zip(grid, tiles.items(), strict=False):
-        _picture(axes, canvas, name)
+        axes.set_title(name, fontsize=10, color=INK)
+        _picture(axes, canvas)
         axes.text(
             0.5, -0.02, (captions or {}).get(name, ""), transform=axes.transAxes, fontsize=8, color=FAINT, ha="center", va="top"
         )
-    for axes in grid[len(tiles) :]:
-        axes.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=12.5, color=INK)
     return figure
 
 
 def _tiles(images: Tensor | Samples, columns: int | None) -> tuple[Tensor, int]:
     """The images on one white canvas ``(height, width, channels)``, and how many stand in a row."""
-    images = images.decode() if isinstance(images, Samples) else images
+    images = images.decode() if isinstance(images, _Result) else images
     if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
         got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"Images are shown from tensors (n, 1 or 3, height, width), got {got}. Latents need decode().")
@@ -164,33 +178,27 @@ def _tiles(images: Tensor | Samples, columns: int | None) -> tuple[Tensor, int]:
     return canvas.permute(1, 2, 0), columns
 
 
-def _picture(axes: Axes, canvas: Tensor, title: str) -> None:
+def _picture(axes: Axes, canvas: Tensor) -> None:
     axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(title, fontsize=10, color=INK)
 
 
 def ess_curve(diagnostics: Diagnostics | Samples) -> Figure:
-    """The effective share of the particles along the way. Jumps upwards are resamplings."""
-    diagnostics = diagnostics.diagnostics if isinstance(diagnostics, Samples) else diagnostics
+    """The effective share of the particles along the way, from samples or their ``diagnostics``. Jumps upwards are resamplings."""
+    diagnostics = diagnostics.diagnostics if isinstance(diagnostics, _Result) else diagnostics
     if not (diagnostics.particles and diagnostics.ess):
         raise ValueError(
             f"No particles were weighted on this road ({diagnostics.road or 'unknown'}): there is no curve to draw."
         )
-    figure = _figure(5.0, 2.6)
-    axes = figure.add_subplot()
+    figure, axes = _figure(5.0, 2.6, diagnostics.formula)
     share = [ess / diagnostics.particles for ess in diagnostics.ess]
     axes.plot(range(1, len(share) + 1), share, color="#5b2a86", linewidth=1.6)
-    axes.set_ylim(0, 1.03)
-    axes.set_xlim(1, len(share))
+    axes.set(xlim=(1, len(share)), ylim=(0, 1.03))
     axes.set_xlabel("weighting", fontsize=9, color=FAINT)
     axes.set_ylabel("effective share of particles", fontsize=9, color=FAINT)
-    axes.set_title(diagnostics.formula, fontsize=10, color=INK)
     axes.tick_params(labelsize=8, colors=FAINT)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
     return figure
 
 
@@ -210,54 +218,72 @@ def molecule_density(
         x, y: the rewards.
         high: from where on each is called high. Lines are drawn there, and each panel tells the share beyond both.
         columns: panels in a row; by default all of them, at most four.
+        title: above all of them.
     """
     if not panels:
         raise ValueError("There is nothing to draw: pass samples by title, {'seh': samples, ...}.")
     tables = {}
     for name, panel in panels.items():
-        table = panel.table([x, y]) if hasattr(panel, "table") else panel
+        table = panel.table([x, y]) if isinstance(panel, _Scored) else panel
         weight = next((table[key] for key in ("weight", "count") if key in table), torch.ones(len(table[x])))
         tables[name] = [torch.tensor(list(column), dtype=torch.float64) for column in (table[x], table[y], weight)]
     tops = [max(1.0, max(float(table[k].quantile(0.999)) for table in tables.values())) for k in (0, 1)]
     columns = columns or min(len(tables), 4)
-    rows = math.ceil(len(tables) / columns)
-    figure = _figure(2.35 * columns + 0.4, 2.5 * rows + (0.65 if title else 0.3))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    size = 2.35 * columns + 0.4, 2.5 * math.ceil(len(tables) / columns) + (0.65 if title else 0.3)
+    figure, grid = _panels(len(tables), columns, size, title, sharex=True, sharey=True)
     for axes, (name, (p, q, w)) in zip(grid, tables.items(), strict=False):
         axes.imshow(_smooth(p / tops[0], q / tops[1], w).T.numpy(), origin="lower", extent=(0, tops[0], 0, tops[1]), cmap=_cmap(),
                     vmin=0, aspect="auto", interpolation="bilinear")  # fmt: skip
         axes.set_title(name, fontsize=10, color=INK, pad=15 if high else 6)
-        axes.tick_params(labelsize=7, colors=FAINT, length=2)
-        for spine in axes.spines.values():
-            spine.set_color("#d9d4e0")
+        _frame(axes)
         if high is not None:
             axes.axvline(high[0], color=FAINT, linewidth=0.7, linestyle="dashed")
             axes.axhline(high[1], color=FAINT, linewidth=0.7, linestyle="dashed")
             share = float(w[(p >= high[0]) & (q >= high[1])].sum() / w.sum())
             axes.text(0.5, 1.025, f"{share:.0%} high in both", transform=axes.transAxes, fontsize=7.5, color=FAINT, ha="center")
-    for axes in grid[len(tables) :]:
-        axes.set_axis_off()
     figure.supxlabel(_REWARDS.get(x, x), fontsize=9, color=INK)
     figure.supylabel(_REWARDS.get(y, y), fontsize=9, color=INK)
-    if title:
-        figure.suptitle(title, fontsize=12.5, color=INK)
     return figure
 
 
 _REWARDS = {"seh": "sEH reward: predicted binding", "sa": "SA reward: ease of synthesis", "qed": "QED: drug-likeness"}
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, all of it or nothing."""
+def png(figure: Figure) -> bytes:
+    """The bytes of a ``figure`` as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    replace_file(Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a ``figure`` as a PNG file with this ``path``: all of it or nothing."""
+    replace_file(Path(path), png(figure))
+
+
+def _empty(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state, any backend
 
     return Figure(figsize=(width, height), dpi=160, layout="constrained")
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    """A figure of one panel."""
+    figure = _empty(width, height)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, color=INK)
+    return figure, axes
+
+
+def _panels(n: int, columns: int, size: tuple[float, float], title: str, **shared: Any) -> tuple[Figure, Sequence[Axes]]:
+    """n panels, row by row; what is left of the last row stays empty."""
+    figure = _empty(*size)
+    grid = figure.subplots(math.ceil(n / columns), columns, squeeze=False, **shared).flatten()
+    for axes in grid[n:]:
+        axes.set_axis_off()
+    if title:
+        figure.suptitle(title, fontsize=12.5, color=INK)
+    return figure, grid[:n]
 
 
 def _is_density(panel: Tensor) -> bool:
@@ -297,7 +323,7 @@ def _outline(axes: Axes, outlines: Mapping[str, Tensor], half_width: float, name
             axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
 
 
-def _cmap():
+def _cmap() -> Colormap:
     """Magma upside down, its pale end faded to white: no density is no ink."""
     import matplotlib
     from matplotlib.colors import LinearSegmentedColormap
@@ -313,6 +339,11 @@ def _density(axes: Axes, values: Tensor, half_width: float, top: float | None = 
     axes.imshow(values.T.numpy(), origin="lower", extent=extent, cmap=_cmap(), vmin=0, vmax=top, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
+    _frame(axes)
+
+
+def _frame(axes: Axes) -> None:
+    axes.tick_params(labelsize=7, colors=FAINT, length=2)
     for spine in axes.spines.values():
         spine.set_color("#d9d4e0")
         spine.set_linewidth(0.8)

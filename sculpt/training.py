@@ -1,328 +1,288 @@
-"""Training a classifier: the store of base-model samples, the loop, and its state, which a killed run continues from."""
+"""Training that may be killed at any time: the one loop of ``sculpt.fit`` and of the recipes in ``pretrained/``.
+
+The loop is a generator, so logging, evaluation, saving and early stopping stay with the caller:
+
+.. code-block:: python
+
+    training = Training(network, torch.optim.Adam(network.parameters(), 1e-3), folder, identity={"name": "cyan", "steps": steps})
+    training.resume(buffer=buffer)
+    for row in training.run(loss, steps):
+        if training.step % 100 == 0:
+            training.save()
+"""
 
 from __future__ import annotations
 
-import abc
-import collections
 import copy
-import itertools
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from sculpt.base import BaseModel, check_composable
-from sculpt.classifier import Batch, Classifier
-from sculpt.files import load_folder, save_folder
+from sculpt.files import read_tensors_and_metadata, replace_file
 
-__all__ = ["Replay", "fit"]
+__all__ = ["Kept", "Training", "clock_of", "constant", "cosine", "mean", "read_state", "seed_of_step"]
 
+FORMAT = 1
 
-WORSE = 0.01
-"""Of all that there is to know, log m nats: by so much may p(y|x) get worse on held-out samples before labels teach it no more."""
-PROGRESS = ("step", "best", "best_terminal", "settled", "stale", "history")
+N = TypeVar("N", bound=nn.Module)
 
-
-class Replay(abc.ABC):
-    """A bounded store of base-model samples, drawn once, and the training batches made from it."""
-
-    weights: dict[str, float] = {"terminal": 1.0, "marginal": 1.0, "joint": 1.0}
-    """What each of the losses counts."""
-    settled = False
-    """Whether labels teach the terminal head no more, so that it follows the teacher (where a family has nothing better than labels).
-    Set by the training."""
-
-    @abc.abstractmethod
-    def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> Batch:
-        """A batch of about ``size`` finished samples per model, from the training or from the held-out part."""
-
-    @abc.abstractmethod
-    def default_network(self) -> nn.Module:
-        """A backbone for these states, with ``width`` and, so that it can be saved, a JSON ``config``."""
-
-    @property
-    def children(self) -> int:
-        """How many children a state's features score in one pass; 1 for the state itself."""
-        return 1
-
-    @property
-    def batch_size(self) -> int:
-        """Finished samples per model and step, where the caller does not say."""
-        return 256
-
-    def refresh(self, teacher: Classifier, generator: torch.Generator, device: torch.device) -> None:  # noqa: B027
-        """Called before the first step and now and then: what a family keeps of the teacher's targets is to be made anew."""
-
-    def losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        size: int,
-        generator: torch.Generator,
-        log_odds_range: float,
-        device: torch.device,
-        held_out: bool = False,
-    ) -> dict[str, Tensor]:
-        """The classifier's losses on a new batch, ``teacher`` giving the targets. A family that knows better ones overrides it."""
-        batch = self.draw(size, generator, held_out).to(device)
-        log_odds = draw_log_odds(len(batch.owner), classifier, log_odds_range, generator)
-        follow = self.settled and not held_out
-        return classifier.losses(batch, teacher, None if log_odds is None else log_odds.to(device), follow=follow)
+Row = dict[str, Any]
+"""Numbers to log. Those of a step may still be tensors, so that a GPU is not waited for; :func:`mean` makes floats of them."""
+Loss = Callable[[int], tuple[Tensor, Row]]
+"""From the seed of a step to the loss of a batch that is drawn with it, and what else to log."""
 
 
-def draw_log_odds(n: int, classifier, width: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
-    """Log-odds to train with, from U[-width, width] each; None where the classifier takes none."""
-    if not classifier.odds:
-        return None
-    log_odds = width * (2 * torch.rand(n, classifier.m, generator=generator) - 1)
-    # Of two models only the ratio counts; it is to cover the range evenly.
-    return torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else log_odds
+@runtime_checkable
+class Kept(Protocol):
+    """What belongs to the state of a training: modules, and everything else with these two methods."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Its tensors by name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any:
+        """Take them back."""
 
 
-@torch.random.fork_rng(devices=[])
-def fit(
-    models: Sequence[BaseModel],
-    observations: int = 2,
-    odds: bool | float = False,
-    *,
-    network: nn.Module | None = None,
-    steps: int = 4000,
-    batch_size: int | None = None,
-    learning_rate: float = 2e-3,
-    patience: int | None = 20,
-    checkpoint: str | Path | None = None,
-    device: torch.device | str | None = None,
-    mixed_precision: bool | None = None,
-    seed: int = 0,
-    progress: bool = True,
-    **replay_options,
-) -> Classifier:
-    r"""Train a classifier for a set of base models: once, for all label sets, odds (``odds=True``) and compositions of them.
+class Training(Generic[N]):
+    r"""A network, its average, its optimiser and how far they are.
+
+    The average forgets quickly at first, and remembers about a tenth of the steps so far:
+
+    .. math:: \bar\theta \leftarrow d \, \bar\theta + (1 - d) \, \theta, \qquad d = \min \bigl( \text{decay}, \tfrac{1 + k}{10 + k} \bigr)
+
+    Every step k has a seed of its own, and all that the next step depends on is in one file, which is replaced as a whole. So a killed
+    training ends with the same bits as one that was not killed.
 
     Args:
-        models: the base models; their order fixes the labels, their keys are saved.
-        observations: n, how many labels one sample may be conditioned on; fewer are fine later.
-        odds: whether odds are an input. A number r draws log-odds from U[-r, r] (``True``: 3.5).
-        network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``. For images,
-            ``sculpt.diffusion.encoder.UNetEncoder.of(model)`` begins with what a base model's UNet has learned.
-        batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
-        patience: stop early after this many of the 40 held-out evaluations without improvement. ``None`` trains to the end and
-            keeps the last weights: the sum of held-out losses is not always least where a classifier guides best.
-            Few samples are not learned by heart either way: labels teach p(y|x) only while that helps on held-out samples.
-        checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
-        mixed_precision: bfloat16 autocast; by default on a GPU only.
-        replay_options: for the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
-            cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``;
-            ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers);
-            ``composed`` whether GFlowNet classifiers see trajectories of compositions too: for models that overlap little.
-
-    Returns the averaged weights with the best held-out loss (or the last); ``classifier.history`` is the training curve.
-    """
-    models = list(models)
-    if len(models) < 2:
-        raise ValueError(f"A classifier tells base models apart, got {len(models)}. Pass two or more.")
-    check_composable(models)
-    for p, q in itertools.combinations(models, 2):
-        if p.key == q.key:
-            raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
-    if observations < 2:
-        raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
-    device = torch.device(device or models[0].device)
-    mixed_precision = device.type == "cuda" if mixed_precision is None else mixed_precision
-    replay = models[0].replay(models, seed=seed, progress=progress, checkpoint=checkpoint, **replay_options)
-
-    batch_size = batch_size or replay.batch_size
-    torch.random.default_generator.manual_seed(seed)
-    classifier = Classifier(
-        copy.deepcopy(network) if network is not None else replay.default_network(),
-        [model.key for model in models],
-        observations,
-        bool(odds),
-        children=replay.children,
-        names=[str(model) for model in models],
-    ).to(device)
-    log_odds_range = 3.5 if odds is True else float(odds)
-    settings = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "log_odds_range": log_odds_range,
-        "seed": seed,
-    }
-    run = _Training(classifier, settings, replay.weights, checkpoint, keep_last=patience is None)
-
-    every = max(1, steps // 40)
-    held_out_batches = max(1, min(8, every // 4))  # a short training is not spent on looking at itself
-
-    def evaluate() -> dict[str, float]:
-        # The same held-out states and odds every time, so that the curve has no noise of its own.
-        generator = torch.Generator().manual_seed(seed + 1)
-        totals = collections.defaultdict(float)
-        with torch.no_grad():
-            for _ in range(held_out_batches):
-                losses = replay.losses(run.average, run.teacher, batch_size, generator, log_odds_range, device, held_out=True)
-                for name, loss in losses.items():
-                    totals[f"held_out_{name}"] += float(loss) / held_out_batches
-        return dict(totals)
-
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=steps, initial=run.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1)
-    with bar:
-        while run.step < steps and (patience is None or run.stale < patience):
-            generator = torch.Generator().manual_seed(_seed_of_step(seed, run.step))
-            torch.random.default_generator.manual_seed(_seed_of_step(seed, run.step))  # for a backbone's dropout
-            if run.step % every == 0:  # states are kept at these steps, and a resumed run begins with one of them
-                replay.refresh(run.teacher, torch.Generator().manual_seed(_seed_of_step(seed + 1, run.step)), device)
-            replay.settled = run.settled
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
-                losses = replay.losses(classifier, run.teacher, batch_size, generator, log_odds_range, device)
-            # The targets come from a terminal head that knows nothing at first: what rests on them is ramped in.
-            ramp = {"joint": min(1.0, run.step / (0.1 * steps))}
-            ramp["path"] = ramp["joint"]
-            run.update(sum(ramp.get(name, 1.0) * replay.weights[name] * loss for name, loss in losses.items()))
-            bar.update()
-            if run.step % every == 0 or run.step == steps:
-                run.record({**{name: loss.item() for name, loss in losses.items()}, **evaluate()})
-                bar.set_postfix(held_out=f"{run.history[-1]['held_out_joint']:.4f}", best=f"{run.best:.4f}")
-    return run.finish()
-
-
-def _seed_of_step(seed: int, step: int) -> int:
-    """Every step has its own seed, so a resumed run draws what the uninterrupted one would have."""
-    return (seed + 1) * 1_000_003 + step
-
-
-class _Training:
-    """Weights, their average, the optimiser and the curve; saved as one and resumed as one.
-
-    The average gives the others' targets and learns from labels itself, as long as that helps on held-out samples. A head that knows
-    its samples by heart gives all of a model's the same target: so from then on the best average so far is the teacher.
+        network: what is trained, on its device already.
+        optimizer: over the network's parameters, and over others that are kept (:meth:`resume`).
+        folder: where the state is kept; ``None`` keeps none.
+        identity: JSON settings that the result depends on. A state with other ones is refused.
+        rate: from the step to the factor of the optimiser's learning rates.
+        clip: the largest norm of the network's gradient; larger ones are scaled down to it.
+        decay: of the average.
+        seed: where the seeds of the steps begin.
+        threads: how many shares of a batch are computed side by side, each by one thread; their gradients are averaged.
+        bfloat16: whether the loss is computed under autocast to bfloat16.
     """
 
     def __init__(
         self,
-        classifier: Classifier,
-        settings: dict[str, Any],
-        weights: dict[str, float],
-        checkpoint: str | Path | None,
-        keep_last: bool = False,
+        network: N,
+        optimizer: torch.optim.Optimizer,
+        folder: str | Path | None = None,
+        *,
+        identity: Mapping[str, Any] | None = None,
+        rate: Callable[[int], float] | None = None,
+        clip: float = math.inf,
+        decay: float = 0.999,
+        seed: int = 0,
+        threads: int = 1,
+        bfloat16: bool = False,
     ):
-        steps, learning_rate, self.weights = settings["steps"], settings["learning_rate"], weights
-        self.classifier, self.average = classifier.train(), copy.deepcopy(classifier).eval().requires_grad_(False)
-        self.best_weights = copy.deepcopy(self.average.state_dict())
-        self.best_teacher, self.best_terminal, self.settled = copy.deepcopy(self.average), float("inf"), False
-        self.optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=1e-4)
-        warm_up = max(1, steps // 20)
+        self.network, self.optimizer = network.train(), optimizer
+        self.average = copy.deepcopy(network).requires_grad_(False).eval()
+        self.folder = None if folder is None else Path(folder)
+        self.identity: dict[str, Any] = json.loads(json.dumps(dict(identity or {})))
+        self.rate, self.clip, self.decay, self.seed = rate or constant, clip, decay, seed
+        self.threads, self.bfloat16 = threads, bfloat16
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[Row] = []
+        """Rows that the caller wants kept, such as evaluations."""
+        self.device = next(network.parameters()).device
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._kept: dict[str, Kept] = {"network": self.network, "average": self.average}
+        self._saved = time.monotonic()
 
-        def rate(step: int) -> float:
-            return min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+    # The loop
 
-        self.rate, self.learning_rate, self.steps = rate, learning_rate, steps
-        self.step, self.best, self.stale, self.history, self.keep_last = 0, float("inf"), 0, [], keep_last
-        self.folder = None if checkpoint is None else Path(checkpoint)
-        self.identity = {"kind": "training", "version": 2, **settings}
-        self.identity["classifier"] = {
-            key: value for key, value in classifier.config.items() if key not in ("history", "names")
-        }
-        self.started = self.saved = time.monotonic()
-        if self.folder is not None and (self.folder / "training" / "config.json").exists():
-            self.resume()
+    def run(self, loss: Loss, steps: int) -> Iterator[Row]:
+        """Train until so many steps have been taken in all; yield a row after each. A loop that is left can be entered again.
 
-    @property
-    def teacher(self) -> Classifier:
-        return self.best_teacher if self.settled else self.average
+        Args:
+            loss: takes the seed of a step (with threads, of a share of it) and gives the loss of its batch and what else to log.
+            steps: the number of the last step.
+        """
+        clock = clock_of(self.device)
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            each: Callable[..., Any] = pool.map if self.threads > 1 else map
+            while self.step < steps:
+                started = clock()
+                seeds = [seed_of_step(self.seed, self.step * self.threads + i) for i in range(self.threads)]
+                torch.default_generator.manual_seed(seeds[0])  # for dropout
+                gradients, rows = zip(*each(lambda seed: self._gradients(loss, seed), seeds), strict=True)
+                norm = self._update(gradients)
+                self.seconds += clock() - started
+                yield mean(rows) | {"norm": norm}
 
-    def update(self, loss: Tensor) -> None:
-        if not loss.isfinite():
+    def _gradients(self, loss: Loss, seed: int) -> tuple[tuple[Tensor | None, ...], Row]:
+        """Of one share of a batch, and what to log of it."""
+        # Threads share autocast's cache, and the first one to end would clear it.
+        with torch.autocast(self.device.type, torch.bfloat16, self.bfloat16, cache_enabled=self.threads == 1):
+            value, row = loss(seed)
+        if not value.isfinite():
             raise FloatingPointError(
-                f"The classifier's loss is {loss.item()} at step {self.step}. Lower learning_rate, or look for NaN in the base samples."
+                f"The loss is {value.item()} at step {self.step}; the last saved state is untouched. Lower the learning rate, or look for "
+                "NaN in the samples."
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.rate(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        row = {"loss": value.item(), **row}
         try:
-            loss.backward()
+            if self.threads > 1:
+                return torch.autograd.grad(value, self.parameters, allow_unused=True), row
+            # The whole graph: a derivative with respect to the parameters alone passes over layers that have no second one.
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            return tuple(parameter.grad for parameter in self.parameters), row
         except RuntimeError as error:
             if "derivative" not in str(error) and "differentiate twice" not in str(error):
                 raise
             raise ValueError(
-                f"The gradient of {type(self.classifier.network).__name__} is trained too, and it has no second derivative: {error}. "
-                "Pass path=False to train its probabilities alone, or use layers that have one."
+                f"The loss contains a gradient of {type(self.network).__name__}, which has no second derivative: {error}. "
+                "Use layers that have one, or train without that loss (sculpt.fit: path=False)."
             ) from None
-        nn.utils.clip_grad_norm_(self.classifier.parameters(), 1.0)
+
+    def _update(self, gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+        """One step of the optimiser and of the average; returns the gradient's norm."""
+        if self.threads > 1:
+            for parameter, *shares in zip(self.parameters, *gradients, strict=True):
+                parts = [part for part in shares if part is not None]
+                # Laid out as the parameter is: fused optimisers want that, and cuDNN does not always do it.
+                parameter.grad = torch.empty_like(parameter).copy_(sum(parts) / self.threads) if parts else None
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self.rate(self.step)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
         self.step += 1
-        # Short memory at first, then a window of about a tenth of the steps so far.
-        decay = min(0.999, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for mean, value in zip(self.average.state_dict().values(), self.classifier.state_dict().values(), strict=True):
-                mean.lerp_(value, 1 - decay) if mean.is_floating_point() else mean.copy_(value)
+        self._follow(min(self.decay, (1 + self.step) / (10 + self.step)))
+        return norm
 
-    def record(self, row: dict[str, float]) -> None:
-        self.history.append({"step": self.step, **row})
-        terminal = row["held_out_terminal"]
-        if terminal <= self.best_terminal:
-            self.best_terminal, self.settled = terminal, False
-            self.best_teacher.load_state_dict(self.average.state_dict())
-        elif terminal > self.best_terminal + WORSE * math.log(self.classifier.m):
-            self.settled = True
-        held_out = sum(weight * row[f"held_out_{name}"] for name, weight in self.weights.items())
-        # While the ramp is on, the targets themselves still move: no judgement yet.
-        ramping = self.step < 0.15 * self.steps
-        if held_out < self.best or ramping or self.keep_last:
-            self.best, self.stale = held_out, 0
-            self.best_weights = copy.deepcopy(self.average.state_dict())
-        else:
-            self.stale += 1
-        if self.folder is not None and (time.monotonic() - self.saved > 30 or self.step >= self.steps or self.stale):
-            self.save()
+    @torch.no_grad()
+    def _follow(self, decay: float) -> None:
+        """Move the average; what is no floating-point number is copied."""
+        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
+        averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
 
-    def save(self) -> None:
-        tensors = {f"weights.{name}": value for name, value in self.classifier.state_dict().items()}
-        tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        tensors |= {f"teacher.{name}": value for name, value in self.best_teacher.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": torch.as_tensor(value) for name, value in state.items()}
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        save_folder(self.folder / "training", {**self.identity, **progress}, tensors)
-        self.saved = time.monotonic()
+    # The state
 
-    def resume(self) -> None:
-        config, tensors = load_folder(self.folder / "training", kind="training")
-        if wrong := [key for key, value in self.identity.items() if config.get(key) != value]:
+    def save(self, every: float = 0.0) -> None:
+        """Write the state, unless it was written less than ``every`` seconds ago."""
+        if self.folder is None or time.monotonic() - self._saved < every:
+            return
+        parts: dict[str, Mapping[str, Any]] = {name: kept.state_dict() for name, kept in self._kept.items()}
+        parts |= {f"optimizer.{i}": state for i, state in self.optimizer.state_dict()["state"].items()}
+        tensors = {
+            f"{part}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
+        about = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        note = json.dumps({"format": FORMAT, "identity": self.identity, **about})
+        replace_file(_path(self.folder), save(tensors, {"training": note}))
+        self._saved = time.monotonic()
+
+    def resume(self, **kept: Kept) -> bool:
+        """Continue from the saved state; ``False`` where there is none.
+
+        Args:
+            kept: what else belongs to the state, by name: buffers of samples, other weights, parameters beside the network's.
+        """
+        self._kept |= kept
+        if self.folder is None or not _path(self.folder).exists():
+            return False
+        note, parts = read_state(self.folder)
+        self._check_identity(note["identity"])
+        try:
+            for name, one in self._kept.items():
+                one.load_state_dict(parts.get(name, {}))
+        except RuntimeError as error:
+            raise ValueError(f"{_path(self.folder)} does not fit this training: {error} Give another folder.") from None
+        moments = {int(name.partition(".")[2]): part for name, part in parts.items() if name.startswith("optimizer.")}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.step, self.seconds, self.curve = note["step"], note["seconds"], note["curve"]
+        return True
+
+    def _check_identity(self, saved: dict[str, Any]) -> None:
+        names = [name for name in {**self.identity, **saved} if self.identity.get(name) != saved.get(name)]
+        if names:
+            said = ", ".join(
+                f"{name} is {saved.get(name)!r:.60} there and {self.identity.get(name)!r:.60} here" for name in names
+            )
             raise ValueError(
-                f"{self.folder} holds the training of another classifier: {', '.join(wrong)} differ. "
-                "Call fit with the same arguments to continue it, or give another checkpoint folder."
+                f"{self.folder} holds another training: {said}. Start it with the same settings to continue it, or give another folder."
             )
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        self.classifier.load_state_dict(part("weights."))
-        self.average.load_state_dict(part("average."))
-        self.best_weights = {name: value.to(self.average.state_dict()[name].device) for name, value in part("best.").items()}
-        state = collections.defaultdict(dict)
-        for name, value in part("optimizer.").items():
-            i, _, key = name.partition(".")
-            state[int(i)][key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(state)})
-        self.best_teacher.load_state_dict(part("teacher."))
-        for name in PROGRESS:
-            setattr(self, name, config[name])
+def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The note of a saved training (``identity``, ``step``, ``seconds``, ``curve``), and the tensors of its parts by name.
 
-    def finish(self) -> Classifier:
-        self.average.load_state_dict(self.best_weights)
-        self.average.history = self.history
-        if self.folder is not None:
-            self.save()
-            self.average.save_pretrained(self.folder)
-        return self.average.eval()
+    Args:
+        folder: of the training.
+    """
+    path = _path(Path(folder))
+    tensors, metadata = read_tensors_and_metadata(path)
+    try:
+        note = json.loads(metadata["training"])
+        if note["format"] != FORMAT:
+            raise ValueError(f"{path} has format {note['format']}, this sculpt reads format {FORMAT}. Update sculpt.")
+        note = {name: note[name] for name in ("identity", "step", "seconds", "curve")}
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not the state of a training of sculpt. Give another folder, or delete it.") from None
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts.setdefault(part, {})[name] = value
+    return note, parts
+
+
+def _path(folder: Path) -> Path:
+    return folder / "state.safetensors"
+
+
+def seed_of_step(seed: int, step: int) -> int:
+    """Every step has its own seed, so a resumed training draws what the uninterrupted one would have."""
+    return (seed + 1) * 1_000_003 + step
+
+
+def constant(step: int) -> float:
+    """The learning rate stays as it is."""
+    return 1.0
+
+
+def cosine(steps: int, warm_up: int = 1, least: float = 0.0, hold: float = 0.0) -> Callable[[int], float]:
+    """A learning rate that rises, stays, and falls along half a cosine.
+
+    Args:
+        steps: of the whole training.
+        warm_up: steps until the rate is whole.
+        least: the share of the rate that is left in the end.
+        hold: the share of the steps after which it begins to fall.
+    """
+
+    def rate(step: int) -> float:
+        way = min(1.0, max(0.0, step / steps - hold) / (1 - hold))
+        return min(1.0, (step + 1) / warm_up) * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * way)))
+
+    return rate
+
+
+def mean(rows: Sequence[Row]) -> dict[str, float]:
+    """The mean of rows of the same entries."""
+    return {name: float(sum(row[name] for row in rows)) / len(rows) for name in rows[0]}
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Seconds of the processor on a CPU; a GPU works beside that, and goes by the clock."""
+    return time.process_time if device.type == "cpu" else time.monotonic

@@ -6,7 +6,8 @@ from oracles import GaussianMixture, ring
 from torch import nn
 
 import sculpt
-from sculpt.diffusion.schedule import like, schedule_of
+from sculpt.diffusion.clock import like
+from sculpt.diffusion.diffusers.schedules import schedule_of
 
 
 class Exact(nn.Module):

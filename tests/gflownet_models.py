@@ -1,5 +1,6 @@
 """Small environments and base models for the tests, with everything known about them."""
 
+import inspect
 import math
 
 import torch
@@ -9,9 +10,11 @@ from gfn.gym import BitSequence, DiscreteEBM, HyperGrid, PerfectBinaryTree, SetA
 from gfn.preprocessors import IdentityPreprocessor
 from gfn.states import DiscreteStates
 
+from sculpt.actions.networks import GridNetwork
+from sculpt.chain import Selection, Settings, run, watch
 from sculpt.gflownet import exact
+from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
-from sculpt.gflownet.network import GridNetwork, NetworkPolicy
 
 
 class Stairs(DiscreteEnv):
@@ -98,3 +101,27 @@ def uniform_backward(env):
 def furthest(S, n, delta=1e-6):
     """How far in L1 the histogram of n exact draws over S outcomes is, except with probability delta (Weissman et al. 2003)."""
     return math.sqrt(2 * (S * math.log(2) + math.log(1 / delta)) / n)
+
+
+def guide(posterior, models, classifier, form="anchored"):
+    """A posterior with its classifier; the models are in the classifier's order."""
+    return models[posterior.labels[0]].guided(posterior, models, classifier, form)
+
+
+def correct(guided, n, by="head", *, batch_size=None, generator=None, **selection):
+    """n samples of a guided composition, corrected by the terminal ``"head"`` or by the models' ``"densities"``."""
+    return drawn(guided, guided.corrected(Settings(batch_size=batch_size), by == "densities"), n, generator, selection)
+
+
+def track(formula, models, n, *, batch_size=None, generator=None, **selection):
+    """n samples of any formula of these models' densities."""
+    return drawn(models[0], models[0].tracked(formula, models, Settings(batch_size=batch_size)), n, generator, selection)
+
+
+def drawn(model, chain, n, generator, selection):
+    return watch(run(chain, n, Selection(**selection), model.result, generator), show=False)
+
+
+def unchecked(cls, *arguments, **options):
+    """An object as users make it, whom no type checker stops."""
+    return inspect.unwrap(cls.__init__)(object.__new__(cls), *arguments, **options)

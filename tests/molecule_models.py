@@ -3,7 +3,7 @@
 import torch
 
 import sculpt
-from sculpt.gflownet.network import NetworkPolicy
+from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.molecules import FragmentNetwork, FragmentTrees
 
 TINY = [["C", [0, 0]], ["O", [0, 0]], ["C1CC1", [0, 1]], ["c1ccccc1", [0, 1, 3]], ["c1ccncc1", [0, 1]]]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sculpt.classifier import Guide
+from sculpt.classifier.guide import Guide
 from sculpt.formula import Formula, Posterior
 
 

@@ -11,9 +11,10 @@ from oracles import ExactGuide, GaussianMixture
 from torch import nn
 
 import sculpt
-from sculpt.classifier import Classifier
-from sculpt.diffusion.network import VectorNetwork
-from sculpt.diffusion.sampler import noise_levels
+from sculpt import Classifier, Guided, Rejection, Tracked
+from sculpt.chain import check_count
+from sculpt.diffusion.backbones import VectorNetwork
+from sculpt.diffusion.clock import noise_levels
 
 RINGS = three_rings()
 P, Q, R = (exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True))
@@ -41,44 +42,7 @@ def broken(where, name="broken", mixture=RINGS[0]):
     return sculpt.Diffusion(network, DDPMScheduler(clip_sample=False), (2,), name=name)
 
 
-# Options of the wrong road ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        # the classifier road without a classifier
-        (lambda: (P & Q).sample(4, anchor=1), "belong to guided sampling: pass the classifier"),
-        (lambda: (P & Q).sample(4, form="mixture"), "belong to guided sampling"),
-        (lambda: (P & Q).sample(4, correct=True), "belong to guided sampling"),
-        (
-            lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()),
-            "solver: not an option of the road of tracked densities",
-        ),
-        # a population's options without a population
-        (lambda: (P & Q).sample(4, GUIDE, particles=10), "add correct=True"),
-        (lambda: (P & Q).sample(4, GUIDE, resample=False), "add correct=True"),
-        (lambda: (P & Q).sample(4, GUIDE, threshold=0.3), "add correct=True"),
-        (lambda: (P & Q).sample(4, GUIDE, corrector=object()), "corrector: not an option of the classifier road"),
-        (lambda: (P | Q).sample(4, particles=10), "particles: not an option of sampling [pq]"),
-        (lambda: (P | Q).sample(4, resample=False), "samples carry no weights"),
-        (lambda: ((P & Q) | R).sample(4, resample=False), "samples carry no weights"),
-        (lambda: sculpt.posterior([P], (0,)).sample(4, particles=10), "particles: not an option of sampling p"),
-        # correction needs a kernel and a base chain
-        (lambda: (P & Q).sample(4, GUIDE, correct=True, form="mixture"), "Only the anchored form can be corrected"),
-        (lambda: (P & Q).sample(4, GUIDE, correct="densities"), "correct is True or False for diffusion.*got 'densities'"),
-        (
-            lambda: (P & Q).sample(4, GUIDE, correct=True, solver=DPMSolverMultistepScheduler()),
-            "DPMSolverMultistepScheduler gives none",
-        ),
-        # rejection
-        (lambda: sculpt.reject(P & Q, 4, GUIDE, particles=10), "particles: not an option of sampling"),
-        (lambda: sculpt.reject(P & Q, 4, GUIDE, anchor=2), "not an observed label"),
-    ],
-)
-def test_an_option_that_the_road_does_not_have_raises(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+# What a run is told beside its road ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,24 +52,31 @@ def test_an_option_that_the_road_does_not_have_raises(call, message):
         (lambda: (P & Q).sample(-3, GUIDE), "at least 1, got n=-3"),
         (lambda: (P | Q).sample(0), "at least 1"),
         (lambda: P.sample(0), "at least 1"),
-        (lambda: sculpt.reject(P & Q, 0, GUIDE), "at least 1"),
-        (lambda: (P & Q).sample(100, particles=50), "particles=50 cannot give n=100"),
-        (lambda: (P & Q).sample(100, GUIDE, correct=True, particles=50), "particles=50 cannot give n=100"),
+        (lambda: (P & Q).sample(0, Rejection(GUIDE)), "at least 1"),
+        (lambda: (P & Q).sample(100, Tracked(particles=50)), "particles=50 cannot give n=100"),
+        (lambda: (P & Q).sample(100, Guided(GUIDE, correct=True, particles=50)), "particles=50 cannot give n=100"),
         (lambda: (P & Q).sample(4, steps=1), "at least 2 steps, got 1"),
         (lambda: (P & Q).sample(4, GUIDE, steps=0), "at least 2 steps, got 0"),
+        (lambda: P.sample(4, steps=0, solver=DPMSolverMultistepScheduler()), "at least 1 step, got 0"),
         (lambda: (P & Q).sample(4, GUIDE, batch_size=0), "batch_size has to be at least 1, got 0"),
         (lambda: (P - Q).sample(4, batch_size=-1), "batch_size has to be at least 1, got -1"),
-        (lambda: (P & Q).sample(4, GUIDE, form="both"), "form is 'anchored' or 'mixture', got 'both'"),
-        (lambda: (P & Q).sample(4, GUIDE, strength=-1), "strength multiplies the guidance.* expected a number from 0, got -1"),
-        (lambda: (P & Q).sample(4, strength=2), "strength and correct belong to guided sampling: pass the classifier"),
-        (lambda: (P & Q).sample(4, GUIDE, anchor=2), r"anchor=2 is not an observed label; p ⊗ q observes \(0, 1\)"),
-        (lambda: (P - Q).sample(4, GUIDE, anchor=Q), "anchor=q is not an observed label"),
-        (lambda: (P & Q).sample(4, GUIDE, anchor=R), "anchor=r is not an observed label"),
+        # tracked densities and correction need a kernel of their own
+        (lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()), "solver: not an option of tracked densities, .* Leave it out"),
+        (
+            lambda: (P & Q).sample(4, Guided(GUIDE, correct=True), solver=DPMSolverMultistepScheduler()),
+            "DPMSolverMultistepScheduler gives none",
+        ),
     ],
 )
-def test_a_number_that_makes_no_sense_is_named(call, message):
+def test_a_number_or_a_solver_that_makes_no_sense_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("n", [2.0, "16", True, None])
+def test_the_number_of_samples_is_a_whole_number(n):
+    with pytest.raises(TypeError, match=f"The number of samples is a whole number, got n={n!r}"):
+        check_count(n)
 
 
 def test_a_solver_that_is_no_scheduler_is_refused():
@@ -132,7 +103,8 @@ def test_a_classifier_of_other_models_labels_or_numbers_is_refused():
         (lambda: (P & Q & R).sample(4, pq), "knows 2 base models, the composition has 3"),
         (lambda: sculpt.posterior([P, Q], (0, 1, 1)).sample(4, pq), "observations=3"),
         (lambda: ((P & Q) - R).sample(4, pq), "fitted for other base models"),
-        (lambda: sculpt.reject(P & R, 4, pq), "fitted for other base models"),
+        (lambda: (P & R).sample(4, Rejection(pq)), "fitted for other base models"),
+        (lambda: ((P & Q) - R).sample(4, Rejection(pq)), "knows 2 base models, the composition has 3"),
         (lambda: (P & Q & R).as_unet(pq), "knows 2 base models"),
         (lambda: (P | Q).sample(4, pq), "steers posteriors"),
         (lambda: sculpt.product([P, Q], [1, 1]).as_unet(pq), "steers posteriors"),
@@ -149,9 +121,9 @@ def test_the_same_weights_with_another_schedule_are_another_model_to_a_classifie
 def test_an_anchor_that_is_a_composition_without_its_classifier_is_refused_with_the_way_out():
     inner = P & Q
     classifier = classifier_of(inner, R)
-    for options in ({}, {"form": "mixture"}):
-        with pytest.raises(ValueError, match=r"p ⊗ q: .* cannot be stepped. .*inner.guided\(its_classifier\)"):
-            (inner - R).sample(4, classifier, progress=False, **options)
+    for form in ("anchored", "mixture"):
+        with pytest.raises(ValueError, match=r"p ⊗ q cannot be stepped: it is a composition.*inner.guided\(its_classifier\)"):
+            (inner - R).sample(4, Guided(classifier, form=form), progress=False)
 
 
 # Models that do not fit --------------------------------------------------------------------------------------------------------------------
@@ -177,10 +149,11 @@ def test_nan_from_a_network_names_the_model_and_the_step():
     calls = {
         "base": lambda: broken(late).sample(8, steps=20),
         "mixture": lambda: (broken(late) | Q).sample(8, steps=20),
-        "tracked": lambda: (broken(late) & Q).sample(8, steps=20, particles=16, progress=False),
-        "guided": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, progress=False),
-        "corrected": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, correct=True, progress=False),
-        "mixture form": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20, form="mixture", progress=False),
+        "tracked": lambda: (broken(late) & Q).sample(8, Tracked(particles=16), steps=20),
+        "guided": lambda: (broken(late) & Q).sample(8, ExactGuide(RINGS[:2]), steps=20),
+        "corrected": lambda: (broken(late) & Q).sample(8, Guided(ExactGuide(RINGS[:2]), correct=True), steps=20),
+        "mixture form": lambda: (broken(late) & Q).sample(8, Guided(ExactGuide(RINGS[:2]), form="mixture"), steps=20),
+        "rejection": lambda: (broken(late) & Q).sample(8, Rejection(ExactGuide(RINGS[:2])), steps=20),
         "solver": lambda: broken(late).sample(8, steps=20, solver=DPMSolverMultistepScheduler()),
     }
     for road, call in calls.items():
@@ -200,7 +173,7 @@ def test_nan_from_a_classifier_names_the_classifier_and_the_step():
 
     for correct in (False, True):
         with pytest.raises(FloatingPointError, match=r"the classifier of p ⊗ q gave .* at step \d+ \(s="):
-            (P & Q).sample(8, Nan(RINGS[:2]), steps=20, correct=correct, progress=False)
+            (P & Q).sample(8, Guided(Nan(RINGS[:2]), correct=correct), steps=20, progress=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*lose their weight")
@@ -208,19 +181,19 @@ def test_particles_with_nan_lose_their_weight_and_never_win():
     # NaN wherever the first coordinate is positive, from half of the way on: what survives is the target's other half.
     model = broken(lambda x, t: (x[:, 0] > 0) & (torch.as_tensor(t).reshape(-1)[:1] < 500), name="half")
     with pytest.warns(UserWarning, match=r"half gave numbers that are not finite for \d+ of 2000 particles at step \d+"):
-        samples = (model & Q).sample(500, steps=48, particles=2000, generator=generator(), progress=False)
+        samples = (model & Q).sample(500, Tracked(particles=2000), steps=48, generator=generator(), progress=False)
     assert samples.x.isfinite().all() and math.isfinite(samples.log_z)
     assert (samples.x[:, 0] > 0.3).double().mean() < 0.01
     lost = int(next(note for note in samples.diagnostics.notes if "lost" in note).split()[0])
     assert lost > 100
-    whole = (P & Q).sample(500, steps=48, particles=2000, generator=generator(), progress=False)
+    whole = (P & Q).sample(500, Tracked(particles=2000), steps=48, generator=generator(), progress=False)
     assert samples.log_z < whole.log_z  # mass that was lost is missing from Z
 
 
 def test_a_population_that_is_lost_altogether_names_the_model():
     with pytest.raises(FloatingPointError, match="broken gave numbers that are not finite"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (broken(late) - Q).sample(10, steps=20, particles=50, progress=False)
+        (broken(late) - Q).sample(10, Tracked(particles=50), steps=20, progress=False)
 
 
 def test_a_network_that_answers_with_another_shape_is_refused_at_construction():
@@ -232,19 +205,19 @@ def test_tracked_densities_are_doubted_in_many_dimensions():
     model = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="image")
     other = sculpt.EnergyModel(lambda z, s: ((z - 0.1) ** 2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="other")
     with pytest.warns(UserWarning, match="Tracked densities in 300 dimensions: their errors add up"):
-        samples = (model & other).sample(2, steps=3, particles=4, progress=False)
-    assert samples.diagnostics.verdict.startswith(("DOUBTFUL: the errors of tracked densities", "COLLAPSED"))
+        samples = (model & other).sample(2, Tracked(particles=4), steps=3, progress=False)
+    assert str(samples.verdict).startswith(("DOUBTFUL: the errors of tracked densities", "COLLAPSED"))
 
 
 def test_models_that_hardly_overlap_are_reported_as_collapsed_or_refused():
     far = exact_model(GaussianMixture([[40.0, 0.0]], 0.1), name="far")
     near = exact_model(GaussianMixture([[-40.0, 0.0]], 0.1), name="near")
     try:
-        samples = (near & far).sample(100, steps=32, particles=400, generator=generator(), progress=False)
+        samples = (near & far).sample(100, Tracked(particles=400), steps=32, generator=generator(), progress=False)
     except FloatingPointError as error:
         assert "more particles or steps" in str(error)
     else:
-        assert "COLLAPSED" in samples.diagnostics.verdict
+        assert samples.verdict.level == "collapsed"
 
 
 class NoConfig(nn.Module):

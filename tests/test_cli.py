@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import save_pipeline
-from safetensors.torch import load_file
 
 import sculpt
-from sculpt import cli
-from sculpt.base import BaseModel
+from sculpt.apps import cli
+from sculpt.apps.formulas import TextFormula, compose
+from sculpt.model import BaseModel
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def sample(folders, tmp_path):
 
 
 class Named(BaseModel):
-    family, device = "diffusion", torch.device("cpu")
+    """Only its name counts."""
+
+    device, shape = torch.device("cpu"), (2,)
 
     def __init__(self, name):
         self.name = self._key = name
@@ -44,13 +46,10 @@ class Named(BaseModel):
     def key(self):
         return self._key
 
-    def sample(self, n, **options):
-        raise NotImplementedError
-
     def check_composable(self, other):
         pass
 
-    def replay(self, models, **options):
+    def stream(self, n, road, settings):
         raise NotImplementedError
 
 
@@ -76,10 +75,23 @@ a, b, c = MODELS.values()
     ],
 )
 def test_a_formula_in_text_is_the_one_in_python(formula, expected):
-    composed = cli.compose(formula, MODELS)
+    composed = compose(formula, MODELS)
     assert str(composed) == str(expected)
     assert composed.key == expected.key
-    assert cli.compose(formula, dict.fromkeys(MODELS)) is None
+
+
+def test_a_formula_names_its_models_in_the_order_in_which_they_come():
+    formula = TextFormula(" posterior([c, a, c], odds=[1, 2, 1], labels=[0]) | b ")
+    assert formula.names == ["c", "a", "b"] and not formula.is_one_model
+    assert formula.compose(MODELS).key == (sculpt.posterior([c, a, c], [0], [1, 2, 1]) | b).key
+    assert TextFormula("(a)").is_one_model
+
+
+def test_a_formula_is_checked_without_models():
+    formula = TextFormula("a & posterior([b, c], (0, 0))", "abc")
+    assert formula.compose(MODELS).key == (a & sculpt.posterior([b, c], (0, 0))).key
+    with pytest.raises(ValueError, match="no such model. Expected the models a, b"):
+        TextFormula("a & c", "ab")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +104,7 @@ def test_a_formula_in_text_is_the_one_in_python(formula, expected):
 )  # fmt: skip
 def test_anything_else_is_refused_and_nothing_is_evaluated(formula):
     with pytest.raises(ValueError, match="formula"):
-        cli.compose(formula, MODELS)
+        TextFormula(formula, MODELS)
 
 
 # Commands -----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +118,9 @@ def test_samples_are_written_in_every_format(sample, folders, capsys):
     assert "a ⊗ b" in capsys.readouterr().out
     code, path = sample("a & b", *guided, output="out.safetensors")
     assert code == 0
-    assert load_file(path)["x"].shape == (4, 1, 8, 8)
+    kept = sculpt.Samples.load(path)
+    assert kept.x.shape == (4, 1, 8, 8) and kept.diagnostics.formula == "a ⊗ b" and kept.diagnostics.seed == 0
+    assert kept.decode().min() >= 0
     code, path = sample("a & b", *guided, output="out.png")
     assert code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -120,7 +134,8 @@ def test_the_same_seed_gives_the_same_samples(sample):
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--correct", "--particles", "8"), ("--reject",), ("--anchor", "b"), ("--strength", "1.5")]
+    "arguments",
+    [("--correct", "--particles", "8"), ("--reject",), ("--reject", "--anchor", "b"), ("--anchor", "b"), ("--strength", "1.5")],
 )
 def test_every_road_of_a_classifier_is_reachable(sample, folders, arguments):
     assert sample("a & b", "--classifier", folders["classifier"], *arguments)[0] == 0
@@ -133,8 +148,43 @@ def test_strength_reaches_the_guidance(sample, folders):
     assert (plain != stronger).any()
 
 
+def test_without_a_classifier_densities_are_tracked(sample, capsys):
+    assert sample("a & b", "--particles", "8")[0] == 0
+    out = capsys.readouterr().out
+    assert "tracked densities" in out and "particles  8\n" in out
+
+
 def test_a_single_model_is_sampled_too(sample):
     assert sample("a")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory):
+    """Two GFlowNets on a grid, which know their densities."""
+    from gflownet_models import ENVIRONMENTS, network_policy
+
+    home, env = tmp_path_factory.mktemp("policies"), ENVIRONMENTS["grid-2d"]()
+    for seed, name in enumerate("pq"):
+        sculpt.GFlowNet(env, network_policy(env, seed), name=name).save_pretrained(home / name)
+    return ["--model", f"p={home / 'p'}", "--model", f"q={home / 'q'}"]
+
+
+def test_models_that_know_their_densities_are_rejected_without_a_classifier(policies, tmp_path, capsys):
+    assert cli.main(["sample", "p & q", *policies, "-n", "50", "--reject", "-o", str(tmp_path / "x.npz")]) == 0
+    assert "the models' own densities" in capsys.readouterr().out
+    assert np.load(tmp_path / "x.npz")["x"].shape == (50, 2)
+    for arguments, message in (
+        (("--steps", "4"), "steps: not an option of p ⊗ q"),
+        (("--reject", "--steps", "4"), "steps: not an option of p ⊗ q"),
+    ):
+        assert cli.main(["sample", "p & q", *policies, "-o", str(tmp_path / "y.npz"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_inspect_tells_of_a_policy_too(policies, capsys):
+    assert cli.main(["inspect", policies[1].partition("=")[2]]) == 0
+    out = capsys.readouterr().out
+    assert "HyperGrid, 3 actions" in out and "condition  none" in out
 
 
 def test_a_fit_that_is_done_is_not_done_again(folders, capsys):
@@ -166,14 +216,9 @@ def test_without_a_command_the_help_says_where_to_start(capsys):
     [
         ("a & d", (), "out.npz", "no such model"),
         ("a & b", (), "out.jpg", "expected a name that ends in .png"),
-        ("a & b", ("--reject",), "out.npz", "pass --classifier"),
+        ("a & b", (), "out.smi", "expected a name that ends in .png, .npz, .safetensors."),
+        ("a & b", ("--reject",), "out.npz", "a ⊗ b does not know its densities. Pass --classifier"),
         ("a & b", ("--classifier", "nowhere"), "out.npz", "no folder 'nowhere'"),
-        (
-            "a & b",
-            ("--classifier", "nowhere", "--reject", "--strength", "2"),
-            "out.npz",
-            "--strength to guidance; rejection has neither",
-        ),
         ("a & b", ("--anchor", "c"), "out.npz", "--anchor c: the models are a, b"),
         ("a & b", ("--with", "prompt"), "out.npz", "expected KEY=VALUE"),
         ("a & b", ("--with", "c.prompt=x"), "out.npz", "with a model's name (a, b)"),
@@ -181,6 +226,7 @@ def test_without_a_command_the_help_says_where_to_start(capsys):
         ("a & b", ("--model", "a=elsewhere"), "out.npz", "given twice"),
         ("a & b", ("--model", "no path"), "out.npz", "expected NAME=PATH"),
         ("a & b", ("--model", "c=nowhere"), "out.npz", "no folder 'nowhere'"),
+        ("a | b", ("--particles", "9"), "out.npz", "particles"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(sample, capsys, formula, arguments, output, message):
@@ -190,6 +236,37 @@ def test_a_mistake_is_one_line_and_exit_code_2(sample, capsys, formula, argument
     assert message in error
     assert error.count("\n") == 1
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("formula", "arguments", "message"),
+    [
+        (
+            "a & b",
+            ("--classifier", "CLASSIFIER", "--reject", "--strength", "2"),
+            "--strength to guidance; rejection has neither",
+        ),
+        ("a & b", ("--classifier", "CLASSIFIER", "--reject", "--correct"), "rejection has neither"),
+        ("a & b", ("--reject", "--particles", "9"), "rejection has neither"),
+        ("a & b", ("--correct",), "--correct: guided sampling only. Pass --classifier FOLDER"),
+        ("a & b", ("--correct-densities", "--strength", "2"), "--correct, --strength: guided sampling only"),
+        ("a & b", ("--anchor", "b"), "--anchor: guided sampling only"),
+        ("a & b", ("--classifier", "CLASSIFIER", "--particles", "9"), "add --correct, or leave --classifier out"),
+        ("a & b", ("--classifier", "MODEL"), "is not a classifier. Make one: sculpt fit"),
+        ("a", ("--classifier", "CLASSIFIER", "--particles", "9"), "a is one model, and --classifier, --particles belong to"),
+        ("b", ("--reject",), "b is one model, and --reject belong to compositions"),
+    ],
+)
+def test_options_of_no_road_are_refused_before_anything_is_loaded(
+    sample, folders, capsys, monkeypatch, formula, arguments, message
+):
+    def load(*_, **__):
+        raise AssertionError("loaded")
+
+    monkeypatch.setitem(vars(sculpt), "load", load)
+    places = {"CLASSIFIER": folders["classifier"], "MODEL": folders["a"]}
+    assert sample(formula, *(places.get(argument, argument) for argument in arguments))[0] == 2
+    assert message in capsys.readouterr().err
 
 
 def test_densities_are_refused_where_no_road_knows_them(sample, folders, capsys):
@@ -220,41 +297,20 @@ def test_an_interruption_leaves_the_old_file(sample, monkeypatch, capsys):
     assert capsys.readouterr().err == "\nsculpt: stopped. Nothing was written.\n"
 
 
-# The demo and the pictures ---------------------------------------------------------------------------------------------------------
+def test_warnings_are_one_line_and_the_process_keeps_its_own(sample, capsys, monkeypatch):
+    import warnings
+
+    monkeypatch.setattr("sculpt.apps.cli.sample.load_models", lambda options: warnings.warn("look out", stacklevel=1) or 1 / 0)
+    before = warnings.showwarning
+    with pytest.raises(ZeroDivisionError):
+        sample("a & b")
+    assert capsys.readouterr().err == "sculpt: warning: look out\n"
+    assert warnings.showwarning is before
 
 
-def test_the_demo_writes_its_picture_and_its_table(tmp_path, capsys):
-    from sculpt.demo import run
+def test_the_package_is_the_command_too():
+    import subprocess
+    import sys
 
-    rows = run(tmp_path, n=200, fit_steps=10, samples=500)
-    assert {row["road"] for row in rows} == {"guided", "corrected", "tracked", "rejection"}
-    assert len(rows) == 12
-    for row in rows:
-        assert 0 < row["error"] < (0.8 if row["road"] in ("guided", "corrected") else 1.4 * row["floor"] + 0.1)
-        assert row["road"] in ("guided", "corrected") or abs(row["log_z"] - row["exact_log_z"]) < 0.5
-    assert (tmp_path / "compositions.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
-
-
-def test_the_demo_models_are_exact():
-    """Three schedules, one denoiser: the score is the gradient of the log-density."""
-    from sculpt.demo import discs
-
-    z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for model in discs():
-        disc = model.model.disc
-        for s in (0.05, 0.7, 5.0):
-            wide = type(disc)((0.0, 0.0))
-            wide.means, wide.variance = disc.means, disc.variance + s**2
-            x = z.clone().requires_grad_()
-            (score,) = torch.autograd.grad(wide.log_prob(x).sum(), x)
-            torch.testing.assert_close(model.denoise(z, s), z + s**2 * score, rtol=1e-3, atol=1e-3)
-
-
-def test_pictures_of_the_wrong_thing_say_what_was_got():
-    from sculpt import plots
-
-    with pytest.raises(ValueError, match=r"got \(4, 2\)"):
-        plots.image_grid(torch.zeros(4, 2))
-    with pytest.raises(ValueError, match="there is no curve"):
-        plots.ess_curve(sculpt.Samples(torch.zeros(4, 2)))
+    done = subprocess.run([sys.executable, "-m", "sculpt", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"sculpt {sculpt.__version__}\n"

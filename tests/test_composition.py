@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 from diffusers_models import exact_model
-from oracles import ExactGuide, ring
+from oracles import ExactGuide, GaussianMixture, ring
 
 import sculpt
-from sculpt.base import BaseModel, same_model
 from sculpt.composition import Composition
+from sculpt.diffusion.denoiser import DiffusionComposition
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
-from sculpt.particles import Samples
+from sculpt.model import BaseModel, same_model
 
 MIXTURES = [ring(2 + i, 1.0, 0.2, phase=0.3 * i) for i in range(5)]
 p, q, r, s, t = MODELS = [exact_model(mixture, name=name) for mixture, name in zip(MIXTURES, "pqrst", strict=True)]
@@ -20,17 +20,14 @@ p, q, r, s, t = MODELS = [exact_model(mixture, name=name) for mixture, name in z
 class Stub(BaseModel):
     """A base model of a family that diffusion models have no states in common with."""
 
-    family, name, key, device = "gflownet", "stub", "stub", torch.device("cpu")
+    name, key, device, shape = "stub", "stub", torch.device("cpu"), (2,)
 
-    def sample(self, n, **options):
-        return Samples(torch.zeros(n, 2))
+    def stream(self, n, road, settings):
+        raise NotImplementedError
 
     def check_composable(self, other):
-        if other.family != self.family:
-            raise ValueError(f"{self} is a {self.family}, {other} is not.")
-
-    def replay(self, models, **options):
-        raise NotImplementedError
+        if not isinstance(other, Stub):
+            raise ValueError(f"{self} is a stub, {other} is not.")
 
 
 def is_(composition, formula, models):
@@ -150,7 +147,7 @@ def test_one_number_of_odds_is_the_share_of_the_first_model():
 
 def test_compositions_of_compositions_are_base_models():
     deep = sculpt.product([sculpt.power_mean([(p & q) - r, s | t], -1), p], [1, 0.5])
-    assert isinstance(deep, BaseModel) and deep.family == "diffusion" and deep.shape == (2,)
+    assert isinstance(deep, BaseModel) and isinstance(deep, DiffusionComposition) and deep.shape == (2,)
     assert [str(leaf) for leaf in deep.leaves] == list("pqrst")
     assert is_(deep & (q - p), Posterior(2, (0, 1)), [deep, q - p])
 
@@ -238,8 +235,6 @@ def test_models_of_different_families_do_not_compose():
 
 
 def test_models_of_different_shapes_do_not_compose():
-    from oracles import GaussianMixture
-
     other = exact_model(GaussianMixture([[0.0, 0.0, 0.0]], 1.0), name="three")
     with pytest.raises(ValueError, match=r"p makes samples of shape \(2,\), three of shape \(3,\)"):
         p & other
@@ -281,19 +276,68 @@ def test_what_cannot_be_composed_is_refused_with_what_was_got(make, error, messa
         make()
 
 
-def test_unet_and_estimator_belong_to_their_families():
-    with pytest.raises(ValueError, match="as_estimator is for GFlowNets"):
-        (p & q).as_estimator(ExactGuide(MIXTURES[:2]))
+def noisy(name, low, high):
+    return sculpt.EnergyModel(lambda z, s: z.square().sum(-1), (2,), s_min=low, s_max=high, name=name)
+
+
+def test_every_two_of_the_pretrained_models_have_to_share_noise_levels():
+    wide, low, high = noisy("wide", 0.01, 80.0), noisy("low", 0.01, 1.0), noisy("high", 2.0, 80.0)
+    assert (wide & low) and (wide & high)
+    message = "(low covers noise levels 0.01 to 1 and high 2 to 80|high covers noise levels 2 to 80 and low 0.01 to 1).* none in common"
+    for compose in (
+        lambda: wide & low & high,
+        lambda: wide | low | high,
+        lambda: sculpt.posterior([wide, low, high], (0,)),
+        lambda: sculpt.product([high, wide, low], [1, 1, 1]),
+        lambda: (wide & low) - high,
+        lambda: high - (wide | low),
+        lambda: (wide - low) & (wide - high),
+        lambda: (wide & low).check_composable(high),
+        lambda: high.check_composable(low),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compose()
+
+
+def test_a_unet_is_what_compositions_of_diffusion_models_can_be():
     assert (p & q).as_unet(ExactGuide(MIXTURES[:2])).config.in_channels == 2
+    assert not hasattr(p & q, "as_estimator") and not hasattr(Stub() & Stub(), "as_unet")
 
 
-def test_nested_formulas_over_the_leaves_have_the_inner_parts_normalised():
-    composition = (p & q) - sculpt.product([r], [2])
-    formula, notes = composition._over_leaves(
-        {"particles": 2000, "steps": 16, "progress": False, "generator": torch.Generator().manual_seed(0)}
-    )
-    assert isinstance(formula, Nested) and formula.indices == ((0, 1), (2,)) and len(notes) == 2
+# Nested formulas ------------------------------------------------------------------------------------------------------------------
+
+
+def tracked_formulas(composition, monkeypatch, **options):
+    """Of every chain that a run makes: its formula and the models that it tracks; and the run's notes."""
+    made, tracked = [], type(p).tracked
+
+    def spy(self, formula, models, settings, corrector=None):
+        made.append((formula, models))
+        return tracked(self, formula, models, settings, corrector)
+
+    monkeypatch.setattr(type(p), "tracked", spy)
+    road = sculpt.Tracked(particles=500)
+    samples = composition.sample(1, road, steps=8, progress=False, generator=torch.Generator().manual_seed(0), **options)
+    return made, samples.diagnostics.notes
+
+
+def test_nested_formulas_over_the_leaves_have_the_inner_parts_normalised(monkeypatch):
+    made, notes = tracked_formulas((p & q) - sculpt.product([r], [2]), monkeypatch)
+    assert [formula for formula, _ in made[:2]] == [(p & q).formula, Product([2.0])] and len(made) == 3
+    formula, leaves = made[2]
+    assert isinstance(formula, Nested) and formula.indices == ((0, 1), (2,)) and [str(leaf) for leaf in leaves] == list("pqr")
+    assert [note.partition(": ")[0] for note in notes] == ["log Z of p ⊗ q", "log Z of r^2"]
+    z = [float(note.partition(": ")[2].split(" ± ")[0]) for note in notes]
+    assert formula.log_z == pytest.approx(z, abs=1e-3)
     ell = torch.stack([ELL[name] for name in "pqr"], -1)
-    z = [float(note.split()[-1]) for note in notes]
     parts = torch.stack([densities(p & q, ELL) - z[0], 2 * ELL["r"] - z[1]], -1)
     torch.testing.assert_close(formula.value(ell), Posterior(2, (0, 0)).value(parts), rtol=0, atol=2e-3)
+
+
+def test_an_operand_keeps_its_place_where_models_stand_in_another_order(monkeypatch):
+    made, _ = tracked_formulas(sculpt.product([q, p - q], [0.5, 1]), monkeypatch)
+    formula, leaves = made[-1]
+    assert [str(leaf) for leaf in leaves] == ["q", "p"] and formula.indices == ((0,), (1, 0))
+    ell = torch.stack([ELL["q"], ELL["p"]], -1)
+    expected = 0.5 * ELL["q"] + densities(p - q, ELL) - formula.log_z[1]
+    torch.testing.assert_close(formula.value(ell), expected)

@@ -22,9 +22,10 @@ from diffusers import (
 from torch import nn
 
 import sculpt
-from sculpt.base import same_model
-from sculpt.diffusion.model import Denoiser, Diffusion, EnergyModel
-from sculpt.diffusion.unet import DenoiserUNet
+from sculpt import Diffusion, EnergyModel, Tracked
+from sculpt.diffusion.denoiser import Denoiser
+from sculpt.diffusion.diffusers.unet import DenoiserUNet
+from sculpt.model import same_model
 
 DDPM = DDPMScheduler()
 
@@ -272,7 +273,7 @@ def test_guidance_is_the_formula_of_two_calls_in_one(w):
     unet.register_forward_hook(lambda *_: calls.append(1))
     z, s = randn(3, 4, 8, 8), torch.tensor([0.5, 1.0, 7.0], dtype=torch.float64)
     D = model.denoise(z, s)
-    assert len(calls) == 1 and model.guided
+    assert len(calls) == 1 and model.extrapolated
     x, t = (z / (1 + s**2).sqrt()[:, None, None, None]).float(), model.schedule.time(s)
     own, null = (unet(x, t, randn(1, 5, 8, seed=seed).expand(3, -1, -1)).sample for seed in (1, 2))
     torch.testing.assert_close(D, model.schedule.denoised(z, s, null + w * (own - null)), rtol=1e-4, atol=1e-4)
@@ -282,7 +283,7 @@ def test_guidance_is_the_formula_of_two_calls_in_one(w):
 def test_without_guidance_only_the_condition_is_run():
     model = Diffusion(conditional_unet(), DDPM, condition=text(1), null_condition=text(2))
     z = randn(2, 4, 8, 8)
-    assert not model.guided
+    assert not model.extrapolated
     torch.testing.assert_close(model.denoise(z, 1.0), Diffusion(model.model, DDPM, condition=text(1)).denoise(z, 1.0))
 
 
@@ -577,11 +578,10 @@ def test_two_prompts_of_a_stable_diffusion_pipeline_compose_in_latent_space(tmp_
     samples = both.sample(2, classifier, steps=4, progress=False)
     assert samples.x.shape == (2, 4, 8, 8) and samples.decode().shape == (2, 3, 16, 16)
     assert samples.decode().min() >= 0 and samples.decode().max() <= 1
-    tracked = both.sample(2, steps=4, particles=8, progress=False)
+    tracked = both.sample(2, Tracked(particles=8), steps=4, progress=False)
     assert tracked.decode().shape == (2, 3, 16, 16) and not tracked.diagnostics.notes
-    extrapolated = (dog & cat.with_condition(guidance_scale=3.0, negative_prompt="dog", prompt="cat")).sample(
-        2, steps=4, particles=8
-    )
+    strong = cat.with_condition(guidance_scale=3.0, negative_prompt="dog", prompt="cat")
+    extrapolated = (dog & strong).sample(2, Tracked(particles=8), steps=4)
     assert any("no marginal" in note for note in extrapolated.diagnostics.notes)
 
 
@@ -590,7 +590,7 @@ def test_two_prompts_of_a_stable_diffusion_pipeline_are_two_base_models(tmp_path
     pipe = tiny_stable_diffusion(tmp_path)
     cat = Diffusion.from_pipeline(pipe, "cat", guidance_scale=3.0)
     dog = cat.with_condition("dog", negative_prompt="cat")
-    assert (cat.name, dog.name) == ("cat", "dog") and cat.model is dog.model and cat.key != dog.key and dog.guided
+    assert (cat.name, dog.name) == ("cat", "dog") and cat.model is dog.model and cat.key != dog.key and dog.extrapolated
     cat.check_composable(dog)
     z = randn(2, 4, 8, 8)
     own, null = pipe.encode_prompt("dog", "cpu", 1, True, "cat")
@@ -603,7 +603,7 @@ def test_two_prompts_of_a_stable_diffusion_pipeline_are_two_base_models(tmp_path
     )
     torch.testing.assert_close(dog.denoise(z, 1.0), by_hand.denoise(z, 1.0))
     assert dog.key == by_hand.key and dog.decode(z).shape == (2, 3, 16, 16)
-    assert not Diffusion.from_pipeline(pipe).guided
+    assert not Diffusion.from_pipeline(pipe).extrapolated
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -13,9 +14,10 @@ import torch
 from diffusers import DDPMPipeline
 
 import sculpt
-from sculpt.diffusion.model import Diffusion
-from sculpt.diffusion.network import ImageNetwork
-from sculpt.diffusion.schedule import like, schedule_of
+from sculpt import Diffusion
+from sculpt.diffusion.backbones import ImageNetwork
+from sculpt.diffusion.clock import like
+from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.formula import Posterior
 
 sys.path.append(str(Path(__file__).parents[1] / "pretrained" / "digits"))
@@ -56,13 +58,28 @@ def recipe(monkeypatch):
     return module
 
 
+def take(recipe, steps=1):
+    """So many steps of a recipe."""
+    for _ in itertools.islice(recipe.training.run(recipe.loss, recipe.steps), steps):
+        pass
+    return recipe
+
+
+def bits(recipe):
+    """Everything that a training goes on from."""
+    training = recipe.training
+    parts = {"network": training.network, "average": training.average}
+    state = {f"{part}/{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    moments = training.optimizer.state_dict()["state"]
+    return state | {f"{i}/{name}": value for i, part in moments.items() for name, value in part.items()}
+
+
 @pytest.fixture
 def trunk(recipe, tmp_path):
     """A trunk that has taken its only step, and its state on disk."""
-    training = recipe.Training("trunk", 1, tmp_path)
-    training.train_step()
-    training.save()
-    return training
+    trunk = take(recipe.Recipe("trunk", 1, tmp_path))
+    trunk.training.save()
+    return trunk
 
 
 def shares(**known: float) -> torch.Tensor:
@@ -103,7 +120,7 @@ def test_colouring_multiplies_the_grey_digit_by_its_colour_on_black():
 @pytest.mark.parametrize("name", DATA)
 def test_a_batch_has_the_data_sets_proportions(name, recipe, trunk, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "retime", lambda *_: None)
-    training = recipe.Training(name, 2, tmp_path)
+    training = recipe.Recipe(name, 2, tmp_path)
     n, bound = 4000, (torch.tensor(2 / 1e-6).log() / (2 * 4000)).sqrt()  # Dvoretzky, Kiefer and Wolfowitz
     x, label = training.batch(n, torch.Generator().manual_seed(0))
     rgb = torch.tensor(list(COLOURS.values())) * 2 - 1
@@ -138,15 +155,11 @@ def test_without_files_or_a_network_the_message_says_where_to_put_them(monkeypat
 # Training
 
 
-def test_two_threads_share_a_batch_and_average_their_gradients(recipe, tmp_path):
-    one, two = (recipe.Training("trunk", 2, tmp_path, threads=threads) for threads in (1, 2))
-    first, second = (two.part(i)[0] for i in (0, 1))
-    assert not torch.equal(first[0], second[0])
-    two.train_step()
-    # Adam's first moment is the clipped gradient, up to a factor.
-    ratio = two.optimizer.state[next(two.network.parameters())]["exp_avg"] / ((first[0] + second[0]) / 2)
-    assert ratio.std() < 1e-3 * ratio.mean()
-    assert one.part(0)[0][0].shape == first[0].shape
+def test_threads_draw_different_shares_of_a_batch(recipe, tmp_path):
+    two, seen = recipe.Recipe("trunk", 2, tmp_path, threads=2), []
+    two.training.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    take(two)
+    assert [len(x) for x in seen] == [2, 2] and not torch.equal(*seen)  # of a batch of four
 
 
 @pytest.mark.parametrize("name", ["trunk", "cyan", "judge"])
@@ -154,41 +167,52 @@ def test_a_killed_training_goes_on_bit_for_bit(name, recipe, trunk, tmp_path, mo
     monkeypatch.setattr(judging, "mnist", digits)
     monkeypatch.setattr(judging, "BATCH", 40)
 
-    def training(folder):
+    def made(folder):
         if name == "judge":
-            return judging.Training(4, folder)
+            return judging.Recipe(4, folder)
         if name != "trunk":
             (folder / "trunk").mkdir(parents=True, exist_ok=True)
             (folder / "trunk" / "state.safetensors").write_bytes((tmp_path / "trunk" / "state.safetensors").read_bytes())
-        return recipe.Training(name, 4, folder)
+        return recipe.Recipe(name, 4, folder)
 
-    through, first = training(tmp_path / "a"), training(tmp_path / "b")
-    for _ in range(4):
-        through.train_step()
-    for _ in range(2):
-        first.train_step()
-    first.save()
-    again = training(tmp_path / "b")
-    assert again.step == 2
-    for _ in range(2):
-        again.train_step()
-    expected, got = through.tensors(), again.tensors()
+    through, first = take(made(tmp_path / "a"), 4), take(made(tmp_path / "b"), 2)
+    first.training.save()
+    again = made(tmp_path / "b")
+    assert again.training.step == 2
+    expected, got = bits(through), bits(take(again, 2))
     assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_a_recipe_prints_evaluates_and_saves_until_its_end(recipe, trunk, tmp_path, monkeypatch, capsys):
+    green = recipe.Recipe("green", 4, tmp_path)
+    monkeypatch.setattr(recipe.Recipe, "picture", lambda self: None)
+    recipe.recipes.train(green, report=2, check=3)
+    lines = [json.loads(line.removeprefix("green ")) for line in capsys.readouterr().out.splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 4] and {"loss", "far", "near", "norm", "seconds"} <= set(lines[0])
+    again = recipe.Recipe("green", 4, tmp_path)
+    assert again.training.step == 4 and [row["step"] for row in again.training.curve] == [3, 4]
+
+
+def test_a_training_of_other_settings_is_refused_by_what_differs(recipe, trunk, tmp_path):
+    take(recipe.Recipe("green", 2, tmp_path)).training.save()
+    with pytest.raises(ValueError, match="holds another training: rate is 0.0006 there and 0.1 here"):
+        recipe.Recipe("green", 2, tmp_path, rate=0.1)
 
 
 def test_a_model_starts_as_the_trunk_under_its_label(recipe, trunk):
     x, t = torch.randn(3, 3, 32, 32), torch.tensor([3.0, 200.0, 999.0])
+    average = trunk.training.average
     for label in range(len(DATA)):
-        expected = trunk.average(x, t, class_labels=torch.full((3,), label)).sample
-        torch.testing.assert_close(recipe.member(trunk.average, label)(x, t).sample, expected, atol=1e-6, rtol=1e-5)
+        expected = average(x, t, class_labels=torch.full((3,), label)).sample
+        torch.testing.assert_close(recipe.member(average, label)(x, t).sample, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_model_without_a_trunk_says_what_to_run_first(recipe, tmp_path):
     with pytest.raises(ValueError, match="recipe.py trunk first"):
-        recipe.Training("cyan", 2, tmp_path)
-    recipe.Training("trunk", 2, tmp_path).save()
+        recipe.Recipe("cyan", 2, tmp_path)
+    recipe.Recipe("trunk", 2, tmp_path).training.save()
     with pytest.raises(ValueError, match="0 of 2 steps"):
-        recipe.Training("cyan", 2, tmp_path)
+        recipe.Recipe("cyan", 2, tmp_path)
 
 
 def test_a_grown_network_computes_what_it_did_and_its_new_layers_learn(recipe):
@@ -203,14 +227,12 @@ def test_a_grown_network_computes_what_it_did_and_its_new_layers_learn(recipe):
 
 
 def test_a_model_of_ten_digits_grows_when_it_is_trained_further(recipe, trunk, tmp_path):
-    first = recipe.Training("cyan", 1, tmp_path)
-    first.train_step()
-    first.finish(tmp_path / "cyan")
-    more = recipe.Training("cyan", 1, tmp_path, folder=tmp_path / "cyan")
-    assert more.network.config.layers_per_block == 2 and more.folder == tmp_path / "cyan-2"
-    more.train_step()
-    more.finish(tmp_path / "cyan")
-    assert recipe.Training("cyan", 1, tmp_path, folder=tmp_path / "cyan").network.config.layers_per_block == 2
+    take(recipe.Recipe("cyan", 1, tmp_path)).finish(tmp_path / "cyan")
+    more = recipe.Recipe("cyan", 1, tmp_path, folder=tmp_path / "cyan")
+    assert more.training.network.config.layers_per_block == 2 and more.training.folder == tmp_path / "cyan-2"
+    take(more).finish(tmp_path / "cyan")
+    again = recipe.Recipe("cyan", 1, tmp_path, folder=tmp_path / "cyan")
+    assert again.training.network.config.layers_per_block == 2
 
 
 def test_retiming_gives_another_schedule_the_same_embedding_at_the_same_noise(recipe):
@@ -250,18 +272,18 @@ def test_one_model_has_another_schedule_and_prediction_type(recipe):
 
 @pytest.mark.parametrize("name", ["cyan", "zero-two"])
 def test_a_saved_model_is_the_same_in_sculpt_and_in_diffusers(name, recipe, trunk, tmp_path):
-    training = recipe.Training(name, 2, tmp_path)
-    training.train_step()
+    made = take(recipe.Recipe(name, 2, tmp_path))
     folder = tmp_path / "saved" / name
     folder.parent.mkdir()
     for _ in range(2):  # the second takes the first one's place
-        training.finish(folder)
+        made.finish(folder)
     assert [path.name for path in folder.parent.iterdir()] == [name]
     model, pipe = sculpt.load(folder), DDPMPipeline.from_pretrained(folder)
     assert model.name == name and model.shape == (3, 32, 32) and model.dtype == torch.float32
     assert pipe.unet.dtype == torch.float32 and type(pipe.unet) is type(model.model)
     # Half precision on disk is what is lost, nothing else.
-    for one, two, own in zip(pipe.unet.parameters(), model.model.parameters(), training.average.parameters(), strict=True):
+    average = made.training.average
+    for one, two, own in zip(pipe.unet.parameters(), model.model.parameters(), average.parameters(), strict=True):
         assert torch.equal(one, two) and torch.equal(one, own.half().float())
     z, s = 5 * torch.randn(2, 3, 32, 32), torch.tensor(5.0, dtype=torch.float64)
     schedule = schedule_of(pipe.scheduler)
@@ -274,7 +296,7 @@ def test_a_saved_model_is_the_same_in_sculpt_and_in_diffusers(name, recipe, trun
 def test_models_of_two_schedules_compose(recipe, trunk, tmp_path):
     models = [Diffusion(recipe.network(), recipe.scheduler(name), name=name) for name in ("cyan", "zero-two")]
     with pytest.warns(UserWarning, match="collapse"):
-        samples = sculpt.harmonic_mean(*models).sample(1, steps=2, particles=2)
+        samples = sculpt.harmonic_mean(*models).sample(1, sculpt.Tracked(particles=2), steps=2)
     assert samples.x.shape == (1, 3, 32, 32)
 
 
@@ -429,9 +451,7 @@ def test_a_models_card_tells_what_was_measured(recipe, trunk, judge, monkeypatch
     monkeypatch.setattr(base_samples, "CHUNK", 4)
     monkeypatch.setattr(base_samples, "STEPS", 2)
     judge.save_pretrained(tmp_path / "judge")
-    training = recipe.Training("green", 1, tmp_path)
-    training.train_step()
-    training.finish(tmp_path / "green")
+    take(recipe.Recipe("green", 1, tmp_path)).finish(tmp_path / "green")
     card = recipe.card(tmp_path / "green", 8, tmp_path)
     assert "| green 1 |" in card and "| 53.2 % |" in card and (tmp_path / "green" / "samples.png").exists()
     sha = hashlib.sha256((tmp_path / "green" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
@@ -446,18 +466,15 @@ def test_a_card_says_how_long_the_runs_were_and_where(recipe):
 
 def test_a_saved_model_is_trained_further(recipe, trunk, monkeypatch, tmp_path):
     folder = tmp_path / "green"
-    first = recipe.Training("green", 1, tmp_path)
-    first.train_step()
+    first = take(recipe.Recipe("green", 1, tmp_path))
     first.finish(folder)
-    more = recipe.Training("green", 2, tmp_path, folder=folder)
-    for own, saved in zip(more.network.parameters(), first.average.parameters(), strict=True):
+    more = recipe.Recipe("green", 2, tmp_path, folder=folder)
+    for own, saved in zip(more.training.network.parameters(), first.training.average.parameters(), strict=True):
         assert torch.equal(own, saved.half().float())
-    more.train_step()
-    more.save()
-    resumed = recipe.Training("green", 2, tmp_path, folder=folder)
-    assert resumed.step == 1
-    resumed.train_step()
-    resumed.finish(folder)
+    take(more).training.save()
+    resumed = recipe.Recipe("green", 2, tmp_path, folder=folder)
+    assert resumed.training.step == 1
+    take(resumed).finish(folder)
     assert [(run["name"], run["steps"]) for run in json.loads((folder / "training.json").read_text())["runs"]] == [
         ("trunk", 1),
         ("green", 1),

@@ -51,9 +51,8 @@ def test_a_composition_draws_what_was_asked_for(part, labels, judge):
     torch.set_num_threads(1)
     models = [sculpt.load(DIGITS / name) for name in SETS[part]]
     composition = sculpt.posterior(models, labels)
-    samples = composition.sample(
-        24, sculpt.load(DIGITS / part), correct=True, particles=64, steps=20, generator=generator(), progress=False
-    )
+    road = sculpt.Guided(sculpt.load(DIGITS / part), correct=True, particles=64)
+    samples = composition.sample(24, road, steps=20, generator=generator(), progress=False)
     exact = composed(composition.formula, [proportions(name) for name in SETS[part]])
     label = judge.score(samples.x.float()).label
     # None of the observed base models draws it in more than half of its images.
@@ -62,7 +61,7 @@ def test_a_composition_draws_what_was_asked_for(part, labels, judge):
 
 
 def test_the_demo_shows_models_and_compositions(tmp_path, capsys):
-    from sculpt.diffusion.demo import run
+    from sculpt.apps.demos.digits import run
 
     rows = run(tmp_path, n=4, steps=4)
     assert [row["labels"] for row in rows][:4] == [None, None, None, (1, 0)]

@@ -5,9 +5,9 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 import sculpt
-from sculpt.classifier import Classifier
-from sculpt.diffusion.encoder import UNetEncoder
-from sculpt.diffusion.schedule import like
+from sculpt import Classifier
+from sculpt.diffusion.clock import like
+from sculpt.diffusion.diffusers.encoder import UNetEncoder
 
 SIZES = {"sample_size": 16, "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 8}
 

@@ -22,8 +22,13 @@ import torch
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt.demo import discs
-from sculpt.explorer import Notice, Session, Settings, View
+from sculpt.apps.demos.discs import discs
+from sculpt.apps.explorer import Notice
+from sculpt.apps.explorer.session import Session, Settings
+from sculpt.apps.explorer.view import View
+from sculpt.chain import Progress
+from sculpt.diagnostics import Diagnostics
+from sculpt.model import BaseModel
 
 pytest.importorskip("ipywidgets")
 
@@ -147,10 +152,27 @@ def test_a_classifier_opens_the_guided_roads():
         view.road.value = road
         run = ended(view)
         assert run.samples.diagnostics.road.startswith("classifier")
+        correct = ", correct=True" if road == "corrected" else ""
+        assert f".sample(20, sculpt.Guided(classifier{correct}), generator=" in run.code
         assert torch.equal(run.samples.x, again(run.code, p=p, q=q, classifier=classifier).x)
     view.odds[0].value = 0.3
     assert "guided: these odds need a classifier that takes them" in view.reasons.value
     assert "guided" not in [road for _, road in view.road.options]
+
+
+def test_rejection_takes_the_classifier_where_the_models_do_not_know_their_densities():
+    from diffusers_models import exact_model, three_rings
+    from oracles import ExactGuide
+
+    rings = three_rings()[:2]
+    p, q = (exact_model(ring, name=name) for ring, name in zip(rings, "pq", strict=True))
+    guide = ExactGuide(rings, [p.key, q.key])
+    session = Session([p, q], guide, {"p": p, "q": q, "guide": guide})
+    settings = Settings(road="rejection", steps=4, n=5)
+    assert "(p & q).sample(5, sculpt.Rejection(guide), steps=4, generator=" in session.code(settings)
+    p, q = grid()
+    session = Session([p, q], molecule_classifier(p, q), {"p": p, "q": q})
+    assert "(p & q).sample(16, sculpt.Rejection(), generator=" in session.code(Settings(road="rejection"))
 
 
 def test_diffusion_models_step_and_show_points():
@@ -158,9 +180,13 @@ def test_diffusion_models_step_and_show_points():
     view = explorer([p, q])
     view.go.click()
     run = ended(view)
-    assert run.step == 4 and run.calls == 8
+    assert run.progress.steps == 4 and view.bar.layout.visibility == "hidden"
+    assert "(p & q).sample(20, steps=4, generator=" in run.code
     assert torch.equal(run.samples.x, again(view.code.value, p=p, q=q).x)
     assert [road for _, road in view.road.options] == ["tracked"]
+    assert (
+        "guided: needs a classifier" in view.reasons.value and "rejection: Rejection needs a classifier" in view.reasons.value
+    )
 
 
 def test_image_models_show_images():
@@ -208,6 +234,119 @@ def test_models_in_a_list_and_by_name_are_unpacked_in_the_code():
     assert torch.equal(ended(view).samples.x, again(view.code.value, named=named).x)
 
 
+# ---------------------------------------------------------------------------------------------- what it tells of its runs
+
+
+def test_progress_is_what_the_generator_tells():
+    p, q, _ = discs()
+    session = Session([p, q], None, {"p": p, "q": q})
+    settings = Settings(steps=5, n=10)
+    told = list(session.stream(settings))
+    run = session.start(settings)
+    assert run.wait(120) and run.state == "done", run.error
+    assert torch.equal(told[-1].samples.x, run.samples.x)
+    assert run.progress.samples is run.samples and run.progress.step == run.progress.steps == told[-1].step == 5
+    assert sorted({now.step for now in told}) == list(range(6))
+    p, q = grid()  # whose samples decide how many steps they take
+    (*before, last) = Session([p, q], None, {"p": p, "q": q}).stream(Settings(n=10))
+    assert all(now.steps is None and now.ended <= now.n for now in before)
+    assert last.ended == last.n >= 10 and len(last.samples) == 10
+
+
+class Dice(BaseModel):
+    """An outsider's model, which offers samples only; it tells every step, and whether it was left."""
+
+    device, shape, key = torch.device("cpu"), (), ""
+
+    def __init__(self, name, steps=3):
+        self.name = self.key = name
+        self.steps, self.taken, self.left = steps, 0, False
+        self.go = threading.Semaphore(0)
+
+    def check_composable(self, other):
+        pass
+
+    def stream(self, n, road, settings):
+        try:
+            for step in range(self.steps):
+                self.taken += 1
+                yield Progress(f"throwing {self}", step, self.steps, 0, n)
+                assert self.go.acquire(timeout=60)
+            x = torch.randint(6, (n,), generator=settings.generator)
+            yield Progress(
+                f"throwing {self}", self.steps, self.steps, n, n, None, self.result(x, None, Diagnostics("dice", str(self)))
+            )
+        finally:
+            self.left = True
+
+
+def running(model, step):
+    """Wait until a model has begun this step."""
+    until = time.monotonic() + 60
+    while model.taken < step:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_cancelling_between_steps_leaves_nothing_running():
+    p, q = Dice("p", steps=1000), Dice("q")
+    session = Session([p, q])
+    run = session.start(Settings(labels=(0,), n=5))
+    for step in range(1, 4):
+        running(p, step)
+        assert run.state == "working" and not p.left
+        p.go.release()
+    running(p, 4)
+    session.cancel()
+    p.go.release()
+    assert run.wait(60) and run.state == "cancelled"
+    assert p.left and p.taken <= 5 and run.samples is None and run.picture is None
+    for thread in threading.enumerate():
+        if thread.name == "sculpt.explore":
+            thread.join(60)
+    assert "sculpt.explore" not in [thread.name for thread in threading.enumerate()]
+    # One that waits for its turn and is not wanted any more does not begin.
+    taken = p.taken
+    with session._turn:
+        run = session.start(Settings(labels=(0,)))
+        session.cancel()
+    assert run.wait(60) and run.state == "cancelled" and p.taken == taken
+
+
+def test_the_widgets_show_where_a_run_is():
+    p, q = Dice("p", steps=4), Dice("q")
+    view = explorer([p, q])
+    view.tabs.selected_index = 1  # p & q: neither can be followed, and there is no classifier
+    assert view.session.run is None
+    assert view.start() is None
+    for text in ("guided: needs a classifier", "tracked: p offers finished samples only", "rejection: Rejection needs"):
+        assert text in view.reasons.value
+    view.formula.value = "p"
+    running(p, 1)
+    time.sleep(0.25)
+    p.go.release()
+    running(p, 2)
+    time.sleep(0.05)
+    assert "throwing p … step 1 of 4" in view.status.value and (view.bar.value, view.bar.max) == (1, 4)
+    assert view.bar.layout.visibility == "visible"
+    for _ in range(3):
+        p.go.release()
+    run = ended(view)
+    assert "samples of p" in view.status.value and run.samples.diagnostics.road == "dice"
+    assert view.steps not in view.box.children[0].children
+
+
+def test_a_session_explores_an_outsiders_models():
+    p, q = Dice("p"), Dice("q")
+    for model in (p, q):
+        model.go.release(100)
+    session = Session({"p": p, "q": q})
+    run = session.start(Settings(formula="p | q", n=50))
+    assert run.wait(60) and run.state == "done", run.error
+    assert run.picture[0] == "text" and run.samples.verdict.trust == "good"
+    assert session.code(run.settings).endswith("samples = (p | q).sample(50, generator=torch.Generator().manual_seed(0))")
+
+
 # --------------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -248,8 +387,7 @@ def test_a_cancelled_run_leaves_the_samples_and_the_next_one_works():
     assert not view.stop.disabled
     view.stop.click()
     network.go.set()
-    run = ended(view, "cancelled")
-    assert run.calls == 1
+    assert ended(view, "cancelled").samples is None
     assert "Cancelled" in view.status.value and "still those of p &amp; q" in view.status.value
     assert view.image.value == shown and view.code.value == first.code
     assert view.stop.disabled
@@ -283,13 +421,12 @@ def test_an_incomplete_formula_stops_what_runs_and_is_told():
 
 def test_a_failing_network_is_told_and_the_next_run_works():
     p, q = grid()
-    log_pf = p.log_pf
     p.log_pf = lambda states: 1 / 0
     view = explorer([p, q])
     view.go.click()
     ended(view, "failed")
     assert "ZeroDivisionError" in view.status.value
-    view.session.twins["p"].log_pf = log_pf
+    del p.log_pf
     view.go.click()
     ended(view)
 
@@ -301,9 +438,7 @@ def test_the_models_themselves_are_left_alone():
     view.go.click()
     ended(view)
     assert vars(p) == before
-    calls = view.session.run.calls
-    p.sample(3)
-    assert view.session.run.calls == calls > 0
+    assert all(view.session.models[name] is model for name, model in (("p", p), ("q", q)))
 
 
 def test_what_cannot_be_explored_stands_in_the_cell():
@@ -461,7 +596,7 @@ def start_and_cancel(page):
     steps = page.locator(".sculpt-explore .widget-readout").nth(1)
     steps.fill("256")
     steps.press("Enter")
-    page.get_by_text("sampling …").wait_for()
+    page.get_by_text(re.compile(r"^sampling .*… step \d+ of 256")).wait_for()
     page.get_by_role("button", name="cancel").click()
     page.get_by_text("Cancelled after").wait_for()
 

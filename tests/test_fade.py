@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers_models import exact_model, sixteen_dimensions
 
-from sculpt.diffusion import sampler
+import sculpt
+from sculpt.diffusion import chains
 from sculpt.diffusion.fade import Faded, fade
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
 from sculpt.particles import effective_sample_size
@@ -82,10 +83,11 @@ def test_a_contrast_that_is_faded_in_keeps_its_particles(monkeypatch):
     p, q = (exact_model(mixture, name=name) for mixture, name in zip(sixteen_dimensions(seed=7), "pq", strict=True))
 
     def effective_share():
-        options = {"particles": 2000, "threshold": 0.0, "resample": False, "generator": torch.Generator().manual_seed(0)}
-        return effective_sample_size((p - q).sample(1, steps=64, progress=False, **options).log_weights) / 2000
+        road = sculpt.Tracked(particles=2000, threshold=0.0, resample=False)
+        samples = (p - q).sample(1, road, steps=64, progress=False, generator=torch.Generator().manual_seed(0))
+        return effective_sample_size(samples.log_weights) / 2000
 
     assert effective_share() > 0.95
     # The mechanism itself: without fading, the same run loses a good part of them.
-    monkeypatch.setattr(sampler, "fade", lambda formula, beta: formula)
+    monkeypatch.setattr(chains, "fade", lambda formula, beta: formula)
     assert effective_share() < 0.85

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from gflownet_models import ENVIRONMENTS, Stairs, arbitrary, network_policy, perfect
+from gflownet_models import ENVIRONMENTS, Stairs, arbitrary, guide, network_policy, perfect
 
 from sculpt.formula import Posterior
 from sculpt.gflownet import exact
-from sculpt.gflownet.policy import guide
-from sculpt.gflownet.sampler import path_ratios
 
 environments = pytest.mark.parametrize("name", ENVIRONMENTS)
 POSTERIORS = [
@@ -128,7 +126,7 @@ def test_path_ratios_of_exact_flows_are_the_terminal_log_probabilities_whatever_
     graph = exact.dag(ps[0])
     x = graph.states[graph.allowed[:, -1]]
     log_p = torch.stack([exact.terminal_distribution(p) for p in ps], -1)[graph.index(x)].log()
-    torch.testing.assert_close(path_ratios(ps, x, torch.Generator().manual_seed(0)), log_p)
+    torch.testing.assert_close(ps[0].log_ratios(ps, x, torch.Generator().manual_seed(0)), log_p)
 
 
 def test_the_classifier_of_disjoint_models_knows_where_a_composition_is_empty():

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from gflownet_models import ENVIRONMENTS, Stairs, arbitrary, perfect
+from gflownet_models import ENVIRONMENTS, Stairs, arbitrary, guide, perfect
 
 import sculpt
+from sculpt.actions.networks import GridNetwork
+from sculpt.actions.recordings import Trajectories, record
+from sculpt.actions.trajectories import TrajectoryStore
+from sculpt.classifier.fit import Descent
 from sculpt.formula import Posterior, label_sets
 from sculpt.gflownet import exact
-from sculpt.gflownet.network import GridNetwork
-from sculpt.gflownet.policy import guide
-from sculpt.gflownet.replay import GFlowNetReplay, Trajectories, record
+from sculpt.training import Training
 
 
 def seeded(seed=0):
@@ -56,36 +58,42 @@ def test_the_labels_that_trajectories_give_away_are_right_on_average():
 def test_a_step_sees_the_same_batch_again_and_held_out_data_is_other_data():
     models = perfect(ENVIRONMENTS["grid-2d"](), 2)
 
-    def batch(seed, held_out=False, size=16):
-        return GFlowNetReplay(models, samples=64).trajectories(size, seeded(seed), held_out)
+    def batch(step, held_out=False, size=16):
+        return TrajectoryStore(models, samples=64).trajectories(size, seeded(step), step, held_out)
 
     assert torch.equal(batch(5).states, batch(5).states) and not torch.equal(batch(5).x, batch(6).x)
-    replay = GFlowNetReplay(models, samples=64, reuse=2.0)
-    for seed in (3, 8, 3):
-        assert torch.equal(
-            replay.trajectories(16, seeded(seed), False).x,
-            GFlowNetReplay(models, samples=64, reuse=2.0).trajectories(16, seeded(seed), False).x,
-        )
+    store = TrajectoryStore(models, samples=64, reuse=2.0)
+    for step in (3, 8, 3):
+        fresh = TrajectoryStore(models, samples=64, reuse=2.0).trajectories(16, seeded(step), step)
+        assert torch.equal(store.trajectories(16, seeded(step), step).x, fresh.x)
     assert not torch.equal(batch(5).x, batch(5, held_out=True).x)
+
+
+def test_trajectories_are_renewed_by_the_step_and_not_by_the_generator():
+    store = TrajectoryStore(perfect(ENVIRONMENTS["grid-2d"](), 2), samples=64, reuse=2.0)
+    fillings = []
+    for step in range(24):
+        store.trajectories(16, seeded(7), step)
+        fillings.append(store.fillings[False][0])
+    assert len(set(fillings)) in (3, 4) and fillings == sorted(fillings)  # 64 trajectories serve 8 steps of 16, each used twice
 
 
 def test_the_balance_of_trajectories_is_what_a_correction_would_weigh():
     models = arbitrary(ENVIRONMENTS["grid-2d"](), 2)
     torch.manual_seed(0)
     classifier = sculpt.Classifier(GridNetwork(2, 6, width=16), [p.key for p in models]).eval()
-    replay = GFlowNetReplay(models, samples=64)
-    policy = guide(Posterior(2, (0, 1)), models, classifier).policy
-    part = replay.trajectories(1, seeded(1), False)
-    loss = replay.losses(classifier, classifier, 1, seeded(1), 0.0, torch.device("cpu"))["joint"]
+    store = TrajectoryStore(models, samples=64)
+    part = store.trajectories(1, seeded(1), 1)
+    loss = store.losses(classifier, classifier, 1, seeded(1), step=1)["joint"]
     log_w = {}
     for i, (anchor, label) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        policy = guide(Posterior(2, (anchor, label)), models, classifier).policy
+        policy = guide(Posterior(2, (anchor, label)), models, classifier).guidance
         log_p, log_h = policy.scores(part.states)
         step = torch.logsumexp(log_p + log_h, -1) - log_h.gather(1, part.actions[:, None])[:, 0]
         total = (
             torch.zeros(2, dtype=torch.float64).index_add(0, part.owner, step)
             + policy.log_h_end(part.x)
-            - policy.log_h(models[0].env.s0[None])
+            - policy.log_h(models[0].start(1))
         )
         f = policy.log_h_end(part.x).exp()
         w = part.p[:, anchor] * (0.7 * f / f.mean() + 0.3)
@@ -98,7 +106,8 @@ def test_the_balance_of_trajectories_is_what_a_correction_would_weigh():
 
 def test_a_fitted_classifier_samples_every_label_set():
     models = arbitrary(ENVIRONMENTS["grid-2d"](), 3)
-    classifier = sculpt.fit(models, observations=3, steps=400, batch_size=64, learning_rate=5e-3, samples=2000, progress=False)
+    options = {"steps": 400, "batch_size": 64, "descent": Descent(5e-3), "samples": 2000, "progress": False}
+    classifier = sculpt.fit(models, observations=3, **options)
     found = errors(models, classifier, [Posterior(3, labels) for n in (2, 3) for labels in label_sets(3, n)])
     assert max(found) < 0.06 and sum(found) / len(found) < 0.03
 
@@ -106,7 +115,7 @@ def test_a_fitted_classifier_samples_every_label_set():
 @pytest.mark.parametrize("children", [False, True])
 def test_a_fitted_classifier_takes_odds_with_and_without_a_head_over_children(children, tmp_path):
     models = perfect(ENVIRONMENTS["grid-2d"](), 2)
-    options = {"steps": 400, "batch_size": 64, "learning_rate": 5e-3, "samples": 2000, "progress": False}
+    options = {"steps": 400, "batch_size": 64, "descent": Descent(5e-3), "samples": 2000, "progress": False}
     classifier = sculpt.fit(models, odds=True, children=children, **options)
     assert classifier.n_children == (3 if children else 1)
     posteriors = [Posterior(2, labels, (a, 1 - a)) for labels in label_sets(2, 2) for a in (0.05, 0.5, 0.95)]
@@ -136,5 +145,40 @@ def test_a_network_of_ones_own_serves_any_environment():
     with pytest.raises(ValueError, match=r"No default classifier network for DiscreteEBM\(ndim=4\). Pass network="):
         sculpt.fit(models, steps=1, progress=False)
     torch.manual_seed(0)
-    classifier = sculpt.fit(models, network=Own(), steps=300, batch_size=64, learning_rate=5e-3, samples=2000, progress=False)
+    options = {"steps": 300, "batch_size": 64, "descent": Descent(5e-3), "samples": 2000, "progress": False}
+    classifier = sculpt.fit(models, network=Own(), **options)
     assert max(errors(models, classifier, [Posterior(2, labels) for labels in label_sets(2, 2)])) < 0.06
+
+
+@pytest.mark.parametrize("composed", [False, True])
+def test_a_killed_fit_goes_on_with_the_trajectories_that_its_classifiers_have_guided(tmp_path, monkeypatch, composed):
+    models = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    options = {"odds": True, "steps": 120, "batch_size": 8, "samples": 60, "composed": composed, "progress": False}
+    whole, update = sculpt.fit(models, **options), Training._update
+
+    def killed(self, gradients):
+        if self.step == 77:  # guided trajectories were drawn four times by then
+            raise KeyboardInterrupt
+        return update(self, gradients)
+
+    monkeypatch.setattr("sculpt.classifier.fit.Training.save", lambda self, every, save=Training.save: save(self))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "_update", killed)
+        sculpt.fit(models, checkpoint=tmp_path, **options)
+    resumed = sculpt.fit(models, checkpoint=tmp_path, **options)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert resumed.history == whole.history
+
+
+def test_a_store_gives_back_the_guided_trajectories_that_it_was_saved_with():
+    models = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    torch.manual_seed(0)
+    classifier = sculpt.Classifier(GridNetwork(2, 6, width=16), [p.key for p in models]).eval()
+    one, two = (TrajectoryStore(models, samples=64, composed=True) for _ in range(2))
+    for step in (0, 40, 80):
+        one.losses(classifier, classifier, 4, seeded(step), step=step)
+    two.load_state_dict(one.state_dict())
+    assert len(two.guided) == len(one.guided) == 9 and two.renewed == one.renewed
+    for a, b in zip(one.guided, two.guided, strict=True):
+        assert all(torch.equal(value, vars(b)[name]) for name, value in vars(a).items())

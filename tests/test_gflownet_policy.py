@@ -2,18 +2,29 @@
 
 import pytest
 import torch
-from gflownet_models import ENVIRONMENTS, arbitrary, furthest, network_policy, perfect, uniform_backward
+from gflownet_models import (
+    ENVIRONMENTS,
+    arbitrary,
+    correct,
+    furthest,
+    guide,
+    network_policy,
+    perfect,
+    unchecked,
+    uniform_backward,
+)
 from gfn.gflownet import TBGFlowNet
 from gfn.gym import HyperGrid
 from gfn.samplers import Sampler
 from gfn.utils.prob_calculations import get_trajectory_pfs
 
-from sculpt.classifier import Classifier, Guide
+import sculpt
+from sculpt.actions.networks import GridNetwork
+from sculpt.classifier.guide import Guide
+from sculpt.classifier.heads import Classifier
 from sculpt.formula import Posterior
 from sculpt.gflownet import exact
 from sculpt.gflownet.model import GFlowNet
-from sculpt.gflownet.network import GridNetwork
-from sculpt.gflownet.policy import guide
 
 HARMONIC = Posterior(2, (0, 1))
 
@@ -28,7 +39,7 @@ def random_classifier(models, **options):
 def test_torchgfns_sampler_takes_the_estimator_and_samples_the_target(form):
     env = ENVIRONMENTS["grid-2d"]()
     p, q = perfect(env, 2)
-    estimator = (p & q).as_estimator(exact.ExactClassifier([p, q]), form=form)
+    estimator = (p & q).as_estimator(sculpt.Guided(exact.ExactClassifier([p, q]), form=form))
     torch.manual_seed(0)
     trajectories = Sampler(estimator).sample_trajectories(env, n=5000, save_logprobs=True, save_estimator_outputs=True)
     target = exact.target(HARMONIC, [exact.terminal_distribution(p), exact.terminal_distribution(q)])
@@ -70,7 +81,7 @@ def test_a_head_over_children_scores_what_it_says_for_every_child():
     ends = classifier.log_h_terminal(states, labels=(2, 0, 1), odds=(0.2, 0.3, 0.5))
     expected = models[2].log_pf(states) + torch.cat([scores, ends[:, None]], -1).double()
     torch.testing.assert_close(guided.log_pf(states), torch.log_softmax(expected.masked_fill(~allowed, -torch.inf), -1))
-    samples = guided.sample(4000, correct=True, particles=20_000, generator=torch.Generator().manual_seed(0))
+    samples = correct(guided, 4000, particles=20_000, generator=torch.Generator().manual_seed(0))
     log_p = exact.terminal_distribution(models[2]).log() + ends
     assert exact.l1(exact.histogram(env, samples.x), log_p.softmax(0)) < furthest(36, 4000)
 
@@ -80,7 +91,7 @@ def test_chunks_of_children_change_nothing():
     guided = guide(HARMONIC, ps, exact.ExactClassifier(ps))
     states = exact.dag(ps[0]).states
     whole = guided.log_pf(states)
-    guided.policy.chunk = 1
+    guided.guidance.chunk = 1
     assert torch.equal(guided.log_pf(states), whole)
 
 
@@ -115,7 +126,7 @@ def test_wrong_forms_and_anchors_are_refused():
     p, q, r = perfect(ENVIRONMENTS["grid-2d"](), 3)
     classifier = exact.ExactClassifier([p, q])
     with pytest.raises(ValueError, match="form is 'anchored' or 'mixture', got 'Mixture'"):
-        (p & q).guided(classifier, form="Mixture")
+        unchecked(sculpt.Guided, classifier, form="Mixture")
     nested = (p & q) - r
     outer = exact.ExactClassifier([(p & q).guided(classifier), r])
     outer.keys = None

@@ -1,7 +1,8 @@
-"""The checkpoints of ``pretrained/grid`` do what their cards say."""
+"""The checkpoints of ``pretrained/grid`` do what their cards say, and their training survives a kill."""
 
 import hashlib
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
@@ -61,3 +62,36 @@ def test_one_classifier_serves_every_composition(name, recipe):
             guided = sculpt.posterior(models, labels, v).guided(classifier)
             errors.append(exact.l1(exact.terminal_distribution(guided), exact.target(Posterior(len(models), labels, v), p)))
     assert max(errors) < 0.04 and sum(errors) / len(errors) < 0.02
+
+
+def test_a_killed_training_goes_on_bit_for_bit(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "BATCH", 32)
+
+    def take(made, steps):
+        for _ in itertools.islice(made.training.run(made.loss, made.steps), steps):
+            pass
+        return made
+
+    through, first = take(recipe.Recipe("circle1", 6), 6), take(recipe.Recipe("circle1", 6, tmp_path), 3)
+    first.training.save()
+    again = recipe.Recipe("circle1", 6, tmp_path)
+    assert again.training.step == 3
+    take(again, 3)
+    assert torch.equal(through.log_Z[0], again.log_Z[0]) and again.log_Z[0] != 0
+    for part in ("network", "average"):
+        one, two = (getattr(made.training, part).state_dict() for made in (through, again))
+        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    with pytest.raises(ValueError, match="name is 'circle1' there and 'circle2' here"):
+        recipe.Recipe("circle2", 6, tmp_path)
+
+
+def test_a_finished_training_leaves_a_checkpoint_with_its_card_and_no_state(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "BATCH", 32)
+    model = recipe.train("circle3", 2, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["circle3"]
+    again, card = sculpt.load(tmp_path / "circle3"), (tmp_path / "circle3" / "README.md").read_text()
+    assert again.key == model.key and "2 steps of 32 trajectories" in card
+    shipped = (GRID / "circle3" / "README.md").read_text()
+    assert [line.split("|")[1] for line in card.splitlines() if "|" in line] == [
+        line.split("|")[1] for line in shipped.splitlines() if "|" in line
+    ]

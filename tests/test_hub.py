@@ -46,7 +46,7 @@ def test_half_precision_files_and_variants_are_read(tmp_path):
 
 
 def test_a_classifier_folder_is_a_classifier(tmp_path):
-    from sculpt.diffusion.network import VectorNetwork
+    from sculpt.diffusion.backbones import VectorNetwork
 
     sculpt.Classifier(VectorNetwork(2, width=8), ["a", "b"]).save_pretrained(tmp_path / "c")
     loaded = sculpt.load(tmp_path / "c")
@@ -59,7 +59,8 @@ def test_a_classifier_folder_is_a_classifier(tmp_path):
 def test_a_gflownet_folder_is_a_gflownet(tmp_path):
     from gfn.gym import HyperGrid
 
-    from sculpt.gflownet.network import GridNetwork, NetworkPolicy
+    from sculpt.actions.networks import GridNetwork
+    from sculpt.gflownet.estimators import NetworkPolicy
 
     env = HyperGrid(ndim=2, height=4, validate_modes=False)
     network = GridNetwork(ndim=2, height=4, outputs=env.n_actions, width=8, depth=1)

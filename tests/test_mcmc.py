@@ -9,12 +9,15 @@ from oracles import GaussianMixture, Grid
 from torch import nn
 
 import sculpt
-from sculpt.diffusion.mcmc import HMC, MALA, ULA, Target
+from sculpt import HMC, MALA, ULA, Tracked
+from sculpt.diffusion.correctors import Target
 from sculpt.formula import Nested, Posterior, PowerMean, Product
 
 P = GaussianMixture([[-1.0], [1.2]], [[[0.2]], [[0.4]]], [0.4, 0.6])
 Q = GaussianMixture([[-0.5], [2.0]], [[[0.3]], [[0.3]]])
 S = torch.tensor(0.8, dtype=torch.float64)
+ALL = 10**6
+"""All particles go through a network at once."""
 
 FORMULAS = [
     Product([1.0, 1.0]),
@@ -85,7 +88,7 @@ def bound(n, delta=1e-3):
 def test_mala_and_hmc_leave_the_exact_target_invariant(corrector, formula):
     line, models = Line(formula), [energy_model(P), energy_model(Q)]
     z = line.draw(10_000)
-    z, _ = corrector(z, log_densities((P, Q), z), S, formula, models, None, generator(1))
+    z, _ = corrector(z, log_densities((P, Q), z), S, formula, models, ALL, generator(1))
     assert line.distance(z) < bound(len(z))
     assert 0.3 < corrector.acceptance[-1] < 0.98  # it did both: move and refuse to
 
@@ -96,7 +99,7 @@ def test_mala_and_hmc_converge_from_elsewhere(corrector, hide):
     formula = Product([1.0, 1.0])
     line, models = Line(formula), [(score_model if hide else energy_model)(mixture) for mixture in (P, Q)]
     z = 3 + 0.1 * torch.randn(4_000, 1, dtype=torch.float64, generator=generator())
-    z, _ = corrector(z, log_densities((P, Q), z), S, formula, models, None, generator(1))
+    z, _ = corrector(z, log_densities((P, Q), z), S, formula, models, ALL, generator(1))
     assert line.distance(z) < bound(len(z))
 
 
@@ -105,7 +108,7 @@ def test_langevin_without_metropolis_is_biased_as_its_closed_form_says():
     gaussian = GaussianMixture([[0.0]], 0.3)
     z = math.sqrt(c) * torch.randn(50_000, 1, dtype=torch.float64, generator=generator())
     step = 0.5
-    z, _ = ULA(30, step)(z, log_densities([gaussian], z), S, Product([1.0]), [energy_model(gaussian)], None, generator(1))
+    z, _ = ULA(30, step)(z, log_densities([gaussian], z), S, Product([1.0]), [energy_model(gaussian)], ALL, generator(1))
     epsilon = step * float(S) ** 2
     expected = c / (1 - epsilon / (2 * c))
     assert expected / c > 1.1
@@ -116,7 +119,7 @@ def test_langevin_without_metropolis_does_not_keep_the_target_that_mala_keeps():
     formula = Product([1.0, 1.0])
     line, models = Line(formula), [energy_model(P), energy_model(Q)]
     z = line.draw(20_000)
-    z, _ = ULA(20, 0.8)(z, log_densities((P, Q), z), S, formula, models, None, generator(1))
+    z, _ = ULA(20, 0.8)(z, log_densities((P, Q), z), S, formula, models, ALL, generator(1))
     assert line.distance(z) > 1.5 * bound(len(z))
 
 
@@ -124,7 +127,7 @@ def test_mala_is_hamiltonian_with_one_leapfrog_step_and_no_damping():
     formula, models = Product([1.0, -0.5]), [score_model(P), energy_model(Q)]
     z = Line(formula).draw(1_000)
     ell = log_densities((P, Q), z)
-    one, two = (c(z, ell, S, formula, models, None, generator(1)) for c in (MALA(5, 0.4), HMC(5, 0.4, leapfrog=1, damping=0.0)))
+    one, two = (c(z, ell, S, formula, models, ALL, generator(1)) for c in (MALA(5, 0.4), HMC(5, 0.4, leapfrog=1, damping=0.0)))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
 
 
@@ -133,7 +136,7 @@ def test_a_rejected_hamiltonian_particle_goes_back_the_way_it_came():
     """With all of the momentum kept: moved, rejected, moved is at the start again. Reversibility and the flip in one."""
     formula, models = Posterior(2, (0, 0)), [energy_model(P), energy_model(Q)]
     z = Line(formula).draw(5_000)
-    target = Target(formula, models, S, 3, None)
+    target = Target(formula, models, S, 3, ALL)
     start = target.at(z, log_densities((P, Q), z))
     states = list(HMC(3, 1.2, leapfrog=3, damping=1 - 1e-15).moves(start, target, generator(2)))
     first, second, third = (moved for _, moved in states)
@@ -149,7 +152,7 @@ def test_every_particle_has_a_decision_of_its_own():
     far = z.clone()
     far[1_000:] += 5
     for corrector in (MALA(1, 1.5), HMC(1, 1.0)):
-        one, two = (corrector(x, log_densities((P, Q), x), S, formula, models, None, generator(3))[0] for x in (z, far))
+        one, two = (corrector(x, log_densities((P, Q), x), S, formula, models, ALL, generator(3))[0] for x in (z, far))
         torch.testing.assert_close(one[:1_000], two[:1_000], rtol=0, atol=0)
         stayed = (one == z).all(1).double().mean()
         assert 0.02 < stayed < 0.98
@@ -163,7 +166,7 @@ def test_line_integrals_of_the_score_agree_with_exact_energies(nodes, rms):
     rings, worst = three_rings()[:2], 0.0
     for s in torch.tensor([0.02, 0.1, 0.3, 1.0, 5.0], dtype=torch.float64):
         z = rings[0].draw(2_000, generator(), float(s) ** 2)
-        target = Target(Product([1.0, 1.0]), [score_model(ring) for ring in rings], s, nodes, None)
+        target = Target(Product([1.0, 1.0]), [score_model(ring) for ring in rings], s, nodes, ALL)
         point = target.at(z, log_densities(rings, z, s))
         xi = torch.randn(z.shape, dtype=torch.float64, generator=generator(1))
         new = target.move(point, z + 0.3 * s**2 * target.score(point) + math.sqrt(0.6) * s * xi)
@@ -178,7 +181,7 @@ def test_log_densities_stay_those_of_the_particles_up_to_the_error_they_came_wit
     formula, models = Posterior(2, (0, 1)), [energy_model(P), score_model(Q)]
     z = Line(formula).draw(2_000)
     error = torch.randn(2_000, 2, dtype=torch.float64, generator=generator(5))
-    z_new, ell = corrector(z, log_densities((P, Q), z) + error, S, formula, models, None, generator(1))
+    z_new, ell = corrector(z, log_densities((P, Q), z) + error, S, formula, models, ALL, generator(1))
     drift = ell - log_densities((P, Q), z_new) - error
     assert (z_new - z).abs().mean() > 0.3
     assert drift[:, 0].abs().max() < 1e-10  # exact energies
@@ -189,7 +192,7 @@ def test_chunks_and_repetition_change_nothing():
     formula, models = Product([1.0, -0.5]), [energy_model(P), score_model(Q)]
     z = Line(formula).draw(500)
     ell = log_densities((P, Q), z)
-    whole, again, parts = (MALA(3)(z, ell, S, formula, models, size, generator(1)) for size in (None, None, 64))
+    whole, again, parts = (MALA(3)(z, ell, S, formula, models, size, generator(1)) for size in (ALL, ALL, 64))
     torch.testing.assert_close(whole, again, rtol=0, atol=0)
     torch.testing.assert_close(whole, parts, rtol=0, atol=1e-12)
 
@@ -198,7 +201,7 @@ def test_chunks_and_repetition_change_nothing():
 def test_a_particle_whose_score_is_not_a_number_stays_where_it_is(corrector):
     broken = sculpt.EnergyModel(lambda z, s: torch.where(z[:, 0] > 1, float("nan"), -P.log_prob(z, s**2)), (1,), name="broken")
     z = Line(Product([1.0, 0.0])).draw(2_000)
-    z_new, ell = corrector(z, log_densities([P], z), S, Product([1.0]), [broken], None, generator())
+    z_new, ell = corrector(z, log_densities([P], z), S, Product([1.0]), [broken], ALL, generator())
     lost = z[:, 0] > 1
     torch.testing.assert_close(z_new[lost], z[lost], rtol=0, atol=0)
     assert z_new.isfinite().all()
@@ -238,7 +241,7 @@ def test_correctors_bring_products_nearer_to_the_target_than_weights_alone(power
     floor = GRID.floor(masses, n)
     errors = []
     for corrector in (None, MALA(), HMC()):
-        x = composition.sample(n, steps=64, corrector=corrector, generator=generator(1), progress=False).x
+        x = composition.sample(n, Tracked(corrector=corrector), steps=64, generator=generator(1), progress=False).x
         errors.append(GRID.total_variation(x, masses) / floor)
     assert max(errors[1:]) < errors[0] * (1.1 if min(powers) < 0 else 0.95)
 
@@ -247,12 +250,14 @@ def test_the_diagnostics_name_the_corrector_its_acceptance_and_its_approximation
     corrector = MALA(1)
     composition = sculpt.product([energy_model(RINGS[0], "E"), *networks(2)[1:]], [1, 1])
     for steps in (8, 6):
-        samples = composition.sample(10, steps=steps, particles=200, corrector=corrector, generator=generator(), progress=False)
+        road = Tracked(particles=200, corrector=corrector)
+        samples = composition.sample(10, road, steps=steps, generator=generator(), progress=False)
         assert len(corrector.acceptance) == steps  # of the last run only
     (note,) = samples.diagnostics.notes
     assert "MALA with 1 × step" in note
     assert "log-densities of q moved by line integrals of 3 nodes, an approximation" in note
-    composition.sample(10, steps=4, particles=200, corrector=(ula := ULA(1)), generator=generator(), progress=False)
+    road = Tracked(particles=200, corrector=(ula := ULA(1)))
+    composition.sample(10, road, steps=4, generator=generator(), progress=False)
     assert "unadjusted" in ula.note
 
 
@@ -264,9 +269,8 @@ def test_energy_models_multiply_negate_and_temper_and_compose_with_networks(powe
     masses, log_z = GRID.exact(energies.formula, RINGS[:2])
     floor = GRID.floor(masses, n)
     for composition in (energies, mixed):
-        samples = composition.sample(
-            n, steps=48, particles=4 * n, corrector=MALA(1, 0.3), generator=generator(2), progress=False
-        )
+        road = Tracked(particles=4 * n, corrector=MALA(1, 0.3))
+        samples = composition.sample(n, road, steps=48, generator=generator(2), progress=False)
         assert GRID.total_variation(samples.x, masses) < 1.6 * floor
         assert samples.log_z == pytest.approx(log_z, abs=0.3)
 
@@ -284,6 +288,7 @@ def test_an_energy_network_in_single_precision_is_a_base_model_too():
             return (self.layer(z) - self.mean).square().sum(-1) / 2 / (1 + s**2)
 
     model = sculpt.EnergyModel(Energy(), (2,))
-    samples = sculpt.product([model], [2.0]).sample(4_000, steps=32, corrector=HMC(), generator=generator(), progress=False)
+    road = Tracked(corrector=HMC())
+    samples = sculpt.product([model], [2.0]).sample(4_000, road, steps=32, generator=generator(), progress=False)
     # N(0, 1) squared is N(0, 1/2); 32 levels and the spread of 4,000 draws leave a few percent
     assert samples.x.var(0).tolist() == pytest.approx([0.5, 0.5], abs=0.05)

@@ -6,12 +6,10 @@ import torch
 import sculpt
 from sculpt.formula import label_sets
 from sculpt.gflownet import exact
+from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
-from sculpt.gflownet.network import NetworkPolicy
-from sculpt.gflownet.policy import guide
-from sculpt.gflownet.sampler import path_ratios
-from sculpt.molecules.fragments import FragmentTrees
 from sculpt.molecules.network import FragmentFeatures, FragmentNetwork
+from sculpt.molecules.trees import FragmentTrees
 
 VOCABULARY = [["C", [0, 0]], ["N", [0, 0, 0]], ["c1ccccc1", [0, 1, 3, 4]]]
 SIZES = {"width": 32, "depth": 2, "heads": 2}
@@ -41,12 +39,11 @@ def fitted():
 
 
 def test_all_children_are_scored_in_one_pass_over_the_state(fitted):
-    env, _, classifier = fitted
+    env, models, classifier = fitted
     assert classifier.n_children == env.n_actions
     seen = []
     hook = classifier.network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    s = env.s0[None].clone()
-    guide(sculpt.formula.Posterior(2, (0, 1)), fitted[1], classifier).log_pf(s)
+    (models[0] & models[1]).guided(classifier).log_pf(models[0].start(1))
     hook.remove()
     assert seen == [1]
 
@@ -72,13 +69,13 @@ def test_the_roads_agree_with_the_enumerated_composition(fitted):
     options = {"generator": torch.Generator().manual_seed(0), "progress": False}
     roads = {
         "tracked": composition.sample(n, **options),
-        "rejection": sculpt.reject(composition, n, **options),
+        "rejection": composition.sample(n, sculpt.Rejection(), **options),
     }
     for road, samples in roads.items():
         assert exact.l1(exact.histogram(env, samples.x), target) < 2.5 * noise, road
-    corrected = composition.sample(n, classifier, correct=True, **options)
+    corrected = composition.sample(n, sculpt.Guided(classifier, correct=True), **options)
     judged = exact.l1(exact.histogram(env, corrected.x), target)
-    by_head = sculpt.reject(composition, n, classifier, **options)  # the terminal head's own error, and nothing else
+    by_head = composition.sample(n, sculpt.Rejection(classifier), **options)  # the terminal head's own error, and nothing else
     assert judged < exact.l1(exact.histogram(env, by_head.x), target) + 2.5 * noise
 
 
@@ -87,7 +84,7 @@ def test_densities_of_whole_paths_are_those_of_the_policy(fitted):
     guided = (models[0] & models[1]).guided(classifier)
     graph = exact.dag(env)
     x = graph.states[graph.allowed[:, -1]]
-    log_q = path_ratios([*models, guided], x)
+    log_q = models[0].log_ratios([*models, guided], x)
     for column, model in zip(log_q.T, [*models, guided], strict=True):
         q = exact.terminal_distribution(model)[graph.allowed[:, -1]]
         assert (column.exp() - q).abs().max() < 1e-6

@@ -14,8 +14,9 @@ import torch
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt import cli
+from sculpt.apps import cli
 from sculpt.molecules import Library, generate
+from sculpt.roads import Guided, Rejection, Tracked
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +26,8 @@ def both():
     return molecule_model(0, "p") & molecule_model(1, "q")
 
 
-SETTINGS = {"shard": 10, "particles": 20, "rewards": ["sa"], "progress": False}
+FEW = Tracked(particles=20)
+SETTINGS = {"road": FEW, "shard": 10, "rewards": ["sa"], "progress": False}
 
 
 def contents(folder):
@@ -66,9 +68,9 @@ def test_shards_are_not_copies_of_each_other(whole):
 
 
 def test_processes_share_the_shards_and_their_union_is_the_same(both, whole, tmp_path):
-    first = generate(both, 35, tmp_path, rank=1, world=2, **SETTINGS)
+    first = generate(both, 35, tmp_path, share=(1, 2), **SETTINGS)
     assert first.missing == [0, 2]
-    second = generate(both, 35, tmp_path, rank=0, world=2, **SETTINGS)
+    second = generate(both, 35, tmp_path, share=(0, 2), **SETTINGS)
     assert second.missing == []
     assert contents(tmp_path) == contents(whole)
 
@@ -129,27 +131,29 @@ def test_a_shard_of_another_place_is_not_taken_for_this_one(both, whole, tmp_pat
         ({"seed": 1}, "seed"),
         ({"shard": 7}, "shard"),
         ({"n": 36}, "n"),
-        ({"particles": 30}, "options"),
+        ({"road": Tracked(particles=30)}, "road"),
+        ({"road": Tracked(particles=20, threshold=0.4)}, "road"),
+        ({"batch_size": 5}, "batch_size"),
         ({"rewards": ["qed"]}, "rewards"),
         ({"rewards": {"sa": lambda molecules: [0.5] * len(molecules)}}, "rewards"),
         ({"model": "q"}, "formula, models, key"),
         ({"beta": 96.0}, "models, key"),
-        ({"classifier": True}, "classifier, key"),
+        ({"road": "classifier"}, "road"),
     ],
 )
 def test_other_settings_are_refused_and_change_nothing(both, whole, change, said):
     before = contents(whole)
-    settings, n, model, classifier = SETTINGS | change, change.get("n", 35), both, None
-    for name in ("n", "model", "beta", "classifier"):
+    settings, n, model = SETTINGS | change, change.get("n", 35), both
+    for name in ("n", "model", "beta"):
         settings.pop(name, None)
     if "model" in change:
         model = both.models[1] & molecule_model(2, "r")
     if "beta" in change:
         model = molecule_model(0, "p", beta=change["beta"]) & both.models[1]
-    if "classifier" in change:
-        classifier, settings = molecule_classifier(*both.models), settings | {"correct": None}
-    with pytest.raises(ValueError, match=f"begun with other settings: {said} .* or choose another folder"):
-        generate(model, n, whole, classifier, **settings)
+    if settings["road"] == "classifier":
+        settings["road"] = molecule_classifier(*both.models)
+    with pytest.raises(ValueError, match=rf"begun with other settings: {said} \(.* or choose another folder"):
+        generate(model, n, whole, **settings)
     assert contents(whole) == before
 
 
@@ -158,13 +162,11 @@ def test_a_reward_that_rounds_differently_is_the_same_reward(both, tmp_path):
     generate(both, 5, tmp_path, **SETTINGS | {"rewards": {"mine": lambda molecules: [0.1 + 1e-7] * len(molecules)}})
 
 
-def test_a_folder_of_something_else_is_left_alone(both, whole, tmp_path):
+def test_a_folder_of_something_else_is_left_alone(both, tmp_path):
     (tmp_path / "mine.parquet").write_bytes(b"mine")
     with pytest.raises(ValueError, match="holds mine.parquet of something else"):
         generate(both, 5, tmp_path, **SETTINGS)
     assert sorted(contents(tmp_path)) == ["mine.parquet"]
-    with pytest.raises(ValueError, match="already holds molecules"):
-        generate(both, 35, whole, resume=False, **SETTINGS)
     (tmp_path / "mine.parquet").rename(tmp_path / "_manifest.json")
     with pytest.raises(ValueError, match="not readable JSON"):
         generate(both, 5, tmp_path, **SETTINGS)
@@ -189,12 +191,40 @@ def test_every_road_can_be_sharded(both, tmp_path):
     classifier = molecule_classifier(*both.models)
     p, q = both.models
     settings = {"shard": 10, "rewards": ["sa"], "progress": False}
-    for k, (model, options) in enumerate(
-        [(p, {}), (p | q, {}), (both, {"classifier": classifier}), (both, {"classifier": classifier, "correct": True, "particles": 20}),
-         (both, {"classifier": classifier, "anchor": q})]
-    ):  # fmt: skip
-        library = generate(model, 15, tmp_path / str(k), **settings, **options)
+    roads = (
+        (p, None), (p | q, None), (both, classifier), (both, Guided(classifier, correct=True, particles=20)),
+        (both, Guided(classifier, anchor=q)), (both, Rejection(classifier)), (both.guided(classifier), None),
+    )  # fmt: skip
+    described = set()
+    for k, (model, road) in enumerate(roads):
+        library = generate(model, 15, tmp_path / str(k), road, **settings)
         assert len(library) == 15
+        described.add(json.dumps([library.settings["key"], library.settings["road"]]))
+    assert len(described) == len(roads)
+
+
+def test_the_manifest_knows_a_road_with_its_options(both, whole, tmp_path):
+    assert Library(whole).settings["road"] == FEW.identity == Tracked(particles=20).identity != Tracked().identity
+    classifier = molecule_classifier(*both.models)
+    roads = (
+        Guided(classifier), Guided(classifier, anchor=1), Guided(classifier, correct=True), Guided(classifier, correct="densities"),
+        Guided(classifier, correct=True, particles=50), Guided(classifier, form="mixture"), Rejection(classifier), Rejection(),
+        Rejection(classifier, max_draws=5000),
+    )  # fmt: skip
+    identities = [json.dumps(road.identity) for road in roads]
+    assert len(set(identities)) == len(roads)
+    assert all(json.loads(text) == road.identity for text, road in zip(identities, roads, strict=True))
+    # Another classifier is another road, the same weights are not.
+    assert Guided(molecule_classifier(*both.models)).identity == Guided(classifier).identity
+    with torch.no_grad():
+        next(classifier.parameters()).add_(1)
+    assert Guided(molecule_classifier(*both.models)).identity != Guided(classifier).identity
+
+
+def test_the_verdict_counts_levels(both, whole, tmp_path):
+    levels = [Library(whole).about(k)["level"] for k in range(4)]
+    assert all(f"{levels.count(level)} {level}" in Library(whole).verdict for level in levels)
+    assert generate(both.models[0], 15, tmp_path, shard=10, rewards=["sa"], progress=False).verdict == "2 sound (2 of 2 shards)"
 
 
 @pytest.mark.parametrize(
@@ -203,11 +233,10 @@ def test_every_road_can_be_sharded(both, tmp_path):
         ((0,), {}, "n=0 and shard=10: both have to be at least 1"),
         ((5,), {"shard": 0}, "shard=0"),
         ((5,), {"rewards": ["logp"]}, "no reward 'logp'"),
-        ((5,), {"rank": 2, "world": 2}, "ranks go from 0 to 1"),
-        ((5,), {"rank": 2}, "pass both or neither"),
-        ((5,), {"resample": False}, "resample: not an option here"),
-        ((5,), {"generator": torch.Generator()}, "generator: not an option here"),
-        ((5,), {"particles": 5, "steps": 3}, "steps: not an option of the road of tracked densities"),
+        ((5,), {"share": (2, 2)}, r"process 2 of 2: processes are numbered from 0 to 1"),
+        ((5,), {"road": Tracked(resample=False)}, "resample=False: shards hold equally weighted molecules"),
+        ((35,), {"road": Tracked(particles=5)}, "particles=5 cannot give n=10 samples"),
+        ((5,), {"batch_size": 0}, "batch_size has to be at least 1"),
     ],
 )
 def test_bad_input_is_refused(both, tmp_path, arguments, options, message):
@@ -222,7 +251,7 @@ def test_what_makes_no_molecules_or_cannot_be_guided_is_refused(both, tmp_path):
     with pytest.raises(ValueError, match="p0 makes no molecules"):
         generate(perfect(ENVIRONMENTS["grid-2d"](), 1)[0], 5, tmp_path, **SETTINGS)
     classifier = molecule_classifier(*both.models)
-    with pytest.raises(ValueError, match="p is a single model. Leave the classifier out"):
+    with pytest.raises(ValueError, match="p is one model, and roads lead to compositions"):
         generate(both.models[0], 5, tmp_path, classifier, progress=False)
     with pytest.raises(ValueError, match="A classifier steers posteriors"):
         generate(both.models[0] | both.models[1], 5, tmp_path, classifier, progress=False)
@@ -258,14 +287,14 @@ def test_an_interrupted_command_says_how_to_go_on(command, tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sculpt.composition.Composition.sample", interrupt)
+    monkeypatch.setattr("sculpt.model.BaseModel.sample", interrupt)
     assert cli.main([*command, "-o", f"{tmp_path}/library/"]) == 130
     assert "The same command continues" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_leaves_whole_shards_only(command, tmp_path):
-    command = [sys.executable, "-m", "sculpt.cli", *command, "-n", "400", "-o"]
+    command = [sys.executable, "-m", "sculpt", *command, "-n", "400", "-o"]
     process = subprocess.Popen([*command, f"{tmp_path}/killed/"], cwd=ROOT, stderr=subprocess.DEVNULL)
     until = time.time() + 300
     while len(list(tmp_path.glob("killed/part-*"))) < 3 and process.poll() is None and time.time() < until:

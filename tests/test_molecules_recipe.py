@@ -1,24 +1,50 @@
-"""The training of the molecule policies: what it converges to, and that a killed one goes on as if nothing had been."""
+"""The trainings of the molecule policies and of the proxy's student: what they converge to, and that a killed one goes on bit for bit."""
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 import sculpt
+from sculpt.files import replace_file
 from sculpt.gflownet import exact
+from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
-from sculpt.gflownet.network import NetworkPolicy
-from sculpt.molecules import FragmentNetwork, FragmentTrees
+from sculpt.molecules import SEH, FragmentNetwork, FragmentTrees
+from sculpt.molecules.seh import STUDENT
+
+
+def load(name):
+    path = Path(__file__).parents[1] / "pretrained" / "molecules" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"molecules_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def take(recipe, steps):
+    for _ in itertools.islice(recipe.training.run(recipe.loss, recipe.steps), steps):
+        pass
+    return recipe
+
+
+def bits(recipe, **further):
+    """Everything that a training goes on from."""
+    parts = {"network": recipe.training.network, "average": recipe.training.average, **further}
+    state = {f"{part}/{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+    moments = recipe.training.optimizer.state_dict()["state"]
+    return state | {f"{i}/{name}": value for i, part in moments.items() for name, value in part.items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 @pytest.fixture
 def recipe(monkeypatch):
-    path = Path(__file__).parents[1] / "pretrained" / "molecules" / "recipe.py"
-    spec = importlib.util.spec_from_file_location("molecules_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("recipe")
     monkeypatch.setattr(module, "BATCH", 4)
     monkeypatch.setattr(module, "REPLAY", 8)
     monkeypatch.setattr(module, "FIRST", 32)
@@ -26,29 +52,68 @@ def recipe(monkeypatch):
 
 
 def test_a_killed_training_goes_on_bit_for_bit(recipe, tmp_path):
-    through, first = recipe.Training("sa", 6, tmp_path / "a"), recipe.Training("sa", 6, tmp_path / "b")
-    for _ in range(6):
-        through.train_step()
-    for _ in range(3):
-        first.train_step()
-    first.save()
-    again = recipe.Training("sa", 6, tmp_path / "b")
-    assert again.step == 3
-    for _ in range(3):
-        again.train_step()
-    expected, got = through.tensors(), again.tensors()
-    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    through, first = take(recipe.Recipe("sa", 6, tmp_path / "a"), 6), take(recipe.Recipe("sa", 6, tmp_path / "b"), 3)
+    first.training.save()
+    again = recipe.Recipe("sa", 6, tmp_path / "b")
+    assert again.training.step == 3 and int(again.buffer.count) == 32 + 3 * 4
+    take(again, 3)
+    assert same(*(bits(run, log_Z=run.log_Z, buffer=run.buffer) for run in (through, again)))
+
+
+def test_the_training_of_another_reward_is_refused(recipe, tmp_path):
+    recipe.Recipe("sa", 6, tmp_path).training.save()
+    with pytest.raises(ValueError, match="holds another training: name is 'sa' there and 'qed' here"):
+        recipe.Recipe("qed", 6, tmp_path)
 
 
 def test_its_checkpoint_loads_at_any_exponent_and_writes_molecules(recipe, tmp_path):
-    training = recipe.Training("qed", 1, tmp_path / "state")
-    training.train_step()
-    training.finish(tmp_path / "qed", 64)
+    made = take(recipe.Recipe("qed", 1, tmp_path / "state"), 1)
+    made.finish(tmp_path / "qed", 64)
     assert "balance spread" in (tmp_path / "qed" / "README.md").read_text()
     p, q = (sculpt.load(tmp_path / "qed", beta=beta) for beta in (32, 96))
     assert p.key != q.key
-    samples = (p & q).sample(16, particles=64, generator=torch.Generator().manual_seed(0))
-    assert len(p.decode(samples.x)) == 16
+    road, generator = sculpt.Tracked(particles=64), torch.Generator().manual_seed(0)
+    samples = (p & q).sample(16, road, generator=generator)
+    assert len(samples.decode()) == 16
+
+
+SMILES = ["C" * n + end for n in range(1, 25) for end in ("", "O", "N", "Cl")]
+
+
+@pytest.fixture
+def student(monkeypatch, tmp_path):
+    """Its recipe with molecules of a table, and itself in the place of the proxy."""
+    module = load("student")
+    monkeypatch.setattr(module, "BATCH", 4)
+    replace_file(tmp_path / "alkanes.csv", "".join(f"{s},{len(s) / 4:.5f}\n" for s in SMILES).encode())
+    teacher = SEH(STUDENT)
+    pad = torch.nn.functional.pad
+    states = teacher.network.states
+    monkeypatch.setattr(teacher.network, "states", lambda *graph: (pad(h, (0, 64 - h.shape[1])) for h in states(*graph)))
+    return module, module.Molecules(tmp_path, teacher), teacher
+
+
+def test_a_killed_training_of_the_student_goes_on_bit_for_bit(student, tmp_path):
+    module, molecules, _ = student
+    through = take(module.Recipe(molecules, 6, tmp_path / "a"), 6)
+    first = take(module.Recipe(molecules, 6, tmp_path / "b"), 3)
+    first.training.save()
+    again = module.Recipe(molecules, 6, tmp_path / "b")
+    assert again.training.step == 3
+    assert same(bits(through), bits(take(again, 3)))
+
+
+def test_the_student_is_saved_with_a_card_and_is_a_reward(student, tmp_path, monkeypatch):
+    module, molecules, teacher = student
+    monkeypatch.setattr(module, "STUDENT", tmp_path / "student")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.delenv("SCULPT_DATA", raising=False)
+    recipe = take(module.Recipe(molecules, 2, tmp_path / "state"), 2)
+    module.finish(recipe, teacher)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "| alkanes |" in card and "2 steps of 4 molecules" in card
+    values, again = recipe.predict(torch.arange(3)), SEH(tmp_path / "student").proxy(molecules.smiles[:3])
+    torch.testing.assert_close(values, again)
 
 
 @pytest.mark.slow

@@ -3,8 +3,11 @@
 import builtins
 import csv
 import io
+import json
 import math
+import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +16,16 @@ from molecule_models import TINY, molecule_classifier, molecule_model
 from rdkit import Chem
 
 import sculpt
-from sculpt import cli, plots
-from sculpt.molecules import QED, SA, SEH, Molecules
+from sculpt import plots
+from sculpt.apps import cli
+from sculpt.molecules import QED, SA, SEH, Molecules, scores
+from sculpt.roads import Guided, Rejection, Tracked
 
 ALKANES = [["C", [0, 0]], ["O", [0, 0]]]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def samples(models):
-    return models[0].sample(60, generator=torch.Generator().manual_seed(0))
+    return models[0].sample(60, generator=seeded())
 
 
 @pytest.fixture
@@ -57,15 +66,15 @@ def roads(p, q):
     both = p & q
     return {
         "base model": lambda: p.sample(5),
-        "tracked": lambda: both.sample(5, particles=20),
-        "tracked, weighted": lambda: both.sample(5, particles=20, resample=False),
+        "tracked": lambda: both.sample(5, Tracked(particles=20)),
+        "tracked, weighted": lambda: both.sample(5, Tracked(particles=20, resample=False)),
         "guided": lambda: both.sample(5, classifier),
-        "mixture form": lambda: both.sample(5, classifier, form="mixture"),
-        "corrected": lambda: both.sample(5, classifier, correct=True, particles=20),
+        "mixture form": lambda: both.sample(5, Guided(classifier, form="mixture")),
+        "corrected": lambda: both.sample(5, Guided(classifier, correct=True, particles=20)),
         "guided policy": lambda: both.guided(classifier).sample(5),
         "picked": lambda: (p | q).sample(5),
-        "nested": lambda: ((p & q) - p).sample(5, particles=20),
-        "rejected": lambda: sculpt.reject(both, 5, classifier),
+        "nested": lambda: ((p & q) - p).sample(5, Tracked(particles=20)),
+        "rejected": lambda: both.sample(5, Rejection(classifier)),
         "one label": lambda: sculpt.posterior([p], [0]).sample(5),
     }
 
@@ -96,6 +105,64 @@ def test_smiles_are_canonical_and_made_once(samples):
     assert samples.smiles == samples.decode() == [Chem.CanonSmiles(smiles) for smiles in samples.smiles]
 
 
+# Samples that are kept --------------------------------------------------------------------------------------------------------------
+
+
+def without_model(samples, tmp_path):
+    """The same samples saved and read back, pickled, and both, none of them with its model."""
+    samples.save(tmp_path / "kept.safetensors")
+    loaded, pickled = sculpt.Samples.load(tmp_path / "kept.safetensors"), pickle.loads(pickle.dumps(samples))
+    return [loaded, pickled, pickle.loads(pickle.dumps(loaded))]
+
+
+@pytest.fixture(scope="module")
+def weighted(models):
+    return (models[0] - models[1]).sample(5, Tracked(particles=60, resample=False), generator=seeded())
+
+
+@pytest.mark.parametrize("which", ["samples", "weighted"])
+def test_molecules_that_are_read_back_need_no_model(which, request, tmp_path):
+    original = request.getfixturevalue(which)
+    for again in without_model(original, tmp_path):
+        assert type(again) is Molecules and again.smiles == again.decode() == original.smiles
+        assert torch.equal(again.x, original.x)
+        assert str(again.diagnostics) == str(original.diagnostics) and again.verdict == original.verdict
+        ours, its = again.table(["sa", "qed"]), original.table(["sa", "qed"])
+        assert list(ours) == list(its) and all((ours[name] == its[name]).all() for name in its)
+        assert str(again.summary(["sa", "qed"])) == str(original.summary(["sa", "qed"]))
+        assert again.draw(4, rewards=["sa"]).svg == original.draw(4, rewards=["sa"]).svg
+
+
+def test_smiles_go_wherever_their_samples_go(weighted, tmp_path):
+    weighted.save(tmp_path / "kept.safetensors")
+    lost = sculpt.Samples.load(tmp_path / "kept.safetensors")
+    order = torch.randperm(len(weighted), generator=seeded())
+    mask = order < 20
+    for original in (weighted, lost):
+        for index in (slice(3, 40, 2), [5, 1, 1], order, mask, 7):
+            part = original[index]
+            expected = [weighted.smiles[i] for i in torch.arange(len(weighted))[index].reshape(-1).tolist()]
+            assert type(part) is Molecules and part.smiles == expected == weighted.decoder(part.x)
+        whole = Molecules.cat([original[:20], original[20:]])
+        assert whole.smiles == weighted.smiles and torch.equal(whole.x, weighted.x)
+        assert original.to("cpu").smiles == weighted.smiles
+    # The table of a part is made of the part.
+    assert int(weighted[:20].table(["sa"])["count"].sum()) == 20
+    assert weighted[:20].table(["sa"])["weight"].sum() == pytest.approx(1)
+
+
+def test_a_result_read_back_with_its_model_decodes_again(models, samples, tmp_path):
+    samples.save(tmp_path / "kept.safetensors")
+    again = sculpt.Samples.load(tmp_path / "kept.safetensors", model=models[0])
+    assert again.decoder(again.x) == samples.smiles
+
+
+def test_arrays_hold_the_states(samples, tmp_path):
+    samples.save(tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as read:
+        assert (read["x"] == samples.x.numpy()).all()
+
+
 # Tables -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -109,7 +176,7 @@ def test_each_different_molecule_is_a_row_and_nothing_is_lost(samples):
 
 
 def test_weights_of_equal_molecules_add_up(models):
-    found = (models[0] - models[1]).sample(5, particles=300, resample=False, generator=torch.Generator().manual_seed(0))
+    found = (models[0] - models[1]).sample(5, Tracked(particles=300, resample=False), generator=seeded())
     frame = found.to_frame(["sa"])
     w = torch.softmax(found.log_weights, 0)
     for row in frame.itertuples():
@@ -233,6 +300,25 @@ def test_a_picture_shows_molecules_with_their_scores(samples, tmp_path):
         picture.save(tmp_path / "a.jpg")
 
 
+def test_a_notebook_shows_molecules_and_scores_nothing_that_is_not_shown(models, monkeypatch, tmp_path):
+    monkeypatch.setenv("SCULPT_CACHE", str(tmp_path))
+    monkeypatch.delenv("SCULPT_DATA", raising=False)
+    monkeypatch.setattr("sculpt.molecules.seh.download", lambda *_: pytest.fail("it went to the network"))
+    scored = []
+    monkeypatch.setattr(
+        "sculpt.molecules.results.score", lambda smiles, *rest: scored.append(len(smiles)) or scores.score(smiles, *rest)
+    )
+    found = models[0].sample(60, generator=seeded())
+    kind, svg = found.picture()
+    assert kind == "svg+xml" and b"<svg" in svg and scored == [6]
+    html = found._repr_html_()
+    assert "image/svg+xml" in html and str(found.verdict) in html
+    # What is known anyway is shown.
+    found.table({"atoms": lambda molecules: [molecule.GetNumAtoms() for molecule in molecules]})
+    scored.clear()
+    assert found.picture()[1] != svg and scored == []
+
+
 def test_a_picture_by_a_reward_shows_the_best(samples):
     frame = samples.to_frame(["sa"])
     best = samples.draw(3, by="sa").molecules
@@ -294,9 +380,15 @@ def test_exponents_of_one_policy_compose_and_vocabularies_do_not_mix(tmp_path):
     molecule_model(0, "p").save_pretrained(tmp_path / "p")
     cold, hot = (sculpt.load(tmp_path / "p", beta=beta) for beta in (32, 96))
     assert cold.key != hot.key
-    assert isinstance((cold & hot).sample(3, particles=10), Molecules)
+    assert isinstance((cold & hot).sample(3, Tracked(particles=10)), Molecules)
     with pytest.raises(ValueError, match="cannot be composed: environment FragmentTrees.*<5 fragments.*<2 fragments"):
         cold & molecule_model(0, vocabulary=ALKANES)
+
+
+def test_the_shipped_policies_are_still_the_models_that_the_shipped_classifier_was_fitted_for():
+    shelf = Path(__file__).parents[1] / "pretrained" / "molecules"
+    keys = json.loads((shelf / "seh-sa" / "config.json").read_text())["keys"]
+    assert [sculpt.load(shelf / name, beta=32).key for name in ("seh", "sa")] == keys
 
 
 # The command ------------------------------------------------------------------------------------------------------------------------
@@ -317,7 +409,7 @@ def shelf(tmp_path_factory):
 @pytest.fixture
 def molecules(shelf, monkeypatch, tmp_path):
     monkeypatch.chdir(shelf)
-    monkeypatch.setattr("sculpt.cli.molecules._shelves", lambda: [shelf / "pretrained" / "molecules"])
+    monkeypatch.setattr("sculpt.apps.cli.molecules._shelves", lambda: [shelf / "pretrained" / "molecules"])
 
     def run(formula, *arguments, output="out.csv", beta=("--beta", "32"), rewards=("--rewards", "sa,qed")):
         path = tmp_path / output
@@ -404,7 +496,7 @@ def test_one_folder_at_two_exponents_is_two_models(molecules, shelf, capsys):
         ("seh & sa", ("--correct", "--no-classifier"), {}, "leave --no-classifier out"),
         ("seh & qed", ("--classifier", "pretrained/molecules/seh-sa"), {}, "fitted for other base models"),
         ("seh & sa", ("--classifier", "pretrained/molecules/seh"), {}, "is not a classifier"),
-        ("seh & sa", ("--no-classifier", "--particles", "3"), {}, "particles=3 for n=30"),
+        ("seh & sa", ("--no-classifier", "--particles", "3"), {}, "particles=3 cannot give n=30 samples"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(molecules, capsys, formula, arguments, options, message):

@@ -19,7 +19,8 @@ from rdkit import Chem
 from safetensors.torch import load_file, save_file
 
 from sculpt.molecules import QED, SA, SEH, FragmentNetwork, FragmentTrees
-from sculpt.molecules import rewards as module
+from sculpt.molecules import seh as module
+from sculpt.molecules.proxy import Proxy, graph
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules"
@@ -74,18 +75,18 @@ def test_synthesis_and_drug_likeness_agree_with_the_reference(reference, reward,
 
 
 def test_a_molecule_is_worth_the_same_in_any_company_and_any_order_of_atoms(random_weights):
-    proxy = module.Proxy(random_weights)
+    proxy = Proxy(random_weights)
     smiles = ["CCO", "C", "c1ccccc1C#N", "CC(=O)Nc1ccc(O)cc1", "CCO.C#CC.[Na+]", "[Na+].[Cl-]"]
     molecules = [Chem.MolFromSmiles(s) for s in smiles]
-    together = proxy(*module.graph(molecules))
-    apart = torch.cat([proxy(*module.graph([molecule])) for molecule in molecules])
+    together = proxy(*graph(molecules))
+    apart = torch.cat([proxy(*graph([molecule])) for molecule in molecules])
     assert (together - apart).abs().max() < 1e-5
     turned = [Chem.RenumberAtoms(m, list(reversed(range(m.GetNumAtoms())))) for m in molecules[:5]]
-    assert (proxy(*module.graph(turned)) - together[:5]).abs().max() < 1e-5
+    assert (proxy(*graph(turned)) - together[:5]).abs().max() < 1e-5
 
 
 def test_the_five_bond_matrices_are_those_of_the_edge_network(random_weights):
-    proxy = module.Proxy(random_weights)
+    proxy = Proxy(random_weights)
     w = random_weights
     for kind, e in enumerate([*torch.eye(4), torch.zeros(4)]):
         hidden = torch.nn.functional.leaky_relu(w["edge_net.0.weight"] @ e + w["edge_net.0.bias"])
@@ -182,7 +183,7 @@ def test_a_file_with_another_hash_is_not_opened(server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (folder / "best_params.pkl.gz").write_bytes(gzip.compress(pickle.dumps(_Trap())))
     monkeypatch.setattr(module.gzip, "decompress", lambda content: pytest.fail("it was interpreted"))
-    with pytest.raises(ValueError, match="is not the published file: sha256 .* It was not opened"):
+    with pytest.raises(ValueError, match="is not the published file: got sha256 .* It was not opened"):
         module.download(tmp_path / "kept.safetensors", url, module.SHA256)
     assert not (tmp_path / "sprung").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["served"]
 
@@ -259,13 +260,18 @@ def test_a_killed_training_of_a_student_goes_on_bit_for_bit(random_weights, tmp_
     save_file(random_weights, tmp_path / "w.safetensors")
     (tmp_path / "chains.csv").write_text("".join(f"{'C' * n}O,{n / 10}\n" for n in range(1, 30)))
     molecules = recipe.Molecules(tmp_path, SEH(tmp_path / "w.safetensors"))
-    through, first = recipe.Training(molecules, 6, tmp_path / "a"), recipe.Training(molecules, 6, tmp_path / "b")
-    losses = [through.train_step() for _ in range(6)]
-    assert losses[:3] == [first.train_step() for _ in range(3)]
-    first.save()
-    again = recipe.Training(molecules, 6, tmp_path / "b")
-    assert again.step == 3 and losses[3:] == [again.train_step() for _ in range(3)]
-    assert all(torch.equal(again.average[name], w) for name, w in through.average.items())
+    through, first = (recipe.Recipe(molecules, 6, tmp_path / name) for name in "ab")
+
+    def losses(one, steps):
+        return [row["loss"] for row in one.training.run(one.loss, steps)]
+
+    expected = losses(through, 6)
+    assert losses(first, 3) == expected[:3]
+    first.training.save()
+    again = recipe.Recipe(molecules, 6, tmp_path / "b")
+    assert again.training.step == 3 and losses(again, 6) == expected[3:]
+    average = through.training.average.arrays()
+    assert all(torch.equal(w, average[name]) for name, w in again.training.average.arrays().items())
 
 
 def test_a_wheel_takes_the_student_and_the_vocabulary_along():

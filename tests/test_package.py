@@ -29,10 +29,9 @@ def test_importing_sculpt_loads_neither_torch_nor_the_libraries_it_adapts():
 
 
 def test_the_core_needs_none_of_the_adapted_libraries():
-    modules = "sculpt.composition, sculpt.classifier, sculpt.hub, sculpt.plots, sculpt.cli, sculpt.diffusion.model"
-    loaded = python(
-        f"import sys, {modules}; print(*(m for m in ('diffusers', 'gfn', 'rdkit', 'matplotlib') if m in sys.modules))"
-    )
+    names = "composition roads overlaps samples classifier.fit diffusion.denoiser diffusion.energy actions.model hub plots apps.cli"
+    modules, adapted = ", ".join(f"sculpt.{name}" for name in names.split()), ("diffusers", "transformers", "gfn", "rdkit", "matplotlib")
+    loaded = python(f"import sys, {modules}; print(*(m for m in {adapted} if m in sys.modules))")
     assert loaded.split() == []
 
 

@@ -2,11 +2,15 @@
 
 import functools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
-from sculpt.particles import Diagnostics, Population, Samples, effective_sample_size, systematic
+from sculpt.chain import Chain, Selection, State, run
+from sculpt.particles import Population, effective_sample_size, systematic
+from sculpt.samples import Diagnostics, Samples
 
 NAN, INF = float("nan"), float("inf")
 
@@ -212,25 +216,59 @@ def test_without_resampling_the_error_bar_is_that_of_a_mean():
 # What comes out --------------------------------------------------------------------------------------------------------------------
 
 
-def test_samples_are_the_particles_in_the_shares_of_their_weights():
-    population, _ = Population(1000, generator=generator()), None
+@dataclass
+class At(State):
+    x: Tensor
+
+
+class Given(Chain):
+    """Particles that are where they are, with the weights that they have."""
+
+    road, formula, device, batch_size = "given", "g", torch.device("cpu"), 1000
+
+    def __init__(self, x, log_w):
+        self.x, self.log_w = x, log_w
+
+    def start(self, n, generator):
+        return At(self.x), self.log_w
+
+    def step(self, state, log_w, generator):
+        raise AssertionError("They have ended.")
+
+    def done(self, state):
+        return torch.ones(len(state), dtype=torch.bool)
+
+    def end(self, state, log_w, generator):
+        return state.x, None
+
+
+def ended(x, log_w, n, **selection):
+    *_, last = run(Given(x, log_w), n, Selection(len(x), **selection), Samples, generator())
+    return last.samples
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_samples_are_the_particles_in_the_shares_of_their_weights(threshold):
     x = torch.randn(1000, 1, dtype=torch.float64, generator=generator(1))
-    population.reweight(0.8 * x[:, 0])  # N(0, 1) tilted: N(0.8, 1)
-    w = population.log_w.softmax(0)
-    samples = population.samples(x, 1000, Diagnostics(road="test"))
+    log_w = 0.8 * x[:, 0]  # N(0, 1) tilted: N(0.8, 1)
+    w = log_w.softmax(0)
+    samples = ended(x, log_w, 1000, threshold=threshold)
     counts = torch.stack([(samples.x == value).sum() for value in x])
     assert len(samples) == 1000 and samples.log_weights is None
     assert ((counts - 1000 * w).abs() < 1).all()
-    weighted = population.samples(x, 10, Diagnostics(road="test"), resample=False)
+    assert samples.log_z == pytest.approx(float(log_w.logsumexp(0)) - math.log(1000))
+
+
+def test_weighted_particles_are_all_of_them_as_they_were():
+    x = torch.randn(1000, 1, dtype=torch.float64, generator=generator(1))
+    weighted = ended(x, 0.8 * x[:, 0], 10, threshold=0.0, resample=False)
     assert len(weighted) == 1000 and torch.equal(weighted.x, x)
-    torch.testing.assert_close(weighted.log_weights.exp(), w)
+    torch.testing.assert_close(weighted.log_weights.exp(), (0.8 * x[:, 0]).softmax(0))
     assert float(weighted.log_weights.exp().sum()) == pytest.approx(1)
 
 
 def test_samples_come_in_random_order():
-    population = Population(1000, generator=generator())
-    population.reweight(torch.zeros(1000))
-    x = population.samples(torch.arange(1000.0), 1000, Diagnostics(road="test")).x
+    x = ended(torch.arange(1000.0), torch.zeros(1000), 1000).x
     assert torch.equal(x.sort().values, torch.arange(1000.0))
     # The first half of a random order holds half of the small numbers: hypergeometric, standard deviation 8.
     assert abs(int((x[:500] < 500).sum()) - 250) < 5 * 8
@@ -243,7 +281,7 @@ def test_the_verdict_tells_a_collapsed_population_from_a_sound_one():
         population.roots = population.roots if roots is None else roots
         diagnostics = Diagnostics(road="test")
         diagnostics.observe(population, **known)
-        return diagnostics.verdict
+        return str(diagnostics.verdict)
 
     n = 1000
     assert verdict(torch.zeros(n)).startswith("sound: the weight comes from 1000 of 1000")

@@ -13,9 +13,10 @@ from oracles import ExactGuide, GaussianMixture, Grid
 from torch import nn
 
 import sculpt
-from sculpt.classifier import Classifier
-from sculpt.diffusion.network import ImageNetwork, VectorNetwork
-from sculpt.diffusion.sampler import Guided, noise_levels, spread
+from sculpt import Classifier, Guided, Rejection, Tracked
+from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
+from sculpt.diffusion.clock import DATA_SCALE, noise_levels, spread
+from sculpt.diffusion.denoiser import GuidedDenoiser
 from sculpt.formula import Mixture, Nested, Posterior, Product
 
 RINGS = three_rings()
@@ -83,8 +84,8 @@ class Wrong(ExactGuide):
     ids=str,
 )
 def test_tracked_densities_sample_the_composition(composition, formula, steps, bound, log_z_bound):
-    population = {} if composition.operator == "|" or isinstance(composition.formula, Mixture) else {"particles": N}
-    samples = composition.sample(N, steps=steps, generator=generator(1), progress=False, **population)
+    road = None if isinstance(composition.formula, Mixture) else Tracked(particles=N)
+    samples = composition.sample(N, road, steps=steps, generator=generator(1), progress=False)
     ratio, log_z = over_floor(formula or composition.formula, samples.x)
     assert samples.x.shape == (N, 2) and samples.x.dtype == torch.float32
     assert ratio < bound
@@ -95,14 +96,14 @@ def test_tracked_densities_sample_the_composition(composition, formula, steps, b
     "composition", [sculpt.product([P, Q], [1, 1]), sculpt.product([P], [1.5]), sculpt.product([P, Q], [1, -0.3])], ids=str
 )
 def test_tracked_densities_sample_products_too_with_an_honest_error_of_log_z(composition):
-    samples = composition.sample(N, steps=192, particles=N, generator=generator(1), progress=False)
+    samples = composition.sample(N, Tracked(particles=N), steps=192, generator=generator(1), progress=False)
     ratio, log_z = over_floor(composition.formula, samples.x)
     assert ratio < 1.9
     assert abs(samples.log_z - log_z) < 0.3 + 3 * samples.diagnostics.log_z_error
 
 
 def test_the_other_composition_of_the_same_models_would_fail_these_bounds():
-    x = (P - Q).sample(N, steps=64, particles=N, generator=generator(), progress=False).x
+    x = (P - Q).sample(N, Tracked(particles=N), steps=64, generator=generator(), progress=False).x
     others = [
         Posterior(2, (0, 1)),
         Posterior(2, (0,)),
@@ -116,7 +117,7 @@ def test_the_other_composition_of_the_same_models_would_fail_these_bounds():
 
 
 def test_weighted_particles_without_resampling_are_the_same_distribution():
-    samples = (P & Q).sample(100, steps=64, particles=N, resample=False, generator=generator(), progress=False)
+    samples = (P & Q).sample(100, Tracked(particles=N, resample=False), steps=64, generator=generator(), progress=False)
     assert len(samples) == N and samples.log_weights.shape == (N,)
     masses, _ = GRID.exact(Posterior(2, (0, 1)), RINGS[:2])
     w = samples.log_weights.exp()
@@ -149,14 +150,14 @@ def test_weighted_particles_without_resampling_are_the_same_distribution():
 )
 def test_guided_by_the_exact_classifier_samples_the_composition(composition, options, bound):
     exact = ExactGuide(RINGS[: len(composition.models)], [model.key for model in MODELS[: len(composition.models)]])
-    samples = composition.sample(N, exact, steps=32, generator=generator(2), progress=False, **options)
+    samples = composition.sample(N, Guided(exact, **options), steps=32, generator=generator(2), progress=False)
     ratio, log_z = over_floor(composition.formula, samples.x)
     assert ratio < bound
     if options.get("form") != "mixture":
         # h is a martingale of the exact chain: the weights stay even but for the discretisation, and their mean is Z.
         assert abs(samples.log_z - log_z) < 0.05 + 3 * samples.diagnostics.log_z_error
         assert samples.diagnostics.acceptance == pytest.approx(math.exp(samples.log_z), rel=1.0)
-        assert "sound" in samples.diagnostics.verdict
+        assert samples.verdict.level == "sound"
 
 
 @pytest.mark.parametrize("label", [0, 1, 2])
@@ -164,10 +165,10 @@ def test_log_z_does_not_depend_on_the_anchor(label):
     odds, mixtures = [5.0, 2.0, 1.0], RINGS
     composition = sculpt.posterior(MODELS, (0, 1, 2), odds)
     log_z = GRID.exact(composition.formula, mixtures)[1]
-    guided = composition.sample(1000, ExactGuide(mixtures), anchor=label, steps=32, generator=generator(), progress=False)
+    guided = composition.sample(1000, Guided(ExactGuide(mixtures), anchor=label), steps=32, generator=generator(), progress=False)
     assert guided.log_z == pytest.approx(log_z, abs=0.05 + 3 * guided.diagnostics.log_z_error)
     terminal = lambda x: torch.stack([mixture.log_prob(x) for mixture in mixtures], -1)  # noqa: E731
-    rejected = sculpt.reject(composition, 500, terminal, anchor=label, generator=generator(), progress=False)
+    rejected = composition.sample(500, Rejection(terminal, anchor=label), generator=generator(), progress=False)
     assert rejected.log_z == pytest.approx(log_z, abs=0.05 + 4 * rejected.diagnostics.log_z_error)
 
 
@@ -179,8 +180,8 @@ def test_the_mixture_form_and_every_anchored_form_are_the_same_denoiser_for_the_
     exact, z = ExactGuide(RINGS), RINGS[0].draw(50, generator(), v=s**2)
     s = torch.tensor(s, dtype=torch.float64)
     # The mixture form in the thesis is for equal odds of y1 as well: its prior is uniform in y1, and odds only rescale h.
-    forms = [Guided(Posterior(3, order, odds), MODELS, exact) for order in set(itertools.permutations(labels))]
-    forms += [Guided(Posterior(3, labels, odds), MODELS, exact, form="mixture")]
+    forms = [GuidedDenoiser(Posterior(3, order, odds), MODELS, exact) for order in set(itertools.permutations(labels))]
+    forms += [GuidedDenoiser(Posterior(3, labels, odds), MODELS, exact, form="mixture")]
     D = [form.denoise(z, s) for form in forms]
     # and it is the score of the target's own marginal, from the martingale: D = z + v ∇ log (q_i h)
     y = z.clone().requires_grad_()
@@ -254,7 +255,7 @@ def test_the_general_theorem_in_any_models_own_coordinates_is_the_canonical_step
     second = FLOW if first is PRESERVING else PRESERVING
     exact, kinds = ExactGuide(RINGS[:2]), ("linear", "flow")
     models = [exact_model(mixture, kind, name=kind) for mixture, kind in zip(RINGS[:2], kinds, strict=True)]
-    guided = Guided(Posterior(2, labels), models, exact)
+    guided = GuidedDenoiser(Posterior(2, labels), models, exact)
     for t in (0.2, 0.5, 0.8):
         t = torch.tensor(t, dtype=torch.float64)
         low, high = torch.tensor([1e-6, 1 - 1e-9], dtype=torch.float64)
@@ -295,7 +296,7 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
     formula, wrong = composition.formula, Wrong(RINGS[:2])
     options = {"steps": 32, "generator": generator(3), "progress": False}
     plain = composition.sample(N, wrong, **options)
-    corrected = composition.sample(N, wrong, correct=True, particles=2 * N, **options)
+    corrected = composition.sample(N, Guided(wrong, correct=True, particles=2 * N), **options)
     (biased, log_z), (ratio, _) = over_floor(formula, plain.x), over_floor(formula, corrected.x)
     assert biased > 1.6, "the wrong h is not wrong enough for this test"
     assert ratio < 1.5
@@ -304,9 +305,9 @@ def test_corrected_guidance_is_exact_whatever_h_is_on_the_way(composition):
 
 @pytest.mark.parametrize("strength", [0.5, 1.5])
 def test_corrected_guidance_is_exact_at_any_strength(strength):
-    formula, options = (P & Q).formula, {"strength": strength, "steps": 32, "generator": generator(3), "progress": False}
-    plain = (P & Q).sample(N, GUIDE, **options)
-    corrected = (P & Q).sample(N, GUIDE, correct=True, particles=2 * N, **options)
+    formula, options = (P & Q).formula, {"steps": 32, "generator": generator(3), "progress": False}
+    plain = (P & Q).sample(N, Guided(GUIDE, strength=strength), **options)
+    corrected = (P & Q).sample(N, Guided(GUIDE, strength=strength, correct=True, particles=2 * N), **options)
     (biased, log_z), (ratio, _) = over_floor(formula, plain.x), over_floor(formula, corrected.x)
     assert biased > 1.6, "the strength distorts too little for this test"
     assert ratio < 1.5
@@ -316,20 +317,19 @@ def test_corrected_guidance_is_exact_at_any_strength(strength):
 @pytest.mark.parametrize("form", ["anchored", "mixture"])
 def test_strength_multiplies_what_guidance_adds(form):
     z, s = torch.randn(5, 2, generator=generator()), torch.tensor(0.8, dtype=torch.float64)
-    none, plain, double = ((P & Q).guided(GUIDE, form=form, strength=g) for g in (0, 1, 2))
+    none, plain, double = ((P & Q).guided(Guided(GUIDE, form=form, strength=g)) for g in (0, 1, 2))
     torch.testing.assert_close(double.denoise(z, s) - none.denoise(z, s), 2 * (plain.denoise(z, s) - none.denoise(z, s)))
     if form == "anchored":
         torch.testing.assert_close(none.denoise(z, s), P.denoise(z, s))
-    assert plain.key == (P & Q).guided(GUIDE, form=form).key != double.key
-    unet = (P & Q).as_unet(GUIDE, scheduler_of("linear"), form=form, strength=2)
+    assert plain.key == (P & Q).guided(Guided(GUIDE, form=form)).key != double.key
+    unet = (P & Q).as_unet(Guided(GUIDE, form=form, strength=2), scheduler_of("linear"))
     assert unet.denoiser.key == double.key
 
 
 def test_corrected_weights_without_resampling_average_to_z_and_the_target():
     wrong = Wrong(RINGS[:2])
-    samples = (P & Q).sample(
-        10, wrong, correct=True, particles=N, resample=False, steps=32, generator=generator(), progress=False
-    )
+    road = Guided(wrong, correct=True, particles=N, resample=False)
+    samples = (P & Q).sample(10, road, steps=32, generator=generator(), progress=False)
     w = samples.log_weights.exp()
     mass, log_z = GRID.exact(Posterior(2, (0, 1)), RINGS[:2])
     log_p = Posterior(2, (0, 1)).value(log_densities(GRID.points)) + math.log(GRID.area) - log_z
@@ -345,89 +345,106 @@ def test_corrected_weights_without_resampling_average_to_z_and_the_target():
 @pytest.mark.parametrize("by", ["densities", "classifier"])
 def test_rejection_is_the_floor(composition, by):
     referee = log_densities if by == "densities" else ExactGuide(RINGS[:2], [P.key, Q.key])
-    samples = sculpt.reject(composition, N, referee, generator=generator(), progress=False, steps=64)
+    samples = composition.sample(N, Rejection(referee), generator=generator(), progress=False, steps=64)
     ratio, log_z = over_floor(composition.formula, samples.x)
     assert len(samples) == N and ratio < 1.25
     assert abs(samples.log_z - log_z) < 0.03 + 4 * (samples.diagnostics.log_z_error or 0)
 
 
-def test_rejection_of_nested_posteriors():
-    def referee(x):
-        return torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)
-
-    samples = sculpt.reject((P & Q) - R, 1000, referee, generator=generator(), progress=False, steps=48)
-    ratio, log_z = over_floor(nested(Posterior(2, (0, 0))), samples.x)
+@pytest.mark.parametrize("by", ["densities", "classifier"])
+@pytest.mark.parametrize("where", ["first", "second", "turned round", "to draw from"])
+def test_rejection_of_nested_posteriors(where, by):
+    inner, z = Posterior(2, (0, 1)), GRID.exact(Posterior(2, (0, 1)), RINGS[:2])[1]
+    alone, indices = Mixture([1.0]), [(2,), (0, 1)]
+    composition, formula = {
+        "first": ((P & Q) - R, nested(Posterior(2, (0, 0)))),
+        "second": (R - (P & Q), Nested(Posterior(2, (0, 0)), [alone, inner], indices, [0.0, z])),
+        "turned round": (sculpt.harmonic_mean(R, Q & P), Nested(Posterior(2, (0, 1)), [alone, inner], indices, [0.0, z])),
+        "to draw from": (sculpt.posterior([R, Q & P], (1, 0)), Nested(Posterior(2, (1, 0)), [alone, inner], indices, [0.0, z])),
+    }[where]
+    leaves = [{"p": RINGS[0], "q": RINGS[1], "r": RINGS[2]}[str(leaf)] for leaf in composition.leaves]
+    # A classifier's labels have an order of their own.
+    referee = ExactGuide(RINGS[::-1], [R.key, Q.key, P.key])
+    if by == "densities":
+        referee = lambda x: torch.stack([mixture.log_prob(x) for mixture in leaves], -1)  # noqa: E731
+    samples = composition.sample(1000, Rejection(referee), generator=generator(1), progress=False, steps=48)
+    ratio, log_z = over_floor(formula, samples.x)
     assert ratio < 1.35 and abs(samples.log_z - log_z) < 0.08
 
 
-def test_rejection_chooses_the_anchor_that_accepts_most():
-    wide, narrow = GaussianMixture([[0.0, 0.0]], 4.0), GaussianMixture([[0.5, 0.0]], 0.05)
-    a, b = (exact_model(mixture, name=name) for mixture, name in ((wide, "wide"), (narrow, "narrow")))
-
-    def referee(x):
-        return torch.stack([wide.log_prob(x), narrow.log_prob(x)], -1)
-
-    rates = {
-        anchor: sculpt.reject(
-            a & b, 200, referee, anchor=anchor, generator=generator(), progress=False, steps=24
-        ).diagnostics.acceptance
-        for anchor in (0, 1, None)
-    }
-    assert rates[0] != pytest.approx(rates[1], rel=0.5) or rates[None] == pytest.approx(max(rates.values()), rel=0.5)
-    assert rates[None] > 0.7 * max(rates[0], rates[1])
+@pytest.mark.parametrize(
+    ("labels", "odds", "best"),
+    [((0, 1), (1, 4, 2), 0), ((0, 1), (4, 1, 2), 1), ((0, 1, 2), (3, 2, 1), 2), ((2, 0, 0), (1, 5, 3), 0), ((1, 1, 2), (1, 5, 3), 2)],
+)
+def test_rejection_draws_from_the_label_with_the_best_acceptance_which_goes_with_one_over_the_odds(labels, odds, best):
+    models = [exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True)]
+    composition = sculpt.posterior(models, labels, odds)
+    log_densities = lambda x: torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)  # noqa: E731
+    n, rates = 600, {}
+    for label in sorted(set(labels)):
+        found = composition.sample(n, Rejection(log_densities, anchor=label), steps=24, generator=generator(label), progress=False)
+        rates[label] = found.diagnostics.acceptance
+        # Exactly: it is Z of the posterior that is written with this label first.
+        exact = math.exp(GRID.exact(composition.anchored(label), RINGS)[1])
+        assert rates[label] == pytest.approx(exact, rel=5 * math.sqrt(1 / n) + 0.02)
+        assert exact * odds[label] == pytest.approx(math.exp(GRID.exact(composition.formula, RINGS)[1]) * odds[labels[0]])
+    assert max(rates, key=rates.get) == best
+    calls = [Calls(model.model) for model in models]
+    composition.sample(n, Rejection(log_densities), steps=24, generator=generator(), progress=False)
+    assert [call.forward > 0 for call in calls] == [i == best for i in range(3)]
 
 
 def test_rejection_refuses_what_no_base_model_covers_and_gives_up_in_time():
     with pytest.raises(ValueError, match="Rejection needs a density .* is a product"):
-        sculpt.reject(sculpt.product([P, Q], [1, 1]), 5, log_densities)
-    with pytest.raises(ValueError, match="nested|product|needs"):
-        sculpt.reject(sculpt.power_mean([P, Q], 2) & R, 5, log_densities)
+        sculpt.product([P, Q], [1, 1]).sample(5, Rejection(log_densities))
+    with pytest.raises(ValueError, match=r"Rejection needs a density .* M\[r=2\]\(p, q\) is a powermean"):
+        (sculpt.power_mean([P, Q], 2) & R).sample(5, Rejection(log_densities))
     far = exact_model(GaussianMixture([[60.0, 0.0]], 0.1), name="far")
 
     def referee(x):
         return torch.stack([RINGS[0].log_prob(x), far.model.mixture.log_prob(x)], -1)
 
     with pytest.raises(RuntimeError, match="kept 0 of .* draws from .*, 5 were asked for"):
-        sculpt.reject(P & far, 5, referee, max_draws=500, generator=generator(), progress=False, steps=8)
-    with pytest.raises(ValueError, match="at least 1"):
-        sculpt.reject(P & Q, 0, log_densities)
+        (P & far).sample(5, Rejection(referee, max_draws=500), generator=generator(), progress=False, steps=8)
 
 
 # Reproducible, in chunks, of any dtype --------------------------------------------------------------------------------------------------
 
 GUIDE = ExactGuide(RINGS[:2], [P.key, Q.key])
 ROADS = {
-    "base": lambda g, **o: P.sample(30, steps=8, generator=g, **o),
-    "mixture": lambda g, **o: (P | Q).sample(30, steps=8, generator=g, **o),
-    "guided": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, generator=g, progress=False, **o),
-    "mixture form": lambda g, **o: (P & Q).sample(30, GUIDE, steps=8, form="mixture", generator=g, progress=False, **o),
-    "corrected": lambda g, **o: (P & Q).sample(
-        30, GUIDE, steps=8, correct=True, particles=40, generator=g, progress=False, **o
-    ),
-    "tracked": lambda g, **o: (P - Q).sample(30, steps=8, particles=40, generator=g, progress=False, **o),
-    "nested": lambda g, **o: ((P & Q) - R).sample(30, steps=8, particles=40, generator=g, progress=False, **o),
-    "solver": lambda g, **o: (P & Q).sample(
-        30, GUIDE, steps=8, solver=scheduler_of("linear"), generator=g, progress=False, **o
-    ),
-    "rejection": lambda g, **o: sculpt.reject(P & Q, 30, GUIDE, generator=g, steps=8, progress=False, **o),
+    "base": (P, None),
+    "mixture": (P | Q, None),
+    "guided": (P & Q, GUIDE),
+    "mixture form": (P & Q, Guided(GUIDE, form="mixture")),
+    "corrected": (P & Q, Guided(GUIDE, correct=True, particles=40)),
+    "tracked": (P - Q, Tracked(particles=40)),
+    "nested": ((P & Q) - R, Tracked(particles=40)),
+    "solver": (P & Q, GUIDE),
+    "rejection": (P & Q, Rejection(GUIDE)),
 }
+
+
+def sampled(road, generator, **options):
+    model, way = ROADS[road]
+    solver = scheduler_of("linear") if road == "solver" else None
+    return model.sample(30, way, steps=8, solver=solver, generator=generator, progress=False, **options)
 
 
 @pytest.mark.parametrize("road", ROADS)
 def test_the_same_seed_gives_the_same_samples_and_another_others(road):
-    one, two, three = (ROADS[road](generator(seed)) for seed in (5, 5, 6))
+    one, two, three = (sampled(road, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(one.x, two.x) and not torch.equal(one.x, three.x) and one.log_z == two.log_z
     torch.manual_seed(3)
-    four = ROADS[road](None)
+    four = sampled(road, None)
     torch.manual_seed(3)
-    assert torch.equal(four.x, ROADS[road](None).x)
+    assert torch.equal(four.x, sampled(road, None).x)
 
 
 @pytest.mark.parametrize("road", [road for road in ROADS if road != "rejection"])
 def test_samples_do_not_depend_on_how_the_batch_is_cut(road):
-    whole = ROADS[road](generator(5))
+    whole = sampled(road, generator(5))
     for batch_size in (11, 1000):
-        parts = ROADS[road](generator(5), batch_size=batch_size)
+        parts = sampled(road, generator(5), batch_size=batch_size)
         torch.testing.assert_close(parts.x, whole.x, rtol=1e-4, atol=1e-5)
         assert parts.diagnostics.ess == pytest.approx(whole.diagnostics.ess, rel=1e-5)
 
@@ -436,7 +453,7 @@ def test_chunks_bound_what_goes_through_a_network_at_once():
     seen = []
     counted = exact_model(RINGS[0], name="p")
     counted.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    (counted - Q).sample(30, steps=4, particles=40, batch_size=16, progress=False)
+    (counted - Q).sample(30, Tracked(particles=40), steps=4, batch_size=16, progress=False)
     (counted & Q).sample(30, GUIDE, steps=4, batch_size=16, progress=False)
     assert max(seen) == 16
 
@@ -470,7 +487,7 @@ def test_networks_of_half_precision_are_stepped_in_float32(dtype):
         assert half.x.dtype == torch.float32
         scale = whole.x.abs().max()  # untrained networks send samples far: compared in their own size
         torch.testing.assert_close(half.x / scale, whole.x / scale, rtol=0, atol=0.05)
-    tracked = (models[0] & models[1]).sample(20, steps=8, particles=40, generator=generator(), progress=False)
+    tracked = (models[0] & models[1]).sample(20, Tracked(particles=40), steps=8, generator=generator(), progress=False)
     assert tracked.x.dtype == torch.float32 and tracked.x.isfinite().all() and math.isfinite(tracked.log_z)
 
 
@@ -500,12 +517,12 @@ def test_a_generator_on_the_cpu_gives_the_same_samples_on_a_gpu():
     for cpu_run, gpu_run in (
         (lambda g: P.sample(40, steps=8, generator=g), lambda g: gpu[0].sample(40, steps=8, generator=g)),
         (
-            lambda g: (P & Q).sample(40, classifier, steps=8, correct=True, particles=40, generator=g),
-            lambda g: (gpu[0] & gpu[1]).sample(40, on_gpu, steps=8, correct=True, particles=40, generator=g),
+            lambda g: (P & Q).sample(40, Guided(classifier, correct=True, particles=40), steps=8, generator=g),
+            lambda g: (gpu[0] & gpu[1]).sample(40, Guided(on_gpu, correct=True, particles=40), steps=8, generator=g),
         ),
         (
-            lambda g: (P - Q).sample(40, steps=8, particles=40, generator=g),
-            lambda g: (gpu[0] - gpu[1]).sample(40, steps=8, particles=40, generator=g),
+            lambda g: (P - Q).sample(40, Tracked(particles=40), steps=8, generator=g),
+            lambda g: (gpu[0] - gpu[1]).sample(40, Tracked(particles=40), steps=8, generator=g),
         ),
         (lambda g: (P | Q).sample(40, steps=8, generator=g), lambda g: (gpu[0] | gpu[1]).sample(40, steps=8, generator=g)),
     ):
@@ -527,9 +544,9 @@ def test_five_models_and_four_observations_on_every_road():
     n, options = 1000, {"generator": generator(1), "progress": False}
     runs = {
         "guided": composition.sample(n, exact, steps=32, **options),
-        "corrected": composition.sample(n, exact, steps=32, correct=True, particles=n, **options),
-        "tracked": composition.sample(n, steps=64, particles=n, **options),
-        "rejection": sculpt.reject(composition, n, exact, steps=32, **options),
+        "corrected": composition.sample(n, Guided(exact, correct=True, particles=n), steps=32, **options),
+        "tracked": composition.sample(n, Tracked(particles=n), steps=64, **options),
+        "rejection": composition.sample(n, Rejection(exact), steps=32, **options),
     }
     for name, samples in runs.items():
         ratio, log_z = over_floor(composition.formula, samples.x, mixtures)
@@ -544,7 +561,7 @@ MIXED = [exact_model(mixture, kind, name=kind) for mixture, kind in zip(RINGS, K
 def test_models_of_different_schedules_compose():
     guided = sculpt.posterior(MIXED, (2, 0)).sample(N, ExactGuide(RINGS), steps=32, generator=generator(), progress=False)
     assert over_floor(Posterior(3, (2, 0)), guided.x)[0] < 1.3
-    tracked = sculpt.posterior(MIXED, (0, 1, 2)).sample(N, steps=64, particles=N, generator=generator(), progress=False)
+    tracked = sculpt.posterior(MIXED, (0, 1, 2)).sample(N, Tracked(particles=N), steps=64, generator=generator(), progress=False)
     assert over_floor(Posterior(3, (0, 1, 2)), tracked.x)[0] < 1.5
 
 
@@ -555,7 +572,9 @@ def test_models_of_different_schedules_compose_with_the_error_of_one_schedule():
         sum(
             over_floor(
                 formula,
-                sculpt.posterior(models, (0, 1, 2)).sample(N, steps=64, particles=N, generator=generator(k), progress=False).x,
+                sculpt.posterior(models, (0, 1, 2))
+                .sample(N, Tracked(particles=N), steps=64, generator=generator(k), progress=False)
+                .x,
             )[0]
             for k in range(3)
         )
@@ -630,9 +649,8 @@ def test_an_anchored_step_calls_one_base_network_once_and_the_classifier_forward
     torch.manual_seed(0)
     classifier = Classifier(VectorNetwork(2, width=8), [model.key for model in models], 2).eval().requires_grad_(False)
     backbone, steps = Calls(classifier.network), 9
-    sculpt.posterior(models, (1, 0)).sample(
-        16, classifier, steps=steps, correct=correct, particles=16 if correct else None, progress=False
-    )
+    road = Guided(classifier, correct=correct, particles=16 if correct else None)
+    sculpt.posterior(models, (1, 0)).sample(16, road, steps=steps, progress=False)
     assert [call.forward for call in calls] == [steps if i == 1 else 0 for i in range(m)]
     assert (backbone.forward, backbone.backward) == (steps + correct, steps)  # the terminal head has the last word
 
@@ -640,7 +658,7 @@ def test_an_anchored_step_calls_one_base_network_once_and_the_classifier_forward
 def test_a_tracked_step_calls_every_base_network_once():
     models = [exact_model(mixture, name=f"p{i}") for i, mixture in enumerate(RINGS)]
     calls = [Calls(model.model) for model in models]
-    sculpt.posterior(models, (0, 1, 2)).sample(16, steps=9, particles=16, progress=False)
+    sculpt.posterior(models, (0, 1, 2)).sample(16, Tracked(particles=16), steps=9, progress=False)
     assert [call.forward for call in calls] == [9, 9, 9]
 
 
@@ -705,13 +723,14 @@ def test_a_pipeline_of_diffusers_takes_the_composition_as_its_unet():
 
 def test_images_run_on_every_road_and_decode_to_zero_to_one():
     (a, b), classifier = image_models()
-    for samples in (
-        (a & b).sample(2, classifier, steps=3, progress=False),
-        (a - b).sample(2, classifier, steps=3, correct=True, particles=4, progress=False),
-        (a & b).sample(2, steps=3, particles=4, progress=False),
-        sculpt.product([a, b], [1, 0.5]).sample(2, steps=3, particles=4, progress=False),
-        sculpt.reject(a & b, 2, classifier, steps=3, progress=False),
+    for composition, road in (
+        (a & b, classifier),
+        (a - b, Guided(classifier, correct=True, particles=4)),
+        (a & b, Tracked(particles=4)),
+        (sculpt.product([a, b], [1, 0.5]), Tracked(particles=4)),
+        (a & b, Rejection(classifier)),
     ):
+        samples = composition.sample(2, road, steps=3, progress=False)
         image = samples.decode()
         assert samples.x.shape == (2, 1, 8, 8) and image.min() >= 0 and image.max() <= 1
 
@@ -724,14 +743,15 @@ def test_a_guided_composition_is_a_base_model_again():
     x = inner.sample(N, steps=32, generator=generator(), progress=False).x
     assert over_floor(Posterior(2, (0, 1)), x)[0] < 1.3
     assert str(inner - R) == "(p ⊗ q) ◑ r" and (inner - R).leaves == (inner, R)
-    tracked = (inner - R).sample(1000, steps=48, particles=1000, generator=generator(), progress=False)
+    tracked = (inner - R).sample(1000, Tracked(particles=1000), steps=48, generator=generator(), progress=False)
     assert over_floor(nested(Posterior(2, (0, 0))), tracked.x)[0] < 1.6
 
 
 def test_a_guided_composition_has_the_key_of_its_formula_models_and_classifier():
     torch.manual_seed(0)
     one, two = (Classifier(VectorNetwork(2, width=8), [P.key, Q.key], 2).eval() for _ in range(2))
-    keys = [(P & Q).guided(one).key, (P & Q).guided(two).key, (P - Q).guided(one).key, (P & Q).guided(one, form="mixture").key]
+    mixed = Guided(one, form="mixture")
+    keys = [(P & Q).guided(one).key, (P & Q).guided(two).key, (P - Q).guided(one).key, (P & Q).guided(mixed).key]
     keys += [sculpt.harmonic_mean(P, Q, alpha).guided(GUIDE).key for alpha in (0.3, 0.3001)]
     assert len(set(keys)) == len(keys) and (P & Q).guided(one).key == keys[0]
 
@@ -742,12 +762,13 @@ def test_a_second_classifier_over_samples_of_the_inner_composition_samples_the_n
     formula = nested(Posterior(2, (0, 1)))
     outer = sculpt.fit([inner, R], samples=10_000, sample_steps=32, steps=400, progress=False)
     plain = (inner & R).sample(N, outer, steps=32, generator=generator(), progress=False)
-    corrected = (inner & R).sample(N, outer, steps=32, correct=True, particles=2 * N, generator=generator(), progress=False)
+    exact = Guided(outer, correct=True, particles=2 * N)
+    corrected = (inner & R).sample(N, exact, steps=32, generator=generator(), progress=False)
     assert over_floor(formula, plain.x)[0] < 2.5 and over_floor(formula, corrected.x)[0] < 1.8
     # The inner composition as it is, sampled by tracked densities for the training; anchored on r, which can be stepped.
     composition = sculpt.harmonic_mean(P & Q, R)
     second = sculpt.fit([P & Q, R], samples=10_000, sample_steps=64, steps=400, progress=False)
-    anchored = composition.sample(N, second, anchor=R, steps=32, generator=generator(), progress=False)
+    anchored = composition.sample(N, Guided(second, anchor=R), steps=32, generator=generator(), progress=False)
     assert over_floor(formula, anchored.x)[0] < 2.5
 
 
@@ -759,9 +780,9 @@ def test_noise_levels_fall_from_the_widest_to_the_least_common_level():
     levels = noise_levels(mixed, 40)
     assert len(levels) == 40 and (levels.diff() < 0).all()
     assert float(levels[0]) == pytest.approx(80.0) and float(levels[-1]) == pytest.approx(max(m.s_min for m in mixed))
-    # Steps are shortest about the knee.
-    s = spread(torch.linspace(0, 1, 101, dtype=torch.float64), 0.01, 80.0, knee=0.5)
-    assert 0.3 < float(s[s.log().diff().abs().argmin()]) < 0.8
+    # Steps are shortest about the scale of the data.
+    s = spread(torch.linspace(0, 1, 101, dtype=torch.float64), 0.01, 80.0)
+    assert 0.6 * DATA_SCALE < float(s[s.log().diff().abs().argmin()]) < 1.6 * DATA_SCALE
 
 
 def test_the_samplers_leave_no_gradient_and_no_training_mode_behind():
@@ -774,5 +795,5 @@ def test_the_samplers_leave_no_gradient_and_no_training_mode_behind():
 
 
 def test_products_of_one_model_with_power_one_are_that_model():
-    samples = sculpt.product([P], [1.0]).sample(N, steps=64, particles=N, generator=generator(), progress=False)
+    samples = sculpt.product([P], [1.0]).sample(N, Tracked(particles=N), steps=64, generator=generator(), progress=False)
     assert over_floor(Product([1.0]), samples.x)[0] < 1.3 and abs(samples.log_z) < 0.05

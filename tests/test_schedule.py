@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from sculpt.diffusion.schedule import schedule_of
+from sculpt.diffusion.diffusers.schedules import schedule_of
 
 VP_TYPES = ("epsilon", "sample", "v_prediction")
 PLAIN = {"clip_sample": False}

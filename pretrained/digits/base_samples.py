@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sculpt.diffusion.model import Denoiser
+from sculpt.diffusion.denoiser import Denoiser
 from sculpt.files import read_json, read_tensors, replace_file
 
 CHUNK, STEPS = 250, 32

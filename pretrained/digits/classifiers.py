@@ -5,7 +5,6 @@ their densities within a class, and a classifier has to tell the models apart as
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -13,17 +12,20 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(folder) for folder in Path(__file__).parents[:2]]
 
 import base_samples
+import recipes
 from base_samples import pool
 from coloured_mnist import CLASSES, LICENCE, SETS, proportions
-from runs import clock_of, written_cost, written_steps
+from recipes import table, written_cost, written_steps
 
 import sculpt
-from sculpt.diffusion.encoder import UNetEncoder
-from sculpt.diffusion.model import Denoiser
+from sculpt.classifier.fit import Descent
+from sculpt.diffusion.denoiser import Denoiser
+from sculpt.diffusion.diffusers.encoder import UNetEncoder
 from sculpt.files import read_json
+from sculpt.training import clock_of
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
@@ -63,9 +65,7 @@ def fit(
         data=data,
         steps=steps,
         batch_size=batch,
-        learning_rate=rate,
-        patience=None,
-        mixed_precision=True,
+        descent=Descent(rate, patience=None, mixed_precision=True),
         seed=len(past),
         checkpoint=state / (f"{name}-{len(past)}" if past else name),
         progress=False,
@@ -91,7 +91,7 @@ def quality(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, 
 
 
 @torch.no_grad()
-def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, n: int = 1000) -> list[str]:
+def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path, n: int = 1000) -> list[tuple[str, ...]]:
     """What the terminal head says of each class, beside what the data's proportions say."""
     from judge import Judge
 
@@ -104,47 +104,47 @@ def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path,
     for i in shares.sum(-1).nonzero()[:, 0].tolist():
         own, want = p[label == i], shares[i] / shares[i].sum()
         if len(own) >= 20:
-            cells = " | ".join(f"{100 * a:.0f} % ({100 * b:.0f} %)" for a, b in zip(own.mean(0), want, strict=True))
-            rows.append(f"| {CLASSES[i][1]} {CLASSES[i][0]} | {len(own)} | {cells} |")
+            cells = (f"{100 * a:.0f} % ({100 * b:.0f} %)" for a, b in zip(own.mean(0), want, strict=True))
+            rows.append((f"{CLASSES[i][1]} {CLASSES[i][0]}", str(len(own)), *cells))
     return rows
 
 
 def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs: list[dict], state: Path) -> str:
-    q, folder = quality(classifier, models, state), HERE / name
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    names = [model.name for model in models]
-    recipe = f", `{name} --more`, which begins with its network" * (len(runs) > 1)
+    q, names, more = quality(classifier, models, state), [model.name for model in models], len(runs) > 1
+    recipe = f", `{name} --more`, which begins with its network" * more
     observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
-    return f"""# {name}: a classifier of {len(models)} coloured-digit models
-
-It steers compositions of {", ".join(names)} with up to {observed}.
-
-```python
+    least = f"({q['least']:.4f} if classes came as in the data and were drawn alike)"
+    rows = {
+        "cross-entropy of the terminal head": f"{q['terminal']:.4f} nats {least}",
+        "it names the model that made an image": f"{100 * q['accuracy']:.1f} %",
+    }
+    head = ("class, by the judge", "samples", *(f"made by {name}" for name in names))
+    said = "What it says of an image of each class, on average, and in brackets what the data's proportions would say:"
+    drawn, last = " and ".join(f"{run['samples']:,}" for run in runs), "the last " * more
+    return recipes.card(
+        HERE / name,
+        f"It steers compositions of {', '.join(names)} with up to {observed}.",
+        f"""
 models = [sculpt.load(f"pretrained/digits/{{name}}") for name in {json.dumps(names)}]
 classifier = sculpt.load("pretrained/digits/{name}")
 images = sculpt.posterior(models, {tuple(range(len(models)))}).sample(16, classifier).decode()
-```
-
-| on 1,000 new samples of each model | |
-|---|---|
-| cross-entropy of the terminal head | {q["terminal"]:.4f} nats ({q["least"]:.4f} if classes came as in the data and were drawn alike) |
-| it names the model that made an image | {100 * q["accuracy"]:.1f} % |
-
-What it says of an image of each class, on average, and in brackets what the data's proportions would say:
-
-| class, by the judge | samples | {" | ".join(f"made by {name}" for name in names)} |
-|---|---|{"---|" * len(names)}
-{chr(10).join(by_class(classifier, models, state))}
-
-| | |
-|---|---|
-| data | {" and ".join(f"{run['samples']:,}" for run in runs)} samples of each model, {"the last " * (len(runs) > 1)}at {base_samples.STEPS} steps |
-| network | the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters |
-| recipe | `python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {written_steps(runs, BATCH)} samples of each model |
-| cost | {written_cost(runs)}, the samples included |
-| `model.safetensors` | sha256 {sha} |
-| licence | {LICENCE} |
-"""
+""",
+        {
+            "data": f"{drawn} samples of each model, {last}at {base_samples.STEPS} steps",
+            "network": f"the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters",
+            "recipe": f"`python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {written_steps(runs, BATCH)} samples of each model",
+            "cost": f"{written_cost(runs)}, the samples included",
+        },
+        title=f"{name}: a classifier of {len(models)} coloured-digit models",
+        measured="\n\n".join(
+            [
+                table(("on 1,000 new samples of each model", ""), rows.items()),
+                said,
+                table(head, by_class(classifier, models, state)),
+            ]
+        ),
+        licence=LICENCE,
+    )
 
 
 if __name__ == "__main__":
@@ -166,5 +166,5 @@ if __name__ == "__main__":
     how = {"batch": options.batch, "rate": options.rate}
     classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past, **how)
     classifier.cpu().save_pretrained(folder)
-    (folder / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+    recipes.write_runs(folder, runs)
     (folder / "README.md").write_text(card(options.name, classifier, models, runs, options.state))

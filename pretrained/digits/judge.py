@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(folder) for folder in Path(__file__).parents[:2]]
 
+import recipes
 from coloured_mnist import CLASSES, COLOURS, LICENCE, class_index, coloured, mnist
-from runs import Run
+from recipes import table
 
 from sculpt.files import load_folder, save_folder
+from sculpt.training import Row, Training, cosine
 
 HERE = Path(__file__).parent
 STEPS, BATCH, RATE = 5000, 128, 3e-3
@@ -151,11 +153,18 @@ def _real(judge: Judge, split: str) -> tuple[Tensor, Tensor, Tensor]:
 # Training
 
 
-class Training(Run):
+class Recipe:
+    """How the judge is trained."""
+
+    name = "judge"
+
     def __init__(self, steps: int, state: Path):
         torch.manual_seed(0)
-        self.grey, self.digits = mnist("train")
-        super().__init__("judge", Judge(), state / "judge", steps=steps, batch_size=BATCH, rate=RATE, weight_decay=1e-2)
+        self.steps, (self.grey, self.digits), judge = steps, mnist("train"), Judge()
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+        identity, rate = {"name": self.name, "steps": steps, "batch": BATCH}, cosine(steps, 200, 0.01)
+        self.training = Training(judge, optimizer, state / self.name, identity=identity, rate=rate, clip=1.0)
+        self.training.resume()
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Images with the probabilities of their digits and colours; the first of them are spoilt."""
@@ -166,16 +175,15 @@ class Training(Run):
         spoil(x, digit, colour, generator)
         return x, digit, colour
 
-    def loss(self, size, generator):
-        with torch.autocast(self.device.type, enabled=False):
-            x, digit, colour = self.batch(size, generator)
-        digit_logits, colour_logits, _ = self.network(x)
+    def loss(self, seed: int) -> tuple[Tensor, Row]:
+        x, digit, colour = self.batch(BATCH, torch.Generator().manual_seed(seed))
+        digit_logits, colour_logits, _ = self.training.network(x)
         own = F.cross_entropy(digit_logits, digit, reduction="none")[SPOILT:].mean()
-        return F.cross_entropy(digit_logits, digit) + F.cross_entropy(colour_logits, colour), {"digit": own.item()}
+        return F.cross_entropy(digit_logits, digit) + F.cross_entropy(colour_logits, colour), {"digit": own.detach()}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return quality(self.average)
+        return quality(self.training.average)
 
 
 def warped(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -248,44 +256,38 @@ def doubts(judge: Judge, n: int = 2000) -> dict[str, float]:
 
 
 def card(training: Training, folder: Path) -> str:
-    import hashlib
-
     judge = Judge.from_pretrained(folder)
-    q, sha = quality(judge), hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    share = torch.full((len(CLASSES),), 1 / len(CLASSES), dtype=torch.float64)
+    q, share = quality(judge), torch.full((len(CLASSES),), 1 / len(CLASSES), dtype=torch.float64)
     floor = frechet(reference(judge, share, "train"), reference(judge, share))
-    spoilt = "\n".join(f"| {name} | {100 * value:.1f} % |" for name, value in doubts(judge).items())
-    return f"""# judge
-
-Tells the digit (0 to 9) and the colour ({", ".join(COLOURS)}) of a 32×32 image. It scores samples and is never used to make any.
-
-```python
+    sure = f"accepted as one clear digit: at least {100 * SURE:.0f} % sure of digit and of colour"
+    rows = {
+        "digit right": f"{100 * q['digits']:.2f} % (target 99.5 %)",
+        "colour right": f"{100 * q['colours']:.2f} %",
+        sure: f"{100 * q['accepted']:.2f} % (target 99 %)",
+        "Fréchet distance of 10,000 training digits to the held-out ones": f"{floor:.4f}",
+    }
+    spoilt = [(name, f"{100 * value:.1f} %") for name, value in doubts(judge).items()]
+    size, features = sum(p.numel() for p in judge.parameters()), 2 * judge.channels[-1]
+    return recipes.card(
+        folder,
+        f"Tells the digit (0 to 9) and the colour ({', '.join(COLOURS)}) of a 32×32 image. It scores samples and is never used to make any.",
+        """
 from judge import Judge  # pretrained/digits/judge.py
 
 scores = Judge.from_pretrained("pretrained/digits/judge").score(images)  # in [-1, 1]
 scores.shares, scores.accepted.float().mean()
-```
-
-| on MNIST's 10,000 held-out digits, coloured | |
-|---|---|
-| digit right | {100 * q["digits"]:.2f} % (target 99.5 %) |
-| colour right | {100 * q["colours"]:.2f} % |
-| accepted as one clear digit: at least {100 * SURE:.0f} % sure of digit and of colour | {100 * q["accepted"]:.2f} % (target 99 %) |
-| Fréchet distance of 10,000 training digits to the held-out ones | {floor:.4f} |
-
-| no clear digit, made from held-out ones | accepted |
-|---|---|
-{spoilt}
-
-| | |
-|---|---|
-| data | MNIST's training images, coloured, turned, scaled and shifted a little; an eighth of them spoilt |
-| network | residual convolutions, {sum(p.numel() for p in judge.parameters()):,} parameters, {2 * judge.channels[-1]} features |
-| recipe | `python pretrained/digits/judge.py`: {training.step:,} steps of {BATCH} images, averaged weights |
-| cost | {training.seconds / 60:.0f} CPU minutes |
-| `model.safetensors` | sha256 {sha} |
-| licence | {LICENCE} |
-"""
+""",
+        {
+            "data": "MNIST's training images, coloured, turned, scaled and shifted a little; an eighth of them spoilt",
+            "network": f"residual convolutions, {size:,} parameters, {features} features",
+            "recipe": f"`python pretrained/digits/judge.py`: {training.step:,} steps of {BATCH} images, averaged weights",
+            "cost": f"{training.seconds / 60:.0f} CPU minutes",
+        },
+        measured=table(("on MNIST's 10,000 held-out digits, coloured", ""), rows.items())
+        + "\n\n"
+        + table(("no clear digit, made from held-out ones", "accepted"), spoilt),
+        licence=LICENCE,
+    )
 
 
 if __name__ == "__main__":
@@ -293,8 +295,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
     options = parser.parse_args()
-    training = Training(options.steps, options.state)
-    training.run(check=500)
-    folder = HERE / "judge"
-    training.average.cpu().save_pretrained(folder)
-    (folder / "README.md").write_text(card(training, folder))
+    torch.set_num_threads(1)
+    recipe, folder = Recipe(options.steps, options.state), HERE / "judge"
+    recipes.train(recipe, check=500)
+    recipe.training.average.save_pretrained(folder)
+    (folder / "README.md").write_text(card(recipe.training, folder))

@@ -13,8 +13,6 @@ A killed run goes on where it stopped, bit for bit.
 
 import argparse
 import copy
-import hashlib
-import json
 import math
 import re
 import shutil
@@ -26,16 +24,19 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(folder) for folder in Path(__file__).parents[:2]]
 
+import recipes
 from coloured_mnist import CLASSES, DATA, LICENCE, coloured, draw_colours, mnist, proportions, rows
-from runs import Run, read_state, written_cost, written_steps
+from recipes import table, written_cost, written_steps
 
 from sculpt import plots
-from sculpt.base import randn
-from sculpt.diffusion.model import Diffusion
-from sculpt.diffusion.schedule import Schedule, like, schedule_of
+from sculpt.diffusion.clock import like
+from sculpt.diffusion.diffusers.adapter import Diffusion
+from sculpt.diffusion.diffusers.schedules import Schedule, schedule_of
 from sculpt.files import read_json
+from sculpt.model import randn
+from sculpt.training import Row, Training, cosine, read_state
 
 HERE = Path(__file__).parent
 NETWORK = {"block_out_channels": (16, 32, 64, 96), "layers_per_block": 1, "norm_num_groups": 8, "attention_head_dim": 32}
@@ -103,14 +104,13 @@ def retime(unet: UNet2DModel, old: Schedule, new: Schedule, steps: int = 1500) -
     s = torch.logspace(math.log10(low), math.log10(high), 512, dtype=torch.float64)
     t_old, t_new = unet.time_proj(old.time(s)), unet.time_proj(new.time(s))
     target = teacher(t_old).detach()
-    optimizer = torch.optim.Adam(embedding.parameters(), lr=3e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (embedding(t_new) - target).square().mean().backward()
-        optimizer.step()
-        decay.step()
-    optimizer.zero_grad(set_to_none=True)
+
+    def loss(seed: int) -> tuple[Tensor, Row]:
+        return (embedding(t_new) - target).square().mean(), {}
+
+    training = Training(embedding, torch.optim.Adam(embedding.parameters(), lr=3e-3), rate=cosine(steps))
+    for _ in training.run(loss, steps):
+        pass
 
 
 def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
@@ -124,49 +124,70 @@ def noise_levels(u: Tensor, schedule: Schedule) -> Tensor:
     return torch.where(u < FOCUS, low * (high / low) ** (u / FOCUS), everywhere).clamp(schedule.s_min, schedule.s_max)
 
 
-class Training(Run):
+class Recipe:
     """Of the trunk, of one model from the trunk on, or (``folder``) of a saved model from there on."""
 
     def __init__(
-        self, name: str, steps: int, state: Path, device: str = "cpu", *, folder: Path | None = None, **how: float | None
+        self,
+        name: str,
+        steps: int,
+        state: Path,
+        device: str = "cpu",
+        *,
+        folder: Path | None = None,
+        rate: float | None = None,
+        batch: int | None = None,
+        threads: int = 1,
+        bfloat16: bool = False,
     ):
+        self.name, self.steps, self.device = name, steps, torch.device(device)
+        self.rate, self.batch_size = rate or RATE.get(name, FINE), batch or BATCH
         self.scheduler = scheduler(name)
         self.schedule = schedule_of(self.scheduler)
         self.names = list(DATA) if name == "trunk" else [name]
         if folder is None:
-            unet = network(len(DATA)) if name == "trunk" else self._start(name, state)
-            self.past = [] if name == "trunk" else [read_state(state / "trunk")[0]]
+            self.past, unet = ([], network(len(DATA))) if name == "trunk" else self._start(name, state)
         else:
-            saved = UNet2DModel.from_pretrained(folder / "unet")
-            self.past = read_json(folder / "training.json", "trained model")["runs"]
-            is_large = saved.config.layers_per_block > NETWORK["layers_per_block"]
-            unet = network(large=is_large)  # of its own, without the folder that the saved one remembers
-            unet.load_state_dict(saved.state_dict())
-            if name in LARGE and not is_large:
-                unet = grown(unet)
+            self.past, unet = self._more(name, folder)
         grey, digits = mnist("train")
         self.grey, self.rows = grey.to(device), {data: rows(data, digits).to(device) for data in self.names}
-        how["rate"] = how.get("rate") or RATE.get(name, FINE)
         own = state / (name if folder is None else f"{name}-{len(self.past)}")
-        how["batch_size"] = how.get("batch_size") or BATCH
-        super().__init__(name, unet, own, steps=steps, device=device, **how)
+        optimizer = torch.optim.AdamW(
+            unet.to(device).parameters(), lr=self.rate, betas=(0.9, 0.99), weight_decay=1e-4, fused=True
+        )
+        # Threads that share a batch: at this size two of torch's own are hardly faster than one.
+        how = {"threads": threads, "bfloat16": bfloat16}
+        identity = {"name": name, "steps": steps, "batch": self.batch_size, "rate": self.rate, **how}
+        self.training = Training(unet, optimizer, own, identity=identity, rate=cosine(steps, 200, 0.01), clip=1.0, **how)
+        self.training.resume()
 
-    def _start(self, name: str, state: Path) -> UNet2DModel:
-        if (state / name / "state.safetensors").exists():
-            return network()  # its own state is about to be read
+    def _start(self, name: str, state: Path) -> tuple[list[dict], UNet2DModel]:
+        """The trunk's run, and the trunk under this model's label."""
         if not (state / "trunk" / "state.safetensors").exists():
             raise ValueError(f"{state / 'trunk'} holds no training to start {name} from. Run recipe.py trunk first.")
         note, parts = read_state(state / "trunk")
-        if note["step"] < note["steps"]:
+        if note["step"] < note["identity"]["steps"]:
             raise ValueError(
-                f"The trunk has taken {note['step']:,} of {note['steps']:,} steps. Run recipe.py trunk to its end first."
+                f"The trunk has taken {note['step']:,} of {note['identity']['steps']:,} steps. Run recipe.py trunk to its end first."
             )
+        past = [{"name": "trunk", "steps": note["step"], "seconds": round(note["seconds"])}]
+        if (state / name / "state.safetensors").exists():
+            return past, network()  # its own state is about to be read
         trunk = network(len(DATA))
         trunk.load_state_dict(parts["average"])
         unet, old = member(trunk, list(DATA).index(name)), schedule_of(scheduler("trunk"))
         if self.schedule.identity != old.identity:
             retime(unet, old, self.schedule)
-        return unet
+        return past, unet
+
+    def _more(self, name: str, folder: Path) -> tuple[list[dict], UNet2DModel]:
+        """The runs of a saved model, and its network."""
+        saved = UNet2DModel.from_pretrained(folder / "unet")
+        is_large = saved.config.layers_per_block > NETWORK["layers_per_block"]
+        unet = network(large=is_large)  # of its own, without the folder that the saved one remembers
+        unet.load_state_dict(saved.state_dict())
+        past = read_json(folder / "training.json", "trained model")["runs"]
+        return past, grown(unet) if name in LARGE and not is_large else unet
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Images, and the label of each one's data set."""
@@ -192,43 +213,47 @@ class Training(Run):
         weight = (b**2 * (1 + s**-2)).float()
         return weight * (F - self.schedule.output(z, s, x)).square().mean((1, 2, 3)), s
 
-    def loss(self, size, generator):
-        errors, s = self.errors(self.network, size, generator)
-        return errors.mean(), {"far": float(errors.detach()[s > 3].mean()), "near": float(errors.detach()[s < 0.3].mean())}
+    def loss(self, seed: int) -> tuple[Tensor, Row]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        errors, s = self.errors(self.training.network, self.batch_size // self.training.threads, generator)
+        return errors.mean(), {"far": errors.detach()[s > 3].mean(), "near": errors.detach()[s < 0.3].mean()}
 
     @torch.no_grad()
     def evaluate(self, size: int = 512) -> dict[str, float]:
         """The same loss on the same draws every time, and a picture of samples. 1.7M weights do not learn 60,000 images by heart."""
         self.picture()
-        errors, s = self.errors(self.average, size, torch.Generator(self.device).manual_seed(7))
+        errors, s = self.errors(self.training.average, size, torch.Generator(self.device).manual_seed(7))
         return {"loss": float(errors.mean()), "far": float(errors[s > 3].mean()), "near": float(errors[s < 0.3].mean())}
 
     def picture(self, n: int = 16) -> None:
         """A row of samples of each data set, in the run's folder."""
-        nets = [self.average] if len(self.names) == 1 else [member(self.average, i) for i in range(len(self.names))]
+        average = self.training.average
+        nets = [average] if len(self.names) == 1 else [member(average, i) for i in range(len(self.names))]
         generator = torch.Generator().manual_seed(1)
         parts = [
             Diffusion(net, self.scheduler, name=self.name).sample(n, steps=24, generator=generator, progress=False).decode()
             for net in nets
         ]
-        plots.save(plots.image_grid(torch.cat(parts).cpu(), n), self.folder / f"samples-{self.step:06d}.png")
+        path = self.training.folder / f"samples-{self.training.step:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plots.save(plots.image_grid(torch.cat(parts).cpu(), n), path)
 
     def finish(self, folder: Path) -> None:
         """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
-        unet, new = copy.deepcopy(self.average).cpu().half(), folder.with_name(f".{folder.name}")
+        training, new = self.training, folder.with_name(f".{folder.name}")
+        unet = copy.deepcopy(training.average).cpu().half()
         DDPMPipeline(unet, self.scheduler).save_pretrained(new)
         run = {
             "name": self.name,
-            "steps": self.step,
-            "seconds": round(self.seconds),
+            "steps": training.step,
+            "seconds": round(training.seconds),
             "rate": self.rate,
-            "bfloat16": self.bfloat16,
+            "bfloat16": training.bfloat16,
             "batch": self.batch_size,
             "device": self.device.type,
             "focus": FOCUS,
         }
-        runs = [*self.past, run]
-        (new / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+        recipes.write_runs(new, [*self.past, run])
         folder.mkdir(exist_ok=True)
         for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
             if (folder / part.name).is_dir():
@@ -256,7 +281,6 @@ def card(folder: Path, n: int, state: Path) -> str:
     real = reference(judge, want)
     floor = reference(judge, want, "train")
     plots.save(plots.image_grid(shown, 16), folder / "samples.png")
-    sha = hashlib.sha256((folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
     digits, colours = DATA[name]
     config = scheduler(name).config
     more_layers = ", two layers a block and attention at 8×8 and 4×4" if model.model.config.layers_per_block == 2 else ""
@@ -264,44 +288,42 @@ def card(folder: Path, n: int, state: Path) -> str:
     how = ", the last run in bfloat16" * own[-1].get("bfloat16", False)
     if focused := sum("focus" in run for run in own):
         how += f", {focused} of the runs with most noise levels where digits get their shape"
-    table = "\n".join(
-        f"| {label} | {100 * scores.shares[i]:.1f} % | {100 * want[i]:.1f} % |"
-        for i, label in enumerate(f"{c} {d}" for d, c in CLASSES)
+    distances = f"{frechet(moments(scores.features), real):.3f} (training digits: {frechet(floor, real):.3f})"
+    rows = {
+        "the judge accepts one clear digit": f"{100 * scores.accepted.double().mean():.1f} % (target 97 %)",
+        "Fréchet distance to held-out digits, in the judge's features": distances,
+        "CPU seconds an image, one thread": f"{seconds:.3f}",
+    }
+    classes = [
+        (f"{c} {d}", f"{100 * scores.shares[i]:.1f} %", f"{100 * want[i]:.1f} %")
+        for i, (d, c) in enumerate(CLASSES)
         if want[i] > 0 or scores.shares[i] >= 0.002
-    )
-    return f"""# {name}
-
-MNIST digits {", ".join(map(str, digits)) if len(digits) < 10 else "0 to 9"} in {" or ".join(colours)}, 32×32: one of the five base models of the coloured-digit compositions.
-
-![{name}](samples.png)
-
-```python
+    ]
+    channels, size = ", ".join(map(str, NETWORK["block_out_channels"])), sum(p.numel() for p in model.model.parameters())
+    commands = f"`python pretrained/digits/recipe.py trunk`, `{name}`" + f", `{name} --more`" * (len(own) > 1)
+    return recipes.card(
+        folder,
+        f"MNIST digits {', '.join(map(str, digits)) if len(digits) < 10 else '0 to 9'} in {' or '.join(colours)}, 32×32: "
+        f"one of the five base models of the coloured-digit compositions.\n\n![{name}](samples.png)",
+        f"""
 model = sculpt.load("pretrained/digits/{name}")
 images = model.sample(16, steps=32).decode()
 
 pipe = diffusers.DDPMPipeline.from_pretrained("pretrained/digits/{name}")  # the same weights without sculpt
-```
-
-| {n:,} samples at {base_samples.STEPS} steps | |
-|---|---|
-| the judge accepts one clear digit | {100 * scores.accepted.double().mean():.1f} % (target 97 %) |
-| Fréchet distance to held-out digits, in the judge's features | {frechet(moments(scores.features), real):.3f} (training digits: {frechet(floor, real):.3f}) |
-| CPU seconds an image, one thread | {seconds:.3f} |
-
-| class, by the judge | samples | data |
-|---|---|---|
-{table}
-
-| | |
-|---|---|
-| data | MNIST's training images, coloured while training |
-| network | `UNet2DModel`, channels {", ".join(map(str, NETWORK["block_out_channels"]))}{more_layers}, {sum(p.numel() for p in model.model.parameters()):,} parameters, saved in half precision |
-| schedule | {config.beta_schedule}, {config.prediction_type.replace("_", " ")} |
-| recipe | `python pretrained/digits/recipe.py trunk`, `{name}`{f", `{name} --more`" * (len(own) > 1)}: {written_steps((trunk, *own), BATCH)} images, averaged weights{how} |
-| cost | {written_cost(own)}, after {trunk["seconds"] / 60:.0f} for the trunk that the five models share |
-| `unet/diffusion_pytorch_model.safetensors` | sha256 {sha} |
-| licence | {LICENCE} |
-"""
+""",
+        {
+            "data": "MNIST's training images, coloured while training",
+            "network": f"`UNet2DModel`, channels {channels}{more_layers}, {size:,} parameters, saved in half precision",
+            "schedule": f"{config.beta_schedule}, {config.prediction_type.replace('_', ' ')}",
+            "recipe": f"{commands}: {written_steps((trunk, *own), BATCH)} images, averaged weights{how}",
+            "cost": f"{written_cost(own)}, after {trunk['seconds'] / 60:.0f} for the trunk that the five models share",
+        },
+        measured=table((f"{n:,} samples at {base_samples.STEPS} steps", ""), rows.items())
+        + "\n\n"
+        + table(("class, by the judge", "samples", "data"), classes),
+        weights="unet/diffusion_pytorch_model.safetensors",
+        licence=LICENCE,
+    )
 
 
 if __name__ == "__main__":
@@ -324,8 +346,10 @@ if __name__ == "__main__":
         (folder / "README.md").write_text(card(folder, options.card, options.state))
     else:
         steps, start = options.steps or STEPS[options.name], folder if options.more else None
-        how = {"rate": options.rate, "batch_size": options.batch, "threads": options.threads, "bfloat16": options.bfloat16}
-        training = Training(options.name, steps, options.state, options.device, folder=start, **how)
-        training.run()
+        how = {"rate": options.rate, "batch": options.batch, "threads": options.threads, "bfloat16": options.bfloat16}
+        torch.set_num_threads(1)
+        torch.backends.cudnn.benchmark = True  # every batch has the same shape
+        recipe = Recipe(options.name, steps, options.state, options.device, folder=start, **how)
+        recipes.train(recipe)
         if options.name != "trunk":
-            training.finish(folder)
+            recipe.finish(folder)

@@ -5,10 +5,8 @@ half by reward). The grid has 1,024 states, so the network is evaluated once per
 thousands of trajectories costs no more than its table look-ups. A killed run goes on where it stopped.
 """
 
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -17,14 +15,21 @@ from pathlib import Path
 
 import torch
 from gfn.gym import HyperGrid
-from torch import Tensor
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+import recipes
+from recipes import table
 
 import sculpt
+from sculpt.actions.networks import GridNetwork
+from sculpt.actions.paths import path_ratios
 from sculpt.formula import label_sets
 from sculpt.gflownet import exact
+from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
-from sculpt.gflownet.network import GridNetwork, NetworkPolicy
-from sculpt.gflownet.sampler import path_ratios
+from sculpt.training import Row, Training, cosine
 
 HERE = Path(__file__).parent
 HEIGHT, STEPS, BATCH, RATE = 32, 4000, 1024, 5e-3
@@ -94,82 +99,73 @@ def backward_paths(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     return edges, log_pb
 
 
-def train(name: str, steps: int = STEPS, folder: Path = HERE) -> GFlowNet:
-    env = HyperGrid(ndim=2, height=HEIGHT, validate_modes=False)
-    graph = exact.dag(env)
-    log_R = log_reward(name, graph.states)
-    torch.manual_seed(0)
-    network, log_Z = GridNetwork(2, HEIGHT, 3, encoding="one-hot"), torch.nn.Parameter(torch.zeros(()))
-    optimizer = torch.optim.Adam([{"params": network.parameters()}, {"params": [log_Z], "lr": 0.1}], lr=RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.001 + 0.5 * (1 + math.cos(math.pi * k / steps)))
-    resume, first, seconds = folder / f".{name}.pt", 0, 0.0
-    if resume.exists():
-        state = torch.load(resume, weights_only=True)
-        network.load_state_dict(state["network"])
-        log_Z.data = state["log_Z"]
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first, seconds = state["step"], state["seconds"]
-    started = time.process_time() - seconds
-    for k in range(first, steps):
-        generator = torch.Generator().manual_seed(k)
-        uniform = torch.randint(0, len(log_R), (BATCH // 2,), generator=generator)
-        x = torch.cat([uniform, torch.multinomial(log_R.softmax(0), BATCH // 2, True, generator=generator)])
+class Recipe:
+    """How a policy is trained."""
+
+    def __init__(self, name: str, steps: int = STEPS, folder: Path | None = None):
+        torch.manual_seed(0)
+        self.name, self.steps, self.env = name, steps, HyperGrid(ndim=2, height=HEIGHT, validate_modes=False)
+        self.graph = exact.dag(self.env)
+        self.log_R = log_reward(name, self.graph.states)
+        network, self.log_Z = GridNetwork(2, HEIGHT, 3, encoding="one-hot"), nn.ParameterList([torch.zeros(())])
+        groups = [{"params": network.parameters()}, {"params": self.log_Z.parameters(), "lr": 0.1}]
+        rate, identity = cosine(steps, least=0.001), {"name": name, "steps": steps, "batch": BATCH}
+        self.training = Training(network, torch.optim.Adam(groups, lr=RATE), folder, identity=identity, rate=rate)
+        self.training.resume(log_Z=self.log_Z)
+
+    def loss(self, seed: int) -> tuple[Tensor, Row]:
+        r"""Trajectory balance: :math:`\log Z + \log P_F(\tau) = \log R(x) + \log P_B(\tau | x)`"""
+        graph, generator = self.graph, torch.Generator().manual_seed(seed)
+        uniform = torch.randint(0, len(self.log_R), (BATCH // 2,), generator=generator)
+        x = torch.cat([uniform, torch.multinomial(self.log_R.softmax(0), BATCH // 2, True, generator=generator)])
         edges, log_pb = backward_paths(graph.states[x], generator)
-        log_P = torch.log_softmax(network(graph.states).masked_fill(~graph.allowed, -1e9), dim=-1)
+        log_P = torch.log_softmax(self.training.network(graph.states).masked_fill(~graph.allowed, -1e9), dim=-1)
         flat = torch.cat([log_P.reshape(-1), torch.zeros(1)])
-        # Trajectory balance: log Z + log P_F(τ) = log R(x) + log P_B(τ | x)
-        loss = (log_Z + flat[edges].sum(-1) + log_P[x, -1] - log_R[x].float() - log_pb).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if k % 500 == 499:
-            print(f"{name} {k + 1}/{steps} loss {loss.item():.2e} {time.process_time() - started:.0f} s", flush=True)
-            state = {"network": network.state_dict(), "log_Z": log_Z.data, "optimizer": optimizer.state_dict()}
-            state |= {"schedule": schedule.state_dict(), "step": k + 1, "seconds": time.process_time() - started}
-            torch.save(state, resume.with_suffix(".tmp"))
-            os.replace(resume.with_suffix(".tmp"), resume)
-    model = GFlowNet(env, NetworkPolicy(network.eval().requires_grad_(False), 3), name=name)
+        residual = self.log_Z[0] + flat[edges].sum(-1) + log_P[x, -1] - self.log_R[x].float() - log_pb
+        return residual.square().mean(), {}
+
+    def model(self) -> GFlowNet:
+        """The policy as it is: with this schedule the last weights need no averaging."""
+        return GFlowNet(self.env, NetworkPolicy(self.training.network, 3), name=self.name)
+
+    @torch.no_grad()
+    def evaluate(self) -> Row:
+        return {"l1_to_reward": exact.l1(exact.terminal_distribution(self.model()), self.log_R.softmax(0))}
+
+
+def train(name: str, steps: int = STEPS, folder: Path = HERE) -> GFlowNet:
+    state = folder / f".{name}"
+    recipe = Recipe(name, steps, state)
+    recipes.train(recipe, report=500, keep=10.0)
+    recipe.training.network.eval().requires_grad_(False)
+    model = recipe.model()
     model.save_pretrained(folder / name)
-    write_card(model, folder / name, log_R, steps, time.process_time() - started)
-    resume.unlink(missing_ok=True)
+    (folder / name / "README.md").write_text(card(model, folder / name, recipe))
+    shutil.rmtree(state)
     return model
 
 
-def write_card(model: GFlowNet, folder: Path, log_R: Tensor, steps: int, seconds: float) -> None:
-    graph = exact.dag(model)
-    p = exact.terminal_distribution(model)
-    q = log_R.softmax(0)
+def card(model: GFlowNet, folder: Path, recipe: Recipe) -> str:
     generator = torch.Generator().manual_seed(0)
-    x = graph.states[torch.multinomial(q, 1000, True, generator=generator)]
+    x = recipe.graph.states[torch.multinomial(recipe.log_R.softmax(0), 1000, True, generator=generator)]
     spread = torch.stack([path_ratios([model], x, generator) for _ in range(8)]).std(0).mean()
-    measured = {"l1_to_reward": exact.l1(p, q), "js_to_reward": exact.js(p, q), "path_ratio_spread": float(spread)}
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    size = sum(p.numel() for p in model.policy.parameters())
-    (folder / "README.md").write_text(
-        f"""# {model.name}
-
-A GFlowNet policy on the 32×32 grid (`HyperGrid(ndim=2, height=32)` of torchgfn), one of the five base models of
-*Compositional Sculpting of Iterative Generative Processes*. It samples cells in proportion to the paper's `{model.name}` reward.
-
-```python
-model = sculpt.load("pretrained/grid/{model.name}")
-```
-
-| | |
-|---|---|
-| data | none: the reward is a formula, `REWARDS["{model.name}"]` in `../recipe.py` |
-| network | one-hot (64) → 256 → 256 → 3 actions, {size:,} parameters; uniform backward policy |
-| recipe | `python pretrained/grid/recipe.py {model.name}`: trajectory balance, {steps:,} steps of {BATCH:,} trajectories, Adam {RATE:g} with cosine decay |
-| cost | {seconds:.0f} CPU seconds on one thread |
-| L1 to the reward's distribution | {measured["l1_to_reward"]:.4f} (between 0 and 2; exact, by pushing mass) |
-| path-ratio spread | {measured["path_ratio_spread"]:.4f} nats: standard deviation of log P_F − log P_B over backward paths to one state |
-| `model.safetensors` | sha256 {sha} |
-| licence | the project's; trained from a formula, no third-party data |
-"""
+    size, l1 = sum(p.numel() for p in model.policy.parameters()), recipe.evaluate()["l1_to_reward"]
+    how = f"trajectory balance, {recipe.steps:,} steps of {BATCH:,} trajectories, Adam {RATE:g} with cosine decay"
+    return recipes.card(
+        folder,
+        "A GFlowNet policy on the 32×32 grid (`HyperGrid(ndim=2, height=32)` of torchgfn), one of the five base models of\n"
+        f"*Compositional Sculpting of Iterative Generative Processes*. It samples cells in proportion to the paper's `{model.name}` reward.",
+        f'model = sculpt.load("pretrained/grid/{model.name}")',
+        {
+            "data": f'none: the reward is a formula, `REWARDS["{model.name}"]` in `../recipe.py`',
+            "network": f"one-hot (64) → 256 → 256 → 3 actions, {size:,} parameters; uniform backward policy",
+            "recipe": f"`python pretrained/grid/recipe.py {model.name}`: {how}",
+            "cost": f"{recipe.training.seconds:.0f} CPU seconds on one thread",
+            "L1 to the reward's distribution": f"{l1:.4f} (between 0 and 2; exact, by pushing mass)",
+            "path-ratio spread": f"{spread:.4f} nats: standard deviation of log P_F − log P_B over backward paths to one state",
+        },
+        licence="the project's; trained from a formula, no third-party data",
     )
-    print(model.name, json.dumps(measured), flush=True)
 
 
 # Classifiers
@@ -190,7 +186,7 @@ def fit_classifier(name: str, folder: Path | None = HERE, **options) -> tuple[sc
     seconds = time.process_time() - started
     if folder is not None:
         classifier.save_pretrained(folder / name)
-        write_classifier_card(classifier, models, folder / name, seconds)
+        (folder / name / "README.md").write_text(classifier_card(classifier, models, folder / name, seconds))
         shutil.rmtree(work)
     return classifier, seconds
 
@@ -201,7 +197,7 @@ def load_classifier(name: str) -> tuple[sculpt.Classifier, float]:
     return sculpt.load(HERE / name), float(re.search(r"\| cost \| (\d+) CPU", card).group(1))
 
 
-def write_classifier_card(classifier: sculpt.Classifier, models: list, folder: Path, seconds: float) -> None:
+def classifier_card(classifier: sculpt.Classifier, models: list, folder: Path, seconds: float) -> str:
     p = [exact.terminal_distribution(model) for model in models]
     errors = []
     for labels in label_sets(classifier.m, classifier.observations):
@@ -209,37 +205,29 @@ def write_classifier_card(classifier: sculpt.Classifier, models: list, folder: P
             composition = sculpt.posterior(models, labels, alpha)
             q = exact.terminal_distribution(composition.guided(classifier))
             odds = "" if alpha is None else f", odds {alpha:g} : {1 - alpha:g}"
-            errors.append(f"| {labels}{odds} | {exact.l1(q, exact.target(composition.formula, p)):.4f} |")
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    names = [str(model) for model in models]
-    (folder / "README.md").write_text(
-        f"""# {folder.name}: a classifier of {len(models)} grid policies
-
-It steers compositions of {", ".join(names)} with up to {classifier.observations} observations{" at any odds" * classifier.odds}.
-
-```python
+            errors.append((f"{labels}{odds}", f"{exact.l1(q, exact.target(composition.formula, p)):.4f}"))
+    names, size = [str(model) for model in models], sum(w.numel() for w in classifier.parameters())
+    steps, odds = classifier.history[-1]["step"], " at any odds" * classifier.odds
+    return recipes.card(
+        folder,
+        f"It steers compositions of {', '.join(names)} with up to {classifier.observations} observations{odds}.",
+        f"""
 models = [sculpt.load(f"pretrained/grid/{{name}}") for name in {json.dumps(names)}]
 classifier = sculpt.load("pretrained/grid/{folder.name}")
 samples = sculpt.posterior(models, {tuple(range(len(models)))}).sample(1000, classifier)
-```
+""",
+        {
+            "data": "trajectories of the base models, drawn while training",
+            "network": f"coordinates one-hot, two layers of 256, heads; {size:,} parameters",
+            "recipe": f"`python pretrained/grid/recipe.py {folder.name}`: `sculpt.fit` as it is, {steps:,} steps",
+            "cost": f"{seconds:.0f} CPU seconds on one thread",
+        },
+        title=f"{folder.name}: a classifier of {len(models)} grid policies",
+        after=f"""L1 to the exact composition of the same base models, between 0 and 2, by pushing mass through the guided policy:
 
-| | |
-|---|---|
-| data | trajectories of the base models, drawn while training |
-| network | coordinates one-hot, two layers of 256, heads; {sum(w.numel() for w in classifier.parameters()):,} parameters |
-| recipe | `python pretrained/grid/recipe.py {folder.name}`: `sculpt.fit` as it is, {classifier.history[-1]["step"]:,} steps |
-| cost | {seconds:.0f} CPU seconds on one thread |
-| `model.safetensors` | sha256 {sha} |
-| licence | the project's; no third-party data |
-
-L1 to the exact composition of the same base models, between 0 and 2, by pushing mass through the guided policy:
-
-| labels | L1 |
-|---|---|
-{chr(10).join(errors)}
-"""
+{table(("labels", "L1"), errors)}""",
+        licence="the project's; no third-party data",
     )
-    print(folder.name, *errors, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,22 @@ exactly. That gives the total variation between them without bias from anything 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+import recipes
+from recipes import table
+
 import sculpt
+from sculpt.actions.paths import path_ratios
+from sculpt.classifier.fit import Descent
 from sculpt.files import read_json
 from sculpt.formula import label_sets
-from sculpt.gflownet.sampler import path_ratios
 
 HERE = Path(__file__).parent
 BETA, RATE, SAMPLES, REUSE = 32, 1e-3, 8_000, 5
@@ -29,7 +34,7 @@ BATCH = {"seh-sa": 32, "seh-sa-qed": 16}  # trajectories of each model a step
 
 def fit(name: str, steps: int, state: Path, more: bool) -> None:
     models = [sculpt.load(HERE / part, beta=BETA) for part in name.split("-")]
-    odds, settings = len(models) == 2, {"steps": steps, "batch_size": BATCH[name], "learning_rate": RATE}
+    odds, settings = len(models) == 2, {"steps": steps, "batch_size": BATCH[name], "descent": Descent(RATE)}
     # The pair overlaps by three percent, the three by less than a millionth: only compositions show compositions.
     settings |= {"samples": SAMPLES, "reuse": REUSE, "composed": True}
     runs = read_json(HERE / name / "training.json", "trained classifier")["runs"] if more else []
@@ -40,7 +45,7 @@ def fit(name: str, steps: int, state: Path, more: bool) -> None:
     classifier = sculpt.fit(models, OBSERVATIONS[name], odds=odds, checkpoint=checkpoint, seed=len(runs), **settings)
     runs.append({"steps": steps, "seconds": round(time.process_time() - started)})
     classifier.save_pretrained(HERE / name)
-    (HERE / name / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+    recipes.write_runs(HERE / name, runs)
     (HERE / name / "README.md").write_text(card(name, models, classifier, runs))
 
 
@@ -50,39 +55,32 @@ def card(name: str, models: list, classifier: sculpt.Classifier, runs: list[dict
         for odds in [0.05, 0.5, 0.95] if n == 2 else [None]:
             weights = None if odds is None else [odds, 1 - odds]
             tv, ess = distance(sculpt.posterior(models, labels, weights), classifier)
-            rows.append(
-                f"| {', '.join(models[i].name.split('[')[0] for i in labels)} | {odds or ''} | {tv:.3f} | {100 * ess:.0f} % |"
-            )
-    folder, listed = HERE / name, ", ".join(model.name for model in models)
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    names = ", ".join(f'"{part}"' for part in name.split("-"))
+            named = ", ".join(models[i].name.split("[")[0] for i in labels)
+            rows.append((named, str(odds or ""), f"{tv:.3f}", f"{100 * ess:.0f} %"))
+    listed, names = ", ".join(model.name for model in models), ", ".join(f'"{part}"' for part in name.split("-"))
     recipe = f"`python pretrained/molecules/classifiers.py {name} --steps {runs[0]['steps']}`"
     recipe += "".join(f", `{name} --more --steps {run['steps']}`, which begins with its network" for run in runs[1:])
-    return f"""# {name}: a classifier of {n} molecule policies
-
-It steers compositions of {listed} with up to {OBSERVATIONS[name]} observations{" at any odds" if n == 2 else ""}.
-
-```python
+    size, minutes = sum(p.numel() for p in classifier.parameters()), " and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)
+    return recipes.card(
+        HERE / name,
+        f"It steers compositions of {listed} with up to {OBSERVATIONS[name]} observations{' at any odds' if n == 2 else ''}.",
+        f"""
 models = [sculpt.load(f"pretrained/molecules/{{name}}", beta={BETA}) for name in ({names})]
 samples = sculpt.posterior(models, {tuple(range(n))}).sample(1000, sculpt.load("pretrained/molecules/{name}"))
-```
-
-| | |
-|---|---|
-| data | {SAMPLES:,} trajectories at a time of each base model, and of compositions |
-| network | causal transformer over fragments, heads over actions; {sum(p.numel() for p in classifier.parameters()):,} parameters |
-| recipe | {recipe}: `sculpt.fit`, {BATCH[name]} trajectories of each model a step |
-| cost | {" and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)} CPU minutes on one thread |
-| `model.safetensors` | sha256 {sha} |
-| licence | the project's; no third-party data |
-
-Total variation between the guided chain and the exact composition of the base models, and the effective sample size of exact weights,
+""",
+        {
+            "data": f"{SAMPLES:,} trajectories at a time of each base model, and of compositions",
+            "network": f"causal transformer over fragments, heads over actions; {size:,} parameters",
+            "recipe": f"{recipe}: `sculpt.fit`, {BATCH[name]} trajectories of each model a step",
+            "cost": f"{minutes} CPU minutes on one thread",
+        },
+        title=f"{name}: a classifier of {n} molecule policies",
+        after=f"""Total variation between the guided chain and the exact composition of the base models, and the effective sample size of exact weights,
 both from 2,000 guided samples and exact path densities; what `correct=True` then does is not in it.
 
-| labels | odds of the first | total variation | effective sample size |
-|---|---|---|---|
-{chr(10).join(rows)}
-"""
+{table(("labels", "odds of the first", "total variation", "effective sample size"), rows)}""",
+        licence="the project's; no third-party data",
+    )
 
 
 @torch.no_grad()

@@ -10,26 +10,28 @@ stopped.
 import argparse
 import csv
 import hashlib
-import json
-import math
 import os
-import time
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from rdkit import Chem
-from safetensors import safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+import recipes
+from recipes import table
+
 import sculpt
-from sculpt.files import replace_file, save_folder
-from sculpt.molecules.chemistry import Vocabulary
-from sculpt.molecules.fragments import FragmentTrees
-from sculpt.molecules.network import BETA_MAX, FragmentNetwork
-from sculpt.molecules.rewards import SEH, STUDENT, Proxy, graph
+from sculpt.files import read_tensors, replace_file, save_folder
+from sculpt.molecules import SEH, FragmentNetwork, FragmentTrees, Vocabulary
+from sculpt.molecules.network import BETA_MAX
+from sculpt.molecules.proxy import Proxy, graph
+from sculpt.molecules.seh import STUDENT
+from sculpt.training import Row, Training, cosine
 
 HERE = Path(__file__).parent
 WIDTH, ROUNDS, EDGES = 48, 12, 16  # the proxy has 64, 12 and 128
@@ -56,7 +58,7 @@ def sources(trees: dict[str, Path]) -> Iterator[tuple[str, FragmentTrees, Callab
             model = sculpt.load(HERE / name, beta=0)
             yield f"{name} policy", model.env, lambda network=model.policy.module: drawn(network.sample, DRAWN, BETA_MAX)
     for name, path in trees.items():
-        yield name, own, lambda path=path: load_file(path)["x"].long()
+        yield name, own, lambda path=path: read_tensors(path)["x"].long()
 
 
 def drawn(sample: Callable, n: int, highest: float, chunk: int = 512) -> Tensor:
@@ -149,92 +151,65 @@ def initial(y: Tensor) -> dict[str, Tensor]:
     }
 
 
-class Training:
+class Student(nn.Module):
+    """The weights, and linear maps from its states to what the proxy knows of each atom."""
+
+    def __init__(self, y: Tensor):
+        super().__init__()
+        # No dots in the names of parameters.
+        self.weights = nn.ParameterDict({name.replace(".", "/"): w for name, w in initial(y).items()})
+        self.hints = nn.ParameterDict({str(r): 0.1 * torch.randn(64, WIDTH) for r in HINTS})
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {name.replace("/", "."): w for name, w in self.weights.items()}
+
+    def proxy(self) -> Proxy:
+        return Proxy(self.arrays(), "trained", ROUNDS)
+
+
+class Recipe:
+    """How the student is trained."""
+
+    name = "student"
+
     def __init__(self, molecules: Molecules, steps: int, folder: Path):
         torch.manual_seed(0)
-        self.molecules, self.steps, self.folder, self.step, self.seconds = molecules, steps, folder, 0, 0.0
+        self.molecules, self.steps = molecules, steps
         self.rows = (~molecules.held).nonzero()[:, 0]
-        self.weights = {name: w.requires_grad_() for name, w in initial(molecules.y[self.rows]).items()}
-        self.average = {name: w.detach().clone() for name, w in self.weights.items()}
-        self.hints = {str(r): (0.1 * torch.randn(64, WIDTH)).requires_grad_() for r in HINTS}
-        self.optimizer = torch.optim.Adam([*self.weights.values(), *self.hints.values()], betas=(0.9, 0.99))
-        if (folder / "state.safetensors").is_file():
-            self.load()
+        student = Student(molecules.y[self.rows])
+        optimizer = torch.optim.Adam(student.parameters(), lr=RATE, betas=(0.9, 0.99))
+        rate, identity = cosine(steps, 200, 0.005), {"name": self.name, "steps": steps, "molecules": len(molecules.y)}
+        self.training = Training(student, optimizer, folder, identity=identity, rate=rate, clip=0.5, decay=0.998)
+        self.training.resume()
 
-    def train_step(self) -> float:
-        each = len(self.rows) // BATCH
-        epoch, i = divmod(self.step, each)
+    def loss(self, seed: int) -> tuple[Tensor, Row]:
+        student, step = self.training.network, self.training.step
+        epoch, i = divmod(step, len(self.rows) // BATCH)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(epoch))
         (*graph, owner), y, states = self.molecules.batch(self.rows[order[i * BATCH : (i + 1) * BATCH]])
-        proxy, t = Proxy(self.weights, "trained", ROUNDS), self.step / self.steps
+        proxy = student.proxy()
         inner = list(proxy.states(*graph))
         # Linear beyond a third of a unit: at the large values the proxy is rough, and the small ones have ranks too.
         value = F.huber_loss(proxy.read(inner[-1], owner), y, delta=DELTA)
-        guess = torch.cat([inner[int(r) - 1] @ to.T for r, to in self.hints.items()], -1)
-        loss = value + (1 - t) * F.mse_loss(guess, states)
-        for group in self.optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (self.step + 1) / 200) * (0.005 + 0.995 * 0.5 * (1 + math.cos(math.pi * t)))
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*self.weights.values(), *self.hints.values()], 0.5)
-        self.optimizer.step()
-        with torch.no_grad():
-            decay = min(0.998, 1 - 1 / (self.step + 2))
-            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
-        self.step += 1
-        return value.item()
+        guess = torch.cat([inner[int(r) - 1] @ to.T for r, to in student.hints.items()], -1)
+        return value + (1 - step / self.steps) * F.mse_loss(guess, states), {"value": value.detach()}
 
     @torch.no_grad()
     def predict(self, rows: Tensor) -> Tensor:
-        proxy = Proxy(self.average, "trained", ROUNDS)
+        proxy = self.training.average.proxy()
         return torch.cat([proxy(*self.molecules.batch(part)[0]) for part in rows.split(512)])
 
-    def evaluate(self) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> Row:
+        """How it ranks the molecules held out."""
+        return {name: row["spearman"] for name, row in self.qualities().items()}
+
+    def qualities(self) -> dict[str, dict[str, float]]:
         """On the molecules held out: how it ranks them, and how far it is off."""
         rows = self.molecules.held.nonzero()[:, 0]
         got, y, kind = self.predict(rows), self.molecules.y[rows], self.molecules.kind[rows]
         chosen = {"all": torch.ones_like(kind, dtype=torch.bool)}
         chosen |= {name: kind == k for k, name in enumerate(self.molecules.kinds)}
         return {name: quality(got[on], y[on]) for name, on in chosen.items()}
-
-    def save(self) -> None:
-        """One file, replaced in one go: a kill leaves the old one or the new one."""
-        parts = {"weights": self.weights, "average": self.average, "hints": self.hints}
-        parts |= {f"optimizer.{i}": state for i, state in self.optimizer.state_dict()["state"].items()}
-        tensors = {f"{part}/{key}": w.detach() for part, values in parts.items() for key, w in values.items()}
-        note = json.dumps({"step": self.step, "seconds": self.seconds})
-        replace_file(self.folder / "state.safetensors", save(tensors, metadata={"training": note}))
-
-    def load(self) -> None:
-        parts: dict[str, dict[str, Tensor]] = {}
-        with safe_open(self.folder / "state.safetensors", "pt") as file:
-            note = json.loads(file.metadata()["training"])
-            for key in file.keys():  # noqa: SIM118
-                part, _, name = key.partition("/")
-                parts.setdefault(part, {})[name] = file.get_tensor(key)
-        self.step, self.seconds = note["step"], note["seconds"]
-        with torch.no_grad():
-            for part in ("weights", "hints"):
-                for name, w in getattr(self, part).items():
-                    w.copy_(parts[part][name])
-        self.average = {name: parts["average"][name] for name in self.weights}
-        state = {int(key.partition(".")[2]): value for key, value in parts.items() if key.startswith("optimizer.")}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-
-    def run(self, report: int = 500) -> None:
-        losses = []
-        while self.step < self.steps:
-            started = time.process_time()
-            losses.append(self.train_step())
-            self.seconds += time.process_time() - started
-            if self.step % report == 0 or self.step == self.steps:
-                self.save()
-                shown = {name: row["spearman"] for name, row in self.evaluate().items()}
-                print(
-                    json.dumps({"step": self.step, "seconds": round(self.seconds), "loss": sum(losses) / len(losses), **shown}),
-                    flush=True,
-                )
-                losses = []
 
 
 def quality(got: Tensor, y: Tensor) -> dict[str, float]:
@@ -253,58 +228,63 @@ def quality(got: Tensor, y: Tensor) -> dict[str, float]:
 # The checkpoint
 
 
-def finish(training: Training, teacher: SEH) -> None:
-    table = training.evaluate()
-    weights, everything = training.average, table["all"]
+def finish(recipe: Recipe, teacher: SEH) -> None:
+    qualities = recipe.qualities()
+    weights, everything = recipe.training.average.arrays(), qualities["all"]
     config = {"kind": "seh_student", "rounds": ROUNDS, "parameters": sum(w.numel() for w in weights.values())}
     save_folder(STUDENT, config | {"spearman": everything["spearman"], "reward_mae": everything["reward_mae"]}, weights)
-    student, known = SEH(STUDENT), set(training.molecules.smiles)
+    student, known = SEH(STUDENT), set(recipe.molecules.smiles)
     for name in ("seh", "sa", "qed"):
         if (HERE / name / "config.json").is_file():
             for beta in (32, 96):
                 model = sculpt.load(HERE / name, beta=beta)
                 x = model.policy.module.sample(torch.full((1024,), float(beta)), torch.Generator().manual_seed(1))
                 smiles = sorted(set(model.env.decode(x)) - known)
-                table[f"new: {name} policy, β = {beta}"] = quality(student.proxy(smiles), teacher.proxy(smiles))
+                qualities[f"new: {name} policy, β = {beta}"] = quality(student.proxy(smiles), teacher.proxy(smiles))
     reference = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules" / "reference.csv"
     if reference.is_file():
         with reference.open() as file:
             smiles = [row["smiles"] for row in csv.DictReader(file)]
-        table["drugs and other small molecules, no trees"] = quality(student.proxy(smiles), teacher.proxy(smiles))
-    replace_file(STUDENT / "README.md", card(training, config, table).encode())
+        qualities["drugs and other small molecules, no trees"] = quality(student.proxy(smiles), teacher.proxy(smiles))
+    replace_file(STUDENT / "README.md", card(recipe, config, qualities).encode())
 
 
-def card(training: Training, config: dict, table: dict[str, dict[str, float]]) -> str:
-    lines = "\n".join(
-        f"| {name} | {row['molecules']:,} | {row['spearman']:.3f} | {row['mae']:.2f} of {row['spread']:.2f} | {row['reward_mae']:.3f} |"
-        for name, row in table.items()
+def card(recipe: Recipe, config: dict, qualities: dict[str, dict[str, float]]) -> str:
+    spread = "mean error of the proxy's value, of a spread of"
+    rows = [
+        (
+            name,
+            f"{row['molecules']:,}",
+            f"{row['spearman']:.3f}",
+            f"{row['mae']:.2f} of {row['spread']:.2f}",
+            f"{row['reward_mae']:.3f}",
+        )
+        for name, row in qualities.items()
+    ]
+    number, kinds, steps = int((~recipe.molecules.held).sum()), ", ".join(recipe.molecules.kinds), recipe.steps
+    data = (
+        f"{number:,} generated molecules ({kinds}), with what the published proxy (MIT licence) says of them; "
+        "kinds that are neither random nor a policy beside this folder were given by `--trees`"
     )
-    sha = hashlib.sha256((STUDENT / "model.safetensors").read_bytes()).hexdigest()
-    return f"""# seh_student
-
-A small network that imitates the sEH proxy of Bengio et al. (2021). `sculpt.molecules.SEH()` takes it, with a warning, where the
-public weights are neither here nor downloadable. Its values are **not** the published reward: report results with the real proxy.
-
-```python
-seh = sculpt.molecules.SEH(sculpt.molecules.rewards.STUDENT)  # even where the proxy could be had
-```
-
-Molecules that it was not trained on: {100 / HELD_OUT:.0f} % of each kind, held out by the hash of their SMILES, then others.
+    command = f"`python pretrained/molecules/student.py --steps {steps}`: {steps:,} steps of {BATCH} molecules"
+    return recipes.card(
+        STUDENT,
+        "A small network that imitates the sEH proxy of Bengio et al. (2021). `sculpt.molecules.SEH()` takes it, with a warning, where the\n"
+        "public weights are neither here nor downloadable. Its values are **not** the published reward: report results with the real proxy.",
+        """
+seh = sculpt.molecules.SEH(sculpt.molecules.seh.STUDENT)  # even where the proxy could be had
+""",
+        {
+            "data": data,
+            "network": f"the proxy's, {WIDTH} wide instead of 64: {config['parameters']:,} parameters, from random weights",
+            "recipe": f"{command}, Adam {RATE:g} with cosine decay, averaged weights",
+            "cost": f"{recipe.training.seconds / 60:.0f} CPU minutes on one thread, and about 4 for the molecules and what the proxy says of them",
+        },
+        measured=f"""Molecules that it was not trained on: {100 / HELD_OUT:.0f} % of each kind, held out by the hash of their SMILES, then others.
 Where all rewards are nearly alike (a small spread) ranks tell less: such molecules are better compared by the real proxy.
 
-| molecules | number | Spearman | mean error of the proxy's value, of a spread of | mean error of the reward |
-|---|---|---|---|---|
-{lines}
-
-| | |
-|---|---|
-| data | {int((~training.molecules.held).sum()):,} generated molecules ({", ".join(training.molecules.kinds)}), with what the published proxy (MIT licence) says of them; kinds that are neither random nor a policy beside this folder were given by `--trees` |
-| network | the proxy's, {WIDTH} wide instead of 64: {config["parameters"]:,} parameters, from random weights |
-| recipe | `python pretrained/molecules/student.py --steps {training.steps}`: {training.steps:,} steps of {BATCH} molecules, Adam {RATE:g} with cosine decay, averaged weights |
-| cost | {training.seconds / 60:.0f} CPU minutes on one thread, and about 4 for the molecules and what the proxy says of them |
-| `model.safetensors` | sha256 {sha} |
-| licence | the project's |
-"""
+{table(("molecules", "number", "Spearman", spread, "mean error of the reward"), rows)}""",
+    )
 
 
 if __name__ == "__main__":
@@ -322,6 +302,6 @@ if __name__ == "__main__":
     options.state.mkdir(parents=True, exist_ok=True)
     trees = {name: Path(path) for name, path in (item.split("=", 1) for item in options.trees)}
     write_molecules(options.state, trees, teacher)
-    training = Training(Molecules(options.state, teacher), options.steps, options.state)
-    training.run()
-    finish(training, teacher)
+    recipe = Recipe(Molecules(options.state, teacher), options.steps, options.state)
+    recipes.train(recipe, report=500, check=500)
+    finish(recipe, teacher)

@@ -1,1 +1,1 @@
-"""Diffusion models as base models: adapter, schedule, classifier networks, samplers."""
+"""Diffusion models: denoisers in canonical coordinates, their chains, and the networks of their classifiers."""

@@ -9,23 +9,29 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gfn.env import DiscreteEnv
 from gfn.estimators import DiscretePolicyEstimator
-from torch import nn
+from torch import Tensor, nn
 
+from sculpt.contents import find
 from sculpt.files import load_folder, save_folder
-from sculpt.gflownet.model import GFlowNet, _title, check_condition, describe, fingerprint
-from sculpt.gflownet.network import LogProbPolicy, NetworkPolicy
+from sculpt.gflownet.environments import describe, fingerprint, title
+from sculpt.gflownet.estimators import LogProbPolicy, NetworkPolicy, check_condition
 
-__all__ = ["save", "load", "build_env"]
+if TYPE_CHECKING:
+    from sculpt.gflownet.model import GFlowNet
+
+__all__ = ["Given", "build_env", "read", "save"]
 
 
 def save(model: GFlowNet, folder: Path) -> None:
+    """Write a model's networks and what builds them and its environment again."""
     if isinstance(model.policy, LogProbPolicy):
         raise ValueError(f"{model.name} is computed, it has no network to save. Save its parts and compose or solve again.")
     environment = describe(model.env)
@@ -46,16 +52,19 @@ def save(model: GFlowNet, folder: Path) -> None:
     save_folder(folder, config, tensors)
 
 
-def load(
-    folder: Path,
-    *,
-    env: DiscreteEnv | None,
-    policy: DiscretePolicyEstimator | None,
-    backward: DiscretePolicyEstimator | None,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-    condition: dict[str, float],
-) -> GFlowNet:
+@dataclass(frozen=True)
+class Given:
+    """What the caller has of a checkpoint's parts, and where they are to go."""
+
+    env: DiscreteEnv | None = None
+    policy: DiscretePolicyEstimator | None = None
+    backward: DiscretePolicyEstimator | None = None
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+
+def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, Any]:
+    """The arguments of a GFlowNet, from what :func:`save` wrote."""
     config, weights = load_folder(folder, kind="gflownet")
     if sorted(condition) != sorted(config["condition"]):
         raise ValueError(
@@ -63,37 +72,54 @@ def load(
             f"Call load({str(folder)!r}{''.join(f', {name}=…' for name in config['condition'])})."
         )
     saved = config["environment"]
-    env = build_env(saved, device) if env is None else env
-    if (rules := fingerprint(env)) != saved["rules"]:
-        raise ValueError(
-            f"{folder} was made for {saved['name']} {saved['arguments']} (rules {saved['rules']}, torchgfn {saved['torchgfn']}); here "
-            f"{_title(env)} has other rules ({rules}, torchgfn {version('torchgfn')}): masks, actions or states differ. "
-            "Install the version it was made with, or pass the right env=."
-        )
-    if (spec := describe(env)) is not None and json.loads(json.dumps(spec)) != {key: saved[key] for key in spec}:
-        raise ValueError(
-            f"{folder} was made for {saved['name']} with other arguments than the env= that was passed, {_title(env)}. The rules look "
-            "alike, but an action means something else. Leave env= out to have the checkpoint's own."
-        )
-    sides = {"policy": policy, "backward": backward}
+    env = build_env(saved, given.device) if given.env is None else given.env
+    _check_rules(env, saved, folder)
+    sides = {"policy": given.policy, "backward": given.backward}
     for side, estimator in sides.items():
-        if (spec := config.get(side, False)) is False:
-            continue
-        if estimator is None:
-            estimator = _build_network(spec, env.n_actions, side, folder)
-        state = {key.removeprefix(f"{side}."): value for key, value in weights.items() if key.startswith(f"{side}.")}
-        try:
-            estimator.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}"
-            ) from None
-        sides[side] = estimator.to(device=env.device, dtype=dtype).eval().requires_grad_(False)
+        if side in config:
+            sides[side] = _estimator(config[side], estimator, weights, env, side, folder).to(
+                device=env.device, dtype=given.dtype
+            )
     ordered = check_condition({name: condition[name] for name in config["condition"]}, sides["policy"], str(folder))
     name = config["name"] or folder.resolve().name
     if ordered:
         name += f"[{', '.join(f'{k}={v:g}' for k, v in ordered.items())}]"
-    return GFlowNet(env, sides["policy"], sides["backward"], condition=ordered, name=name)
+    return {"env": env, **sides, "condition": ordered, "name": name}
+
+
+def _check_rules(env: DiscreteEnv, saved: dict[str, Any], folder: Path) -> None:
+    if (rules := fingerprint(env)) != saved["rules"]:
+        raise ValueError(
+            f"{folder} was made for {saved['name']} {saved['arguments']} (rules {saved['rules']}, torchgfn {saved['torchgfn']}); here "
+            f"{title(env)} has other rules ({rules}, torchgfn {version('torchgfn')}): masks, actions or states differ. "
+            "Install the version it was made with, or pass the right env=."
+        )
+    if (spec := describe(env)) is not None and json.loads(json.dumps(spec)) != {key: saved[key] for key in spec}:
+        raise ValueError(
+            f"{folder} was made for {saved['name']} with other arguments than the env= that was passed, {title(env)}. The rules look "
+            "alike, but an action means something else. Leave env= out to have the checkpoint's own."
+        )
+
+
+def _estimator(
+    spec: dict[str, Any] | None,
+    estimator: DiscretePolicyEstimator | None,
+    weights: dict[str, Tensor],
+    env: DiscreteEnv,
+    side: str,
+    folder: Path,
+) -> DiscretePolicyEstimator:
+    """The caller's estimator, or the one that the checkpoint describes, with the checkpoint's weights."""
+    if estimator is None:
+        estimator = _build_network(spec, env.n_actions, side, folder)
+    state = {key.removeprefix(f"{side}."): value for key, value in weights.items() if key.startswith(f"{side}.")}
+    try:
+        estimator.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}"
+        ) from None
+    return estimator.eval().requires_grad_(False)
 
 
 def build_env(spec: dict[str, Any], device: torch.device | str | None = None) -> DiscreteEnv:
@@ -113,22 +139,26 @@ def build_env(spec: dict[str, Any], device: torch.device | str | None = None) ->
 
 
 def _import(path: str, kind: type, instead: str) -> type:
-    """A class of torchgfn's environments or of sculpt. A config file must not name arbitrary code to run."""
+    """A class of torchgfn's environments or of sculpt's table. A config file must not name arbitrary code to run."""
     module, _, name = path.partition(":")
-    if module == "gfn.gym" or module.split(".")[0] == "sculpt":
-        start_method = multiprocessing.get_start_method(allow_none=True)
+    if module != "gfn.gym":
         try:
-            cls = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+            return find(path, kind)
+        except ValueError:
             raise ValueError(
-                f"This installation has no {path}. Install the version that made the checkpoint, or pass {instead}."
+                f"{path} is not a {kind.__name__} of gfn.gym or sculpt. Pass your own with {instead}, or update sculpt where a newer one has it."
             ) from None
-        finally:
-            # Importing gfn.gym decides the start method of the whole process, which is not ours to decide.
-            multiprocessing.set_start_method(start_method, force=True)
-        if isinstance(cls, type) and issubclass(cls, kind):
-            return cls
-    raise ValueError(f"{path} is not a {kind.__name__} of gfn.gym or sculpt. Pass your own with {instead}.")
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    finally:
+        # Importing gfn.gym decides the start method of the whole process, which is not ours to decide.
+        multiprocessing.set_start_method(start_method, force=True)
+    if isinstance(cls, type) and issubclass(cls, kind):
+        return cls
+    raise ValueError(
+        f"This torchgfn has no {kind.__name__} {name!r} in gfn.gym. Install the version that made the checkpoint, or pass {instead}."
+    )
 
 
 def _describe_network(estimator: DiscretePolicyEstimator) -> dict[str, Any] | None:

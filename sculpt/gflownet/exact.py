@@ -19,10 +19,12 @@ from gfn.estimators import DiscretePolicyEstimator
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from sculpt.classifier import Guide, with_odds
+from sculpt.actions.states import NEG_INF, state_keys
+from sculpt.classifier.guide import Guide, with_odds
 from sculpt.formula import Formula
-from sculpt.gflownet.model import NEG_INF, GFlowNet, _title, state_keys
-from sculpt.gflownet.network import LogProbPolicy
+from sculpt.gflownet.environments import title
+from sculpt.gflownet.estimators import LogProbPolicy
+from sculpt.gflownet.model import GFlowNet, GuidedGFlowNet
 
 __all__ = ["DAG", "ExactClassifier", "dag", "histogram", "js", "l1", "marginals", "solve", "target", "terminal_distribution"]
 
@@ -56,9 +58,9 @@ class DAG:
 _DAGS: weakref.WeakKeyDictionary[DiscreteEnv, DAG] = weakref.WeakKeyDictionary()
 
 
-def dag(of: GFlowNet | DiscreteEnv, limit: int = LIMIT) -> DAG:
+def dag(of: GFlowNet | GuidedGFlowNet | DiscreteEnv, limit: int = LIMIT) -> DAG:
     """Enumerate an environment from its initial state, by its own masks and steps."""
-    env = of.env if isinstance(of, GFlowNet) else of
+    env = of if isinstance(of, DiscreteEnv) else of.env
     if env not in _DAGS:
         _DAGS[env] = _enumerate(env, limit)
     return _DAGS[env]
@@ -67,7 +69,7 @@ def dag(of: GFlowNet | DiscreteEnv, limit: int = LIMIT) -> DAG:
 def _enumerate(env: DiscreteEnv, limit: int) -> DAG:
     def refuse(size: str) -> None:
         raise ValueError(
-            f"{_title(env)} has {size} states; exact answers count at most {limit}. Raise limit=, or sample instead."
+            f"{title(env)} has {size} states; exact answers count at most {limit}. Raise limit=, or sample instead."
         )
 
     with contextlib.suppress(NotImplementedError, AttributeError):  # some environments know before we count
@@ -119,7 +121,7 @@ def _topological(source: Tensor, target: Tensor, n: int, env: DiscreteEnv) -> tu
         waiting = waiting - torch.bincount(target[ready[source]], minlength=n)
         ready, depth = (waiting == 0) & (layer < 0), depth + 1
     if (layer < 0).any():
-        raise ValueError(f"{_title(env)} has cycles: a GFlowNet's states have to form a directed acyclic graph.")
+        raise ValueError(f"{title(env)} has cycles: a GFlowNet's states have to form a directed acyclic graph.")
     order = layer[source].argsort(stable=True)
     ends = torch.bincount(layer[source], minlength=depth).cumsum(0).tolist()
     return order, tuple(((layer == k).nonzero()[:, 0], slice(a, b)) for k, (a, b) in enumerate(itertools.pairwise([0, *ends])))
@@ -128,19 +130,19 @@ def _topological(source: Tensor, target: Tensor, n: int, env: DiscreteEnv) -> tu
 # What base models and compositions do, exactly
 
 
-def marginals(model: GFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
+def marginals(model: GFlowNet | GuidedGFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
     """u(s): mass one poured in at s₀ and pushed along the policy."""
     return _push(model, dag(model, limit))[0]
 
 
-def terminal_distribution(model: GFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
+def terminal_distribution(model: GFlowNet | GuidedGFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
     """p(x): where the mass leaves. Sums to one; zero for states that are no sample."""
     u, P = _push(model, dag(model, limit))
     return u * P[:, -1]
 
 
 @torch.no_grad()
-def _push(model: GFlowNet, graph: DAG) -> tuple[Float[Tensor, "S"], Float[Tensor, "S a"]]:
+def _push(model: GFlowNet | GuidedGFlowNet, graph: DAG) -> tuple[Float[Tensor, "S"], Float[Tensor, "S a"]]:
     """u(s) and P(s'|s), layer by layer. A policy is only asked about states that it reaches; elsewhere P is left at zero."""
     P = torch.zeros(graph.allowed.shape, dtype=torch.float64, device=model.device)
     u = torch.zeros(len(graph.states), dtype=torch.float64, device=model.device)
@@ -159,7 +161,9 @@ def target(formula: Formula, distributions: Sequence[Float[Tensor, "S"]]) -> Flo
     return torch.softmax(formula.value(torch.stack(list(distributions), dim=-1).log()), dim=0)
 
 
-def histogram(of: GFlowNet | DiscreteEnv, x: Shaped[Tensor, "n *s"], log_weights: Tensor | None = None) -> Float[Tensor, "S"]:
+def histogram(
+    of: GFlowNet | GuidedGFlowNet | DiscreteEnv, x: Shaped[Tensor, "n *s"], log_weights: Tensor | None = None
+) -> Float[Tensor, "S"]:
     """The samples' distribution, over the same states."""
     graph = dag(of)
     w = (
@@ -187,7 +191,7 @@ class ExactClassifier(Guide):
     .. math:: h_i(s) = P_i(\text{exit}|s) \prod_{k \ge 2} p_v(y_k|s) + \sum_{s'} P_i(s'|s) \, h_i(s')
     """
 
-    def __init__(self, models: Sequence[GFlowNet], observations: int = 2, limit: int = LIMIT):
+    def __init__(self, models: Sequence[GFlowNet | GuidedGFlowNet], observations: int = 2, limit: int = LIMIT):
         for model in models[1:]:
             models[0].check_composable(model)
         self.m, self.observations, self.keys = len(models), observations, tuple(model.key for model in models)

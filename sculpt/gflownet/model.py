@@ -1,49 +1,56 @@
-r"""The adapter: a torchgfn environment and its estimators as a base model.
+r"""The adapter: a torchgfn environment and its estimators as a base model. torchgfn's conventions are converted here, once.
 
-Notation: states s as raw tensors ``(b, *s)``, actions a with the exit last, ``log_pf`` = :math:`\log P(s'|s)` per action and
-``log_pb`` = :math:`\log P_B(s|s')` per action that led to s'. torchgfn's conventions are converted here, once.
+Notation: as in :mod:`sculpt.actions.model`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
-import math
-import numbers
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from gfn.env import DiscreteEnv
 from gfn.estimators import DiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from gfn.utils.modules import UniformModule
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from sculpt.base import BaseModel
-from sculpt.gflownet.network import GridNetwork, LogProbPolicy
-from sculpt.particles import Diagnostics, Samples
-from sculpt.training import Replay
+from sculpt.actions.guidance import Guidance
+from sculpt.actions.model import ActionModel, GuidedActions
+from sculpt.actions.networks import GridNetwork
+from sculpt.actions.states import NEG_INF, draw, masked_log_softmax
+from sculpt.composition import Composition
+from sculpt.gflownet import checkpoint
+from sculpt.gflownet.environments import describe, rules, title
+from sculpt.gflownet.estimators import ComposedEstimator, LogProbPolicy, check_condition
+from sculpt.identity import module_digest
+from sculpt.model import BaseModel
+from sculpt.samples import Samples
 
-__all__ = ["GFlowNet", "check_condition", "describe", "digest", "distinct", "fingerprint", "state_keys"]
+if TYPE_CHECKING:
+    from sculpt.classifier.guide import Guide
+    from sculpt.formula import Formula
+    from sculpt.roads import Guided
 
-NEG_INF = float("-inf")
+__all__ = ["GFlowNet", "GFlowNetComposition", "GuidedGFlowNet"]
 
 
-class GFlowNet(BaseModel):
-    """A pretrained GFlowNet: any torchgfn ``DiscreteEnv`` with a forward and, if it has one, a backward estimator.
+class GFlowNet(ActionModel):
+    """A pretrained GFlowNet.
 
-    Without ``backward`` the backward policy is uniform over the parents. A conditional policy is fixed at
-    ``condition``, e.g. ``{"beta": 32.0}``: another condition is another base model. ``key`` replaces the hash of weights and
-    configuration where there is nothing to hash.
+    Args:
+        env: any torchgfn ``DiscreteEnv``.
+        policy: its forward estimator.
+        backward: its backward estimator; without one the backward policy is uniform over the parents.
+        condition: fixes a conditional policy, e.g. ``{"beta": 32.0}``: another condition is another base model.
+        name: how formulas and messages call it.
+        key: replaces the hash of weights and configuration where there is nothing to hash.
     """
-
-    family = "gflownet"
 
     def __init__(
         self,
@@ -75,44 +82,46 @@ class GFlowNet(BaseModel):
             backward = None
         self.env, self.policy, self.backward = env, policy, backward
         self.condition = check_condition(condition or {}, policy, name or "this policy")
-        self._key = key
-        self._name = name
+        self._key, self._name = key, name
+        self.n_actions, self.shape = env.n_actions, tuple(env.state_shape)
+        self.samples_class = getattr(env, "samples_class", Samples)
 
     # Identity
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """As given, or made from the key."""
         return self._name or f"gflownet-{self.key[:6]}"
 
     @property
     def device(self) -> torch.device:
+        """The environment's."""
         return self.env.s0.device
 
     @property
     def key(self) -> str:
+        """As given, or a hash of the weights, the rules and the condition."""
         if self._key is not None:
             return self._key
-        text = json.dumps([describe(self.env), self.rules, digest(self.policy), self.backward_key, self.condition])
+        text = json.dumps([describe(self.env), self.rules, module_digest(self.policy), self.backward_key, self.condition])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def backward_key(self) -> str:
+    def backward_key(self) -> str:  # type: ignore[override]
         """Equal where two models surely share their backward policy."""
-        return "uniform" if self.backward is None else digest(self.backward) + json.dumps(self.condition)
+        return "uniform" if self.backward is None else module_digest(self.backward) + json.dumps(self.condition)
 
     @property
     def rules(self) -> str:
-        """The environment's rules: :func:`fingerprint`, computed once."""
-        if self.env not in _RULES:
-            _RULES[self.env] = fingerprint(self.env)
-        return _RULES[self.env]
+        return rules(self.env)
 
     def check_composable(self, other: BaseModel) -> None:
-        if not isinstance(other, GFlowNet):
-            raise ValueError(f"{self.name} is a GFlowNet and {other.name} a {other.family} model: they have no common states.")
+        if not isinstance(other, GFlowNet | GuidedGFlowNet):
+            raise ValueError(
+                f"{self.name} is a GFlowNet and {other.name} a {type(other).__name__}: they have no common states."
+            )
         mine, its = self.env, other.env
-        sides = [("environment", _title(mine), _title(its))] if describe(mine) != describe(its) else []
+        sides = [("environment", title(mine), title(its))] if describe(mine) != describe(its) else []
         sides += [("number of actions", mine.n_actions, its.n_actions), ("state shape", mine.state_shape, its.state_shape)]
         sides += [("rules (masks, order of the actions, or initial state)", self.rules, other.rules)]
         for what, p, q in sides:
@@ -126,12 +135,15 @@ class GFlowNet(BaseModel):
 
     # The chain
 
+    def start(self, n: int) -> Shaped[Tensor, "n *s"]:
+        return self.env.s0.expand(n, *self.env.state_shape).clone()
+
     def log_pf(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
         r""":math:`\log P(s'|s)` of every action in float64, minus infinity where masked."""
         if isinstance(self.policy, LogProbPolicy):
             return self.policy.log_pf(states)
         wrapped = self.env.states_from_tensor(states)
-        log_p = _log_softmax(self._logits(self.policy, wrapped), wrapped.forward_masks)
+        log_p = masked_log_softmax(self._logits(self.policy, wrapped), wrapped.forward_masks)
         if (bad := log_p.isnan().any(-1) | (log_p == NEG_INF).all(-1)).any():
             mask = wrapped.forward_masks[bad][0]
             why = "the environment allows no action" if not mask.any() else "the policy's logits are not numbers"
@@ -144,7 +156,7 @@ class GFlowNet(BaseModel):
         mask = wrapped.backward_masks
         if self.backward is None:
             return torch.where(mask, -mask.sum(-1, keepdim=True).double().log(), NEG_INF)
-        log_p = _log_softmax(self._logits(self.backward, wrapped), mask)
+        log_p = masked_log_softmax(self._logits(self.backward, wrapped), mask)
         if (bad := log_p.isnan().any(-1)).any():
             raise ValueError(f"{self.name}: the backward policy's logits are not numbers in state {states[bad][0].tolist()}.")
         return log_p
@@ -166,40 +178,19 @@ class GFlowNet(BaseModel):
         wrapped = self.env.states_from_tensor(states.clone())
         return self.env.step(wrapped, self.env.actions_from_tensor(actions[:, None])).tensor
 
-    def children(
-        self, states: Shaped[Tensor, "b *s"], allowed: Bool[Tensor, "b a"]
-    ) -> tuple[Int[Tensor, "c"], Int[Tensor, "c"], Shaped[Tensor, "c *s"]]:
-        """Row, action and state of every allowed child; the exit has none."""
-        rows, actions = allowed[:, :-1].nonzero(as_tuple=True)
-        return rows, actions, self.step(states[rows], actions) if len(rows) else states[rows]
+    def backtrack(
+        self, states: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None
+    ) -> tuple[Shaped[Tensor, "b *s"], Int[Tensor, "b"]]:
+        actions = draw(self.log_pb(states), torch.arange(len(states), device=states.device), generator)
+        wrapped = self.env.states_from_tensor(states.clone())
+        return self.env.backward_step(wrapped, self.env.actions_from_tensor(actions[:, None])).tensor, actions
 
     # What the package asks of a base model
 
-    def sample(
-        self,
-        n: int,
-        *,
-        correct: bool | str = False,
-        particles: int | None = None,
-        threshold: float | None = None,
-        resample: bool = True,
-        batch_size: int | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = True,
-    ) -> Samples:
-        """n terminal states. What belongs to weights is for guided compositions: see :func:`sculpt.gflownet.sampler.sample`."""
-        from sculpt.gflownet.sampler import sample
-
-        weights = {"correct": correct, "particles": particles, "threshold": threshold, "resample": resample}
-        return sample(self, n, **weights, batch_size=batch_size, generator=generator, progress=progress)
-
-    def decode(self, x: Tensor) -> Any:
-        """What the environment makes of terminal states, where it has a method ``decode``; else the states themselves."""
-        return self.env.decode(x) if hasattr(self.env, "decode") else x
-
-    def result(self, x: Tensor, log_weights: Tensor | None = None, diagnostics: Diagnostics | None = None) -> Samples:
-        """An environment says in ``samples_class`` what its samples can do beyond :class:`Samples`, as molecules do."""
-        return getattr(self.env, "samples_class", Samples)(x, log_weights, diagnostics, self.decode)
+    @property
+    def decoder(self) -> Callable[[Tensor], Any] | None:
+        """The environment's own ``decode`` of terminal states, where it has one."""
+        return getattr(self.env, "decode", None)
 
     def default_network(self) -> nn.Module:
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, or one for grids."""
@@ -207,26 +198,33 @@ class GFlowNet(BaseModel):
             return self.env.classifier_network()
         if describe(self.env) is None or not {"ndim", "height"} <= describe(self.env)["arguments"].keys():
             raise ValueError(
-                f"No default classifier network for {_title(self.env)}. Pass network=, a module from states to features."
+                f"No default classifier network for {title(self.env)}. Pass network=, a module from states to features."
             )
         return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
 
-    def replay(self, models: Sequence[BaseModel], **options: Any) -> Replay:
-        from sculpt.gflownet.replay import GFlowNetReplay
+    def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
+        return GuidedGFlowNet(guidance)
 
-        return GFlowNetReplay(models, **options)
+    def compose(
+        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
+    ) -> GFlowNetComposition:
+        return GFlowNetComposition(formula, models, operator, chain)
 
     def as_estimator(self) -> DiscretePolicyEstimator:
         """The policy for torchgfn's ``Sampler``, trajectories and losses."""
         return self.policy
 
+    if TYPE_CHECKING:
+
+        def __or__(self, other: BaseModel) -> GFlowNetComposition: ...
+        def __and__(self, other: BaseModel) -> GFlowNetComposition: ...
+        def __sub__(self, other: BaseModel) -> GFlowNetComposition: ...
+
     # Files
 
     def save_pretrained(self, folder: str | Path) -> None:
         """``config.json`` and ``model.safetensors``."""
-        from sculpt.gflownet.checkpoint import save
-
-        save(self, Path(folder))
+        checkpoint.save(self, Path(folder))
 
     @classmethod
     def from_pretrained(
@@ -245,128 +243,35 @@ class GFlowNet(BaseModel):
         Environments and networks of torchgfn and sculpt are rebuilt by name. Pass your own as ``env``, ``policy`` and
         ``backward``; the weights are read into the latter two.
         """
-        from sculpt.gflownet.checkpoint import load
-
-        return load(Path(folder), env=env, policy=policy, backward=backward, device=device, dtype=dtype, condition=condition)
-
-
-def check_condition(condition: dict[str, float], policy: DiscretePolicyEstimator, who: str) -> dict[str, float]:
-    """Numbers, and where the network says in ``ranges`` what it was trained for, within that: outside it knows nothing."""
-    ranges = getattr(policy.module, "ranges", {})
-    for key, value in condition.items():
-        low, high = ranges.get(key, (-math.inf, math.inf))
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= value <= high:
-            trained = f" from {low:g} to {high:g}, the range that it was trained for" if key in ranges else ""
-            raise ValueError(f"{key}={value!r} for {who}: expected a number{trained}.")
-    return {key: float(value) for key, value in condition.items()}
+        given = checkpoint.Given(env, policy, backward, device, dtype)
+        return cls(**checkpoint.read(Path(folder), given, condition))
 
 
-# Environments
+class GuidedGFlowNet(GuidedActions):
+    """A posterior of GFlowNets with its classifier: a base model, and an estimator of torchgfn."""
 
-_GYM = {  # torchgfn's own: the constructor's argument -> where the environment keeps it. Rewards are no part of the rules.
-    "HyperGrid": {"ndim": "ndim", "height": "height"},
-    "BitSequence": {"word_size": "word_size", "seq_size": "seq_size", "n_modes": "n_modes"},
-    "NonAutoregressiveBitSequence": {"word_size": "word_size", "seq_size": "seq_size", "n_modes": "n_modes_count"},
-    "SetAddition": {"n_items": "n_items", "max_items": "max_traj_len", "fixed_length": "fixed_length"},
-    "PerfectBinaryTree": {"depth": "depth"},
-    "DiscreteEBM": {"ndim": "ndim"},
-}
+    @property
+    def env(self) -> DiscreteEnv:
+        """The environment that all of the models share."""
+        return self.anchor.env
 
-
-_RULES: weakref.WeakKeyDictionary[DiscreteEnv, str] = weakref.WeakKeyDictionary()
+    def as_estimator(self) -> ComposedEstimator:
+        """The policy for torchgfn's ``Sampler``, trajectories and losses."""
+        return ComposedEstimator(self.guidance)
 
 
-def describe(env: DiscreteEnv) -> dict[str, Any] | None:
-    """Name and JSON arguments of an environment, ``None`` where it has none.
+class GFlowNetComposition(Composition):
+    """A composition of GFlowNets."""
 
-    An environment of one's own says its constructor's arguments in a property ``arguments``.
-    """
-    if isinstance(getattr(env, "arguments", None), dict):
-        return {"name": f"{type(env).__module__}:{type(env).__qualname__}", "arguments": env.arguments}
-    for cls in type(env).__mro__:  # a subclass that only changes the reward has its parent's rules
-        if cls.__module__.startswith("gfn.gym.") and cls.__name__ in _GYM:
-            arguments = {key: getattr(env, attribute) for key, attribute in _GYM[cls.__name__].items()}
-            return {"name": f"gfn.gym:{cls.__name__}", "arguments": arguments}
-    return None
+    def as_estimator(self, road: Guided | Guide) -> ComposedEstimator:
+        """The guided composition as a torchgfn policy estimator.
 
-
-def _title(env: DiscreteEnv) -> str:
-    spec = describe(env)
-    if spec is None:
-        return type(env).__name__
-    return f"{spec['name'].split(':')[1]}({', '.join(f'{k}={v}' for k, v in spec['arguments'].items())})"
-
-
-def fingerprint(env: DiscreteEnv, walks: int = 16, steps: int = 256) -> str:
-    """A hash of the environment's rules: masks and states along fixed walks that stop as late as they can.
-
-    It sees another order of actions, another mask, another version of the same name.
-    """
-    digest = hashlib.sha256(repr((env.n_actions, tuple(env.state_shape))).encode())
-    states = env.s0.expand(walks, *env.state_shape).clone()
-    walk = torch.arange(walks, device=states.device)
-    for t in range(steps):
-        wrapped = env.states_from_tensor(states.clone())
-        forward = wrapped.forward_masks
-        for part in (states.double(), forward, wrapped.backward_masks):
-            digest.update(part.cpu().contiguous().numpy().tobytes())
-        inner = forward[:, :-1]
-        go = inner.any(-1)
-        if not go.any():
-            break
-        states, inner, walk = states[go], inner[go], walk[go]
-        rank = (7919 * walk + 104729 * t + walk * t * t) % inner.sum(-1)
-        actions = (inner.cumsum(-1) == rank[:, None] + 1).int().argmax(-1)
-        states = env.step(env.states_from_tensor(states.clone()), env.actions_from_tensor(actions[:, None])).tensor
-    return digest.hexdigest()[:16]
-
-
-# Tensors
-
-
-def distinct(states: Shaped[Tensor, "b *s"]) -> tuple[Shaped[Tensor, "u *s"], Int[Tensor, "b"]]:
-    """The different states among these, and where each row is among them: ``states == unique[rows]``.
-
-    Policies are functions of the state, so a batch costs as many evaluations as it has different states: on a grid,
-    ten thousand trajectories visit at most a diagonal at a time.
-    """
-    keys, rows = torch.unique(state_keys(states), return_inverse=True)
-    unique = states.new_empty(len(keys), *states.shape[1:]).index_copy_(0, rows, states)
-    if not torch.equal(unique[rows], states):  # two states, one hash: about never
-        unique, rows = torch.unique(states, dim=0, return_inverse=True)
-    return unique, rows
-
-
-def state_keys(states: Shaped[Tensor, "b *s"]) -> Int[Tensor, "b"]:
-    """A 64-bit hash per state."""
-    x = states.flatten(1)
-    if x.is_floating_point():
-        x = (x.double() + 0.0).view(torch.int64)  # minus zero is zero
-        for shift, factor in ((33, -49064778989728563), (29, -4265267296055464877)):
-            x = (x ^ (x >> shift)) * factor
-    return (x.long() * _factors(x.shape[1], x.device)).sum(-1)
-
-
-@functools.cache
-def _factors(size: int, device: torch.device) -> Int[Tensor, "d"]:
-    generator = torch.Generator().manual_seed(0)
-    return (torch.randint(-(2**62), 2**62, (size,), generator=generator) * 2 + 1).to(device)
-
-
-def _log_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Masked before anything else: what a network says about forbidden actions, NaN included, must not matter."""
-    log_p = torch.log_softmax(torch.where(mask, logits.double(), NEG_INF), dim=-1)
-    return torch.where(mask, log_p, NEG_INF)
-
-
-def digest(module: nn.Module) -> str:
-    """A hash of weights, class names and configurations; where the classes live does not count."""
-    parts = hashlib.sha256()
-    for part in (*module.modules(), getattr(module, "preprocessor", None)):
-        parts.update(f"{type(part).__qualname__} {getattr(part, 'config', '')}".encode())
-    for name, value in module.state_dict().items():
-        parts.update(f"{name} {value.dtype}".encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return parts.hexdigest()
+        Args:
+            road: a classifier, or ``Guided(classifier, ...)``.
+        """
+        guided = self.guided(road)
+        assert isinstance(guided, GuidedGFlowNet)
+        return guided.as_estimator()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,23 @@
 """Molecules as trees of fragments: the environment, what a molecule is worth, the policy network."""
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sculpt.molecules.chemistry import Vocabulary
+    from sculpt.molecules.network import FragmentNetwork
+    from sculpt.molecules.results import Molecules
+    from sculpt.molecules.rewards import QED, SA
+    from sculpt.molecules.seh import SEH
+    from sculpt.molecules.shards import Library, generate
+    from sculpt.molecules.trees import FragmentTrees
 
 _CONTENTS = {
-    "FragmentTrees": "fragments",
+    "FragmentTrees": "trees",
     "Vocabulary": "chemistry",
-    "SEH": "rewards",
+    "SEH": "seh",
     "SA": "rewards",
     "QED": "rewards",
     "FragmentNetwork": "network",
@@ -14,10 +26,10 @@ _CONTENTS = {
     "Library": "shards",
 }
 
-__all__ = [*_CONTENTS]
+__all__ = ["FragmentNetwork", "FragmentTrees", "Library", "Molecules", "QED", "SA", "SEH", "Vocabulary", "generate"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _CONTENTS:
         return getattr(importlib.import_module(f"sculpt.molecules.{_CONTENTS[name]}"), name)
     raise AttributeError(f"sculpt.molecules has no {name!r}; its public names are {', '.join(__all__)}.")

@@ -1,4 +1,4 @@
-"""RDKit at the edge: vocabularies of fragments, and molecules assembled from them."""
+"""Vocabularies of fragments, and molecules assembled from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rdkit import Chem, rdBase
 
@@ -17,20 +18,27 @@ __all__ = ["Vocabulary"]
 DEFAULT = Path(__file__).with_name("vocabulary.json")
 
 
-class Vocabulary(tuple):
+class Vocabulary(tuple[tuple[str, tuple[int, ...]], ...]):
     """Fragments ``(smiles, attachment points)``; an attachment point is the index of an atom, repeated if it may hold several bonds.
 
     The order matters: the fragment of a tree that comes last here is its root.
+
+    Args:
+        fragments: ``[[smiles, [atom, …]], …]``.
     """
 
-    def __new__(cls, fragments: Iterable[Sequence]) -> Vocabulary:
+    def __new__(cls, fragments: Iterable[Sequence[Any]]) -> Vocabulary:
         if isinstance(fragments, Vocabulary):
             return fragments
         return super().__new__(cls, [_checked(i, fragment) for i, fragment in enumerate(fragments)])
 
     @classmethod
     def read(cls, path: str | Path = DEFAULT) -> Vocabulary:
-        """A JSON file ``[[smiles, [atom, …]], …]``; by default sculpt's own."""
+        """Read a JSON file ``[[smiles, [atom, …]], …]``.
+
+        Args:
+            path: the file; by default sculpt's own vocabulary.
+        """
         try:
             fragments = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
@@ -46,7 +54,7 @@ class Vocabulary(tuple):
         """A hash of all fragments and their attachment points, in order."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
-    def __repr__(self) -> str:  # it stands in messages, where a hundred fragments would hide the message
+    def __repr__(self) -> str:  # messages name vocabularies, and a hundred fragments would hide the message
         return f"<{len(self)} fragments, {self.sha256[:8]}>"
 
     __str__ = __repr__
@@ -58,12 +66,12 @@ class Vocabulary(tuple):
 
     @cached_property
     def symmetries(self) -> list[list[tuple[int, ...]]]:
-        """Of each fragment the permutations of its attachment points that leave every molecule made with it as it is."""
+        """For each fragment, the permutations of its attachment points that change no molecule made with it."""
         return [_symmetries(molecule, sites) for molecule, (_, sites) in zip(self.molecules, self, strict=True)]
 
     @cached_property
     def polar(self) -> list[list[bool]]:
-        """Which attachment points are N, O, S or a halogen. Sulphur(VI) is none: it binds nitrogen in every sulphonamide."""
+        """Which attachment points are N, O, S or a halogen. Sulphur(VI) does not count: it binds nitrogen in every sulphonamide."""
 
         def polar(atom: Chem.Atom) -> bool:
             return (
@@ -73,7 +81,12 @@ class Vocabulary(tuple):
         return [[polar(x.GetAtomWithIdx(a)) for a in sites] for x, (_, sites) in zip(self.molecules, self, strict=True)]
 
     def assemble(self, fragments: Sequence[int], bonds: Sequence[tuple[int, int, int, int]]) -> Chem.Mol:
-        """The molecule of a tree: fragments, and bonds ``(slot, attachment point, slot, attachment point)``."""
+        """The molecule of a tree.
+
+        Args:
+            fragments: the fragment of each slot.
+            bonds: ``(slot, attachment point, slot, attachment point)`` each.
+        """
         whole = Chem.RWMol(self.molecules[fragments[0]])
         first = [0]
         for f in fragments[1:]:
@@ -89,12 +102,12 @@ class Vocabulary(tuple):
 
 
 def _give_up_hydrogen(atom: Chem.Atom) -> None:
-    """Only those that are written out: the implicit ones follow by themselves."""
+    """Take one explicit hydrogen off an atom, if it has any; RDKit adjusts implicit ones by itself."""
     if H := atom.GetNumExplicitHs():
         atom.SetNumExplicitHs(H - 1)
 
 
-def _checked(i: int, fragment: Sequence) -> tuple[str, tuple[int, ...]]:
+def _checked(i: int, fragment: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
     try:
         smiles, sites = fragment
         sites = tuple(sites)
@@ -106,7 +119,7 @@ def _checked(i: int, fragment: Sequence) -> tuple[str, tuple[int, ...]]:
         molecule = Chem.MolFromSmiles(smiles)
     if molecule is None or not molecule.GetNumAtoms():
         raise ValueError(
-            f"Fragment {i} of the vocabulary, {smiles!r}, is no valid molecule. Correct its SMILES or leave it out."
+            f"Fragment {i} of the vocabulary, {smiles!r}, is no valid molecule. Correct its SMILES, or leave it out."
         )
     if len(Chem.GetMolFrags(molecule)) > 1:
         raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, falls apart. Make each part a fragment of its own.")
@@ -126,7 +139,7 @@ def _checked(i: int, fragment: Sequence) -> tuple[str, tuple[int, ...]]:
 
 
 def _holds(molecule: Chem.Mol, a: int, bonds: int) -> bool:
-    """Whether methyl groups can be put there. Hydrogens alone do not tell: phosphorus(III) makes room as phosphorus(V)."""
+    """Whether the atom can hold this many methyl groups. Its hydrogens alone do not tell: phosphorus(III) turns into phosphorus(V)."""
     trial = Chem.RWMol(molecule)
     for _ in range(bonds):
         trial.AddBond(a, trial.AddAtom(Chem.Atom(6)), Chem.BondType.SINGLE)

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from sculpt.base import BaseModel
-from sculpt.classifier import Guide
-from sculpt.composition import Composition
+from sculpt.classifier.guide import Guide
 from sculpt.files import read_json
-from sculpt.gflownet.model import digest
-from sculpt.molecules.results import Molecules, Rewards, Summary, Table, needs, reward_functions, score, write_parquet
+from sculpt.identity import digest
+from sculpt.model import BaseModel
+from sculpt.molecules.results import Molecules, needs, origin, write_parquet
+from sculpt.molecules.scores import Rewards, Summary, Table, reward_functions, score
+from sculpt.roads import Road, as_road
 
 __all__ = ["Library", "generate"]
 
@@ -36,85 +36,90 @@ def generate(
     model: BaseModel,
     n: int,
     folder: str | Path,
-    classifier: Guide | None = None,
+    road: Road | Guide | None = None,
     *,
     shard: int = 10_000,
     seed: int = 0,
     rewards: Rewards = None,
-    resume: bool = True,
-    rank: int | None = None,
-    world: int | None = None,
+    batch_size: int | None = None,
+    share: tuple[int, int] | None = None,
     progress: bool = True,
-    **options: Any,
 ) -> Library:
     """Write n molecules of a model or a composition to ``folder/part-00000.parquet`` and so on, and return the folder as a :class:`Library`.
 
-    One shard is in memory at a time. Each is sampled on its own, from a seed that only ``seed`` and its number decide: without a
-    classifier, and with ``correct=True``, it is a population of particles of its own. A shard that is there is whole; a call that was
-    killed continues with those that are missing. Read the folder with ``pandas.read_parquet(folder)`` or any other reader of parquet:
-    ``smiles``, ``count`` and the rewards; a molecule is once in a shard, and may be in several.
+    One shard is in memory at a time. Each is sampled on its own, from a seed that only ``seed`` and its number decide; where a road has
+    particles, each shard is a population. A shard that is there is whole, and a call that was killed continues with those that are
+    missing. Read the folder with ``pandas.read_parquet(folder)`` or any other reader of parquet: it has ``smiles``, ``count`` and the
+    rewards. A shard has each of its molecules once; several shards may have the same molecule.
 
-    Several processes, on one machine or on many with a common folder, share the work: ``accelerate launch``, ``torchrun`` or ``rank`` and
-    ``world`` say which is which, and process r makes the shards r, r + world, ... What comes out does not depend on how many they are.
+    Several processes, on one machine or on many with a common folder, share the work: ``accelerate launch``, ``torchrun`` or ``share``
+    tells each of them which one it is, and process r makes the shards r, r + world, ... What comes out does not depend on how many
+    they are.
 
     Args:
         model: a molecule model or a composition of them.
-        classifier: guides a composition.
+        n: how many molecules.
+        folder: where the shards go. A folder that was begun with the same settings is continued, one with others is refused.
+        road: how a composition is sampled, as in its own ``sample``.
         shard: molecules a shard.
+        seed: of all shards together.
         rewards: which scores to write, see :class:`Molecules`.
-        resume: ``False`` refuses a folder in which molecules already are, for a single process.
-        rank, world: the number of this process, and how many there are.
-        options: of the model's own ``sample``, such as ``particles``, ``correct``, ``anchor`` and ``batch_size``.
+        batch_size: how many states go through a network at once.
+        share: ``(rank, world)``, the number of this process and how many there are.
+        progress: show a bar.
     """
     if n < 1 or shard < 1:
         raise ValueError(f"Got n={n} and shard={shard}: both have to be at least 1.")
-    if taken := sorted({"generator", "resample"} & set(options)):
-        raise ValueError(
-            f"{', '.join(taken)}: not an option here. Shards have seeds of their own (seed=) and equally weighted molecules."
-        )
-    options = {name: value for name, value in options.items() if value is not None}
-    rank, world = _place(rank, world)
-    if not isinstance(model.result(torch.zeros(0)), Molecules):
+    rank, world = _place(share)
+    if not issubclass(model.samples_class, Molecules):
         raise ValueError(f"{model} makes no molecules. Sample it with its own sample(n).")
     needs("pyarrow", "A folder of shards")
     functions = reward_functions(rewards)
-    guided = model
-    if classifier is not None:
-        steered = {name: options[name] for name in ("anchor", "form") if name in options}
-        guided = _composition(model).guided(classifier, **steered)  # it refuses here what would be refused after an hour
-    settings = {
-        "formula": str(model),
-        "models": [[str(leaf), leaf.key] for leaf in model.leaves],
-        "classifier": digest(classifier) if isinstance(classifier, nn.Module) else classifier and type(classifier).__qualname__,
-        "n": n,
-        "shard": shard,
-        "seed": seed,
-        "rewards": {name: values.tolist() for name, values in score(PROBES, functions, progress=False).items()},
-        "options": {name: str(value) for name, value in sorted(options.items())},
-        "key": guided.key,
-    }
+    road = as_road(road) if model.models or road is not None else None
+    _try(model, min(n, shard), road, batch_size)
     library = Library(folder)
-    library.claim(settings, resume)
+    library.claim(
+        {
+            "formula": str(model),
+            "models": [[str(leaf), leaf.key] for leaf in model.leaves],
+            "key": model.key,
+            "road": road and road.identity,
+            "batch_size": batch_size,
+            "n": n,
+            "shard": shard,
+            "seed": seed,
+            "rewards": {name: values.tolist() for name, values in score(PROBES, functions, progress=False).items()},
+        }
+    )
     mine = range(rank, library.shards, world)
     missing = [k for k in mine if not library.has(k)]
-    total, done = (sum(library.size(k) for k in shards) for shards in (mine, set(mine) - set(missing)))
+    total, left = (sum(map(library.size, shards)) for shards in (mine, missing))
     title = str(model) if world == 1 else f"{model}, process {rank} of {world}"
-    with tqdm(
-        total=total, initial=done, desc=title, unit=" molecules", unit_scale=True, disable=not progress or rank > 0
-    ) as bar:
+    hidden = not progress or rank > 0
+    with tqdm(total=total, initial=total - left, desc=title, unit=" molecules", unit_scale=True, disable=hidden) as bar:
         for k in missing:
             if library.has(k):  # by now another process may have made it
                 continue
-            generator = torch.Generator().manual_seed(_seed(seed, k))
-            guide = () if classifier is None else (classifier,)
-            samples = model.sample(library.size(k), *guide, **options, generator=generator, progress=False)
+            generator, size = torch.Generator().manual_seed(_seed(seed, k)), library.size(k)
+            samples = model.sample(size, road, batch_size=batch_size, generator=generator, progress=False)
             library.write(k, samples, functions)
-            bar.update(library.size(k))
+            bar.update(size)
     return library
 
 
+def _try(model: BaseModel, n: int, road: Road | None, batch_size: int | None) -> None:
+    """Refuse now what would be refused in the first step of a shard, or could not be written after it."""
+    if road is not None and road.selection is not None and not road.selection.resample:
+        raise ValueError("resample=False: shards hold equally weighted molecules. Leave it out.")
+    next(model.run(n, road, batch_size=batch_size, generator=torch.Generator()))
+
+
 class Library:
-    """A folder of molecules that :func:`generate` fills: its settings, which shards are there, and their tables one after another."""
+    """A folder of molecules that :func:`generate` fills: its settings, which shards are there, and their tables one after another.
+
+    Args:
+        folder: where the shards are.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -123,6 +128,11 @@ class Library:
     def settings(self) -> dict[str, Any]:
         """What the folder was begun with: the manifest."""
         return read_json(self.folder / MANIFEST, "folder of molecules")
+
+    @property
+    def key(self) -> str:
+        """A hash of the settings. Every shard carries it; rewards are left out, which another machine rounds differently."""
+        return digest({name: value for name, value in self.settings.items() if name != "rewards"})
 
     @property
     def shards(self) -> int:
@@ -147,14 +157,14 @@ class Library:
         return self.about(k) is not None
 
     def about(self, k: int) -> dict[str, Any] | None:
-        """What the sampler said about shard k: road, verdict, log Z."""
+        """What the run said about shard k: road, verdict, log Z; ``None`` where the shard is not there or not whole."""
         pyarrow, parquet = needs("pyarrow", "A folder of shards"), needs("pyarrow.parquet", "A folder of shards")
         try:
             metadata = parquet.read_metadata(self.path(k)).metadata
             about = json.loads(metadata[b"sculpt"])
         except (FileNotFoundError, pyarrow.ArrowInvalid, KeyError, TypeError, ValueError):
             return None
-        return about if (about.get("key"), about.get("shard")) == (self.settings["key"], k) else None
+        return about if (about.get("key"), about.get("shard")) == (self.key, k) else None
 
     def tables(self) -> Iterator[Table]:
         """The table of each shard that is there: see :meth:`Molecules.table`."""
@@ -165,7 +175,7 @@ class Library:
                 yield {name: table[name].to_numpy() for name in table.column_names}
 
     def summary(self) -> Summary:
-        """Means and shares of high scores over all shards that are there, and how many molecules are different."""
+        """Means, shares of high scores and the number of different molecules, over all shards that are there."""
         summary = Summary()
         for table in self.tables():
             summary.add(table)
@@ -173,14 +183,13 @@ class Library:
 
     @property
     def verdict(self) -> str:
-        """The verdicts of all shards, counted by their first word."""
-        found = [about["verdict"] for k in range(self.shards) if (about := self.about(k)) is not None]
-        words = Counter(verdict.split(":")[0].rstrip(".") for verdict in found)
-        parts = ", ".join(f"{count} {word}" for word, count in words.most_common())
+        """How many shards have which level of trust."""
+        found = [about["level"] for k in range(self.shards) if (about := self.about(k)) is not None]
+        parts = ", ".join(f"{count} {level}" for level, count in Counter(found).most_common())
         return f"{parts} ({len(found)} of {self.shards} shards)" if found else "no shard is there yet"
 
-    def claim(self, settings: dict[str, Any], resume: bool) -> None:
-        """Make the folder this run's, or find that it is; refuse where it is another's."""
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Begin the folder with these settings, or find that it was; refuse a folder of other settings."""
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest, draft = self.folder / MANIFEST, self.folder / f".{MANIFEST}.{os.getpid()}"
         if not manifest.exists():
@@ -190,17 +199,13 @@ class Library:
                 )
             draft.write_text(json.dumps(settings, indent=2) + "\n")
             try:
-                os.link(draft, manifest)  # unlike a rename it does not replace: of processes that start together one is first
+                os.link(draft, manifest)  # a link replaces nothing: where processes start together, one of them is first
             except FileExistsError:
                 pass
             except OSError:  # a file system without links
                 os.replace(draft, manifest)
             finally:
                 draft.unlink(missing_ok=True)
-        elif not resume and any(self.folder.glob("part-*")):
-            raise ValueError(
-                f"{self.folder} already holds molecules. Leave resume=False out to continue, or choose another folder."
-            )
         self.__dict__.pop("settings", None)
         there = self.settings
         if changed := [name for name, value in settings.items() if not _same(name, value, there.get(name))]:
@@ -211,12 +216,10 @@ class Library:
             )
 
     def write(self, k: int, samples: Molecules, rewards: Rewards) -> None:
-        """Shard k, all of it or nothing."""
-        said = samples.diagnostics
-        about = {"key": self.settings["key"], "shard": k, "formula": said.formula, "road": said.road, "verdict": said.verdict}
-        about |= {"log_z": said.log_z, "log_z_error": said.log_z_error}
+        """Write shard k, all of it or nothing."""
+        about = {"key": self.key, "shard": k} | origin(samples.diagnostics)
         table = samples.table(rewards, progress=False)
-        del table["weight"]  # they would sum to one in each shard; counts go on adding up
+        del table["weight"]  # weights would sum to one in each shard; counts add up over all of them
         write_parquet(self.path(k), table, about)
 
     def __len__(self) -> int:
@@ -226,34 +229,29 @@ class Library:
         return f"Library({str(self.folder)!r}: {len(self):,} of {self.settings['n']:,} molecules of {self.settings['formula']})"
 
 
-def _composition(model: BaseModel) -> Composition:
-    if not isinstance(model, Composition):
-        raise ValueError(f"A classifier guides compositions; {model} is a single model. Leave the classifier out.")
-    return model
-
-
 def _same(name: str, a: Any, b: Any) -> bool:
-    """Of two settings. Rewards are compared by what they give to a few molecules: another machine rounds differently."""
+    """Whether two values of a setting agree. Rewards are compared by their scores of a few molecules, which machines round differently."""
     if name == "rewards" and isinstance(b, dict):
         return a.keys() == b.keys() and all(np.allclose(a[key], b[key], atol=1e-3, equal_nan=True) for key in a)
     return a == b
 
 
 def _seed(seed: int, k: int) -> int:
-    """Of shard k: neighbouring seeds and shards have nothing in common."""
+    """The seed of shard k; neighbouring seeds and shards have nothing in common."""
     return int.from_bytes(hashlib.sha256(f"{seed} {k}".encode()).digest()[:7], "big")
 
 
-def _place(rank: int | None, world: int | None) -> tuple[int, int]:
-    """Which process this is, of how many: as it was said, or as accelerate knows it, or as the launcher wrote it down."""
-    if (rank is None) != (world is None):
-        raise ValueError(f"Got rank={rank} and world={world}: pass both or neither.")
-    if rank is None:
-        accelerate = sys.modules.get("accelerate")
-        if accelerate is not None and accelerate.state.is_initialized():
-            state = accelerate.PartialState()
-            return state.process_index, state.num_processes
+def _place(share: tuple[int, int] | None) -> tuple[int, int]:
+    """Which process this is, of how many: as the caller says, or else as accelerate or the launcher's environment does."""
+    if share is not None:
+        rank, world = share
+    elif (accelerate := sys.modules.get("accelerate")) is not None and accelerate.state.is_initialized():
+        state = accelerate.PartialState()
+        rank, world = state.process_index, state.num_processes
+    else:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if not 0 <= rank < world:
-        raise ValueError(f"Got rank={rank} of world={world} processes: ranks go from 0 to {world - 1}.")
+        raise ValueError(
+            f"Got process {rank} of {world}: processes are numbered from 0 to {world - 1}. Pass share=(rank, world)."
+        )
     return rank, world

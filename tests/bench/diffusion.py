@@ -7,6 +7,7 @@ of as many draws from an exact sampler (the floor), over several seeds in one ru
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -21,8 +22,8 @@ from diffusers_models import exact_model, sixteen_dimensions, three_rings, tight
 from oracles import ExactGuide, Grid, draw_posterior, energy_distance, mean_distance, sliced_wasserstein
 
 import sculpt
-from sculpt.classifier import Guide
-from sculpt.diffusion.network import ImageNetwork
+from sculpt.classifier.guide import Guide
+from sculpt.diffusion.backbones import ImageNetwork
 from sculpt.formula import Formula, Mixture, Nested
 
 N = 10_000
@@ -64,10 +65,10 @@ def on_grid(formula: Formula, run, repeats: int = 3, rings=RINGS, grid=GRID) -> 
 def exact_formula(composition, rings=RINGS, grid=GRID) -> Formula:
     """The composition's formula over its leaves, inner parts normalised exactly."""
     parts, indices, log_z = [], [], []
-    if not any(isinstance(part, type(composition)) for part in composition.models):
+    if not any(part.models for part in composition.models):
         return composition.formula
     for part in composition.models:
-        inner = part.formula if isinstance(part, type(composition)) else Mixture([1.0])
+        inner = part.formula if part.models else Mixture([1.0])
         index = ["pqr".index(str(leaf)) for leaf in part.leaves]
         parts.append(inner)
         indices.append(index)
@@ -174,30 +175,27 @@ def guided() -> None:
     cost = time.process_time() - start
     for name, composition in (("harmonic mean", p & q), ("contrast", p - q)):
 
-        def measure(guide, composition=composition, repeats=3, **options):
-            return on_grid(
-                composition.formula, lambda g: composition.sample(N, guide, generator=g, progress=False, **options), repeats
-            )
+        def measure(guide, composition=composition, steps=32, repeats=3, **options):
+            road = sculpt.Guided(guide, **options)
+            run = functools.partial(composition.sample, N, road, steps=steps, progress=False)
+            return on_grid(composition.formula, lambda g: run(generator=g), repeats)
 
-        ratio, _, seconds = measure(exact, steps=32)
+        ratio, _, seconds = measure(exact)
         row(f"{name}, exact h", f"**{ratio:.2f}**", "≤ 1.2", f"{seconds:.1f} CPU s, quadrature included")
-        ratio, error, seconds = measure(fitted, steps=32)
+        ratio, error, seconds = measure(fitted)
         row(
             f"{name}, fitted in {cost:.0f} CPU s",
             f"**{ratio:.2f}**, log Z {error:+.3f}",
             "≤ 2.5 in ≤ 180 CPU s",
             f"{seconds:.1f} CPU s",
         )
-        ratio, error, seconds = measure(fitted, steps=32, correct=True)
+        ratio, error, seconds = measure(fitted, correct=True)
         row(f"{name}, fitted, corrected", f"**{ratio:.2f}**, log Z {error:+.3f}", "≤ 1.5", f"{seconds:.1f} CPU s")
         ratio, _, seconds = measure(ProductOfSingles(exact), steps=500, form="mixture", repeats=1)
         row(f"{name}, the published form, 500 steps", f"{ratio:.2f}", "reported", f"{seconds:.1f} CPU s")
-        rejected, _, _ = on_grid(
-            composition.formula,
-            lambda g, c=composition: sculpt.reject(
-                c, N, lambda x: torch.stack([m.log_prob(x) for m in RINGS[:2]], -1), generator=g, steps=64, progress=False
-            ),
-        )
+        referee = sculpt.Rejection(lambda x: torch.stack([m.log_prob(x) for m in RINGS[:2]], -1))
+        run = functools.partial(composition.sample, N, referee, steps=64, progress=False)
+        rejected, _, _ = on_grid(composition.formula, lambda g, run=run: run(generator=g))
         row(f"{name}, rejection with exact densities, base models at 64 steps", f"**{rejected:.2f}**", "1", "")
 
 

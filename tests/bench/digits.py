@@ -30,9 +30,9 @@ from coloured_mnist import SETS, composed, proportions, written
 from judge import Judge, Moments, frechet, moments, reference
 
 import sculpt
-from sculpt.classifier import with_odds
-from sculpt.diffusion.identity import weights as weights_of
+from sculpt.classifier.guide import with_odds
 from sculpt.formula import label_sets
+from sculpt.identity import weights as weights_of
 from sculpt.particles import effective_sample_size
 
 DIGITS = Path(__file__).parents[2] / "pretrained" / "digits"
@@ -121,21 +121,21 @@ class Bench:
             **known,
         )
 
-    def kept(self, case: Case, road: str, settings: dict, run: Callable[[], Row]) -> Row:
+    def kept(self, case: Case, way: dict, run: Callable[[], Row]) -> Row:
         """A row from the file, or measured now and added to it."""
         formula = case.composition.formula
-        key = hashlib.sha256(repr((self.identity, formula.identity, road, settings)).encode()).hexdigest()[:20]
+        key = hashlib.sha256(repr((self.identity, formula.identity, way)).encode()).hexdigest()[:20]
         path = self.options.results
         for line in path.read_text().splitlines() if path.exists() else []:
             stored = json.loads(line)
             if stored.pop("key") == key:
                 stored["shares"] = torch.tensor(stored["shares"], dtype=torch.float64)
-                return Row(**{name: value for name, value in stored.items() if name not in ("composition", "road")})
+                return Row(**{name: value for name, value in stored.items() if name not in ("composition", "way")})
         row = run()
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             stored = vars(row) | {"shares": [round(p, 6) for p in row.shares.tolist()]}
-            file.write(json.dumps({"key": key, "composition": str(case.composition), "road": road, **stored}) + "\n")
+            file.write(json.dumps({"key": key, "composition": str(case.composition), "way": way, **stored}) + "\n")
         return row
 
     # Roads
@@ -146,39 +146,40 @@ class Bench:
             note = f"acceptance {float(log_w.exp().mean()):.1%}, worth {effective_sample_size(log_w):.0f} draws"
             return self.measure(case, x, log_w, note=note)
 
-        return self.kept(case, "rejection", {"n": self.options.referee, "steps": base_samples.STEPS}, run)
+        return self.kept(case, {"road": "rejection", "n": self.options.referee, "steps": base_samples.STEPS}, run)
 
-    def road(self, case: Case, road: str, n: int, classifier=None, **settings) -> Row:
+    def road(self, case: Case, road: sculpt.Road, n: int, steps: int) -> Row:
         def run() -> Row:
             started = time.process_time()
             generator = torch.Generator().manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that the weights collapse is what is measured
-                samples = case.composition.sample(n, classifier, generator=generator, progress=False, **settings)
+                samples = case.composition.sample(n, road, steps=steps, generator=generator, progress=False)
             seconds = (time.process_time() - started) / n
             d = samples.diagnostics
             share = f"effective share {d.ess[-1] / d.particles:.1%}" if d.particles and d.ess else ""
             origin = f", worth {d.families:.0f} of {d.particles} ancestors" if d.families is not None else ""
-            row = self.measure(case, samples.x.float(), seconds=seconds, note=f"{share}{origin}; {d.verdict.partition(':')[0]}")
+            row = self.measure(case, samples.x.float(), seconds=seconds, note=f"{share}{origin}; {d.verdict.level}")
             # Members of one family are not independent draws.
             row.n = min(row.n, d.families or row.n)
             return row
 
-        return self.kept(case, road, {"n": n, **settings}, run)
+        return self.kept(case, {**road.identity, "n": n, "steps": steps}, run)
 
     def rows(self, case: Case) -> dict[str, Row]:
-        few, guide = min(self.options.few, self.options.n), self.classifier
+        few, plain = min(self.options.few, self.options.n), sculpt.Guided(self.classifier)
         table = {"rejection": self.referee(case)}
         for steps in STEPS:
             n = self.options.n if steps == MAIN else few
-            table[f"guided, {steps} steps"] = self.road(case, "guided", n, guide, steps=steps)
-        stronger = self.road(case, "guided", self.options.n, guide, steps=MAIN, strength=STRENGTH)
-        table[f"guided, {MAIN} steps, strength {STRENGTH}"] = stronger
-        table[f"corrected, {MAIN} steps"] = self.road(case, "corrected", few, guide, steps=MAIN, correct=True, particles=few)
+            table[f"guided, {steps} steps"] = self.road(case, plain, n, steps)
+        stronger = sculpt.Guided(self.classifier, strength=STRENGTH)
+        table[f"guided, {MAIN} steps, strength {STRENGTH}"] = self.road(case, stronger, self.options.n, MAIN)
+        corrected = sculpt.Guided(self.classifier, correct=True, particles=few)
+        table[f"corrected, {MAIN} steps"] = self.road(case, corrected, few, MAIN)
         if self.options.particles:
             particles, steps = self.options.particles, self.options.tracked_steps
             name = f"tracked, {steps} steps, {particles} particles"
-            table[name] = self.road(case, "tracked", particles, steps=steps, particles=particles)
+            table[name] = self.road(case, sculpt.Tracked(particles=particles), particles, steps)
         return table
 
     def run(self) -> list[tuple[Case, dict[str, Row]]]:

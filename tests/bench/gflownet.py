@@ -18,14 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrained" / "grid"))
 
 import recipe
-from gflownet_models import arbitrary, network_policy, perfect
+from gflownet_models import arbitrary, network_policy, perfect, track
 from gfn.gym import HyperGrid
 from gfn.samplers import Sampler
 
 import sculpt
 from sculpt.formula import Mixture, Nested, Posterior, label_sets
 from sculpt.gflownet import exact
-from sculpt.gflownet.sampler import path_ratios, track
 
 N = 100_000
 PAIR, CIRCLES = recipe.SETS["pair"]["models"], recipe.SETS["circles"]["models"]
@@ -58,7 +57,7 @@ def posterior(labels, alpha) -> Posterior:
 
 def error(formula, models, classifier, form="anchored") -> float:
     composition = sculpt.posterior(models, formula.labels, formula.odds)
-    guided = composition.guided(classifier, form=form)
+    guided = composition.guided(sculpt.Guided(classifier, form=form))
     return exact.l1(exact.terminal_distribution(guided), exact.target(formula, map(exact.terminal_distribution, models)))
 
 
@@ -120,8 +119,9 @@ def corrected(pair, classifier) -> None:
         formula = posterior(labels, alpha)
         composition = sculpt.posterior(pair, labels, formula.odds)
         target = exact.target(formula, map(exact.terminal_distribution, pair))
-        samples = composition.sample(1, classifier, correct=True, particles=N, resample=False, generator=seeded(0))
-        kept = sculpt.reject(composition, N, classifier, generator=seeded(1), progress=False)
+        road = sculpt.Guided(classifier, correct=True, particles=N, resample=False)
+        samples = composition.sample(1, road, generator=seeded(0))
+        kept = composition.sample(N, sculpt.Rejection(classifier), generator=seeded(1), progress=False)
         ours, referee = weighted(samples, pair[0], target), weighted(kept, pair[0], target)
         worst = max(worst, ours - referee)
         share = samples.diagnostics.ess[-1] / N
@@ -146,7 +146,7 @@ def tracked() -> None:
             runs = [track(formula, models[:2], 1, particles=N, resample=False, generator=seeded(i)) for i in range(3)]
             ours, draws = sum(weighted(run, env, target) for run in runs) / 3, floor(target)
             x = exact.dag(env).states[torch.multinomial(target, 500, True, generator=seeded(0))]
-            spread = torch.stack([path_ratios(models[:2], x, seeded(i)) for i in range(8)]).std(0).mean(0)
+            spread = torch.stack([models[0].log_ratios(models[:2], x, seeded(i)) for i in range(8)]).std(0).mean(0)
             want = {"exact flows": f"≤ {1.3 * draws:.3f}", "learned": "≤ 0.08"}[kind] if formula is HARMONIC else "reported"
             note = f"{ours / draws:.2f} × exact draws ({draws:.4f}); path-ratio spread {spread[0]:.1e}, {spread[1]:.1e} nats"
             row(f"{title}, {kind}", f"{ours:.4f}", want, note + (", published .229 and .397" if formula is HARMONIC else ""))
@@ -229,8 +229,9 @@ def speed(pair, classifier) -> None:
     estimator = guided.as_estimator()
     theirs = 10_000 / best(lambda: Sampler(estimator).sample_trajectories(model.env, n=10_000), 2)
     row("the same estimator in torchgfn's Sampler", f"{theirs:,.0f}", "reported")
-    row("corrected, 10,000 particles", f"{10_000 / best(lambda: guided.sample(10_000, correct=True)):,.0f}", "reported")
-    row("tracked densities, 10,000 particles", f"{10_000 / best(lambda: track(HARMONIC, pair, 10_000)):,.0f}", "reported")
+    both, road = pair[0] & pair[1], sculpt.Guided(classifier, correct=True)
+    row("corrected, 10,000 particles", f"{10_000 / best(lambda: both.sample(10_000, road)):,.0f}", "reported")
+    row("tracked densities, 10,000 particles", f"{10_000 / best(lambda: both.sample(10_000)):,.0f}", "reported")
 
 
 if __name__ == "__main__":
@@ -247,5 +248,5 @@ if __name__ == "__main__":
     corrected(pair, classifiers["pair"][0])
     tracked()
     three(circles, *classifiers["circles"])
-    chained(circles, steps=1000, learning_rate=6e-3, progress=False)
+    chained(circles, steps=1000, descent=sculpt.Descent(learning_rate=6e-3), progress=False)
     speed(pair, classifiers["pair"][0])

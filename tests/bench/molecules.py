@@ -22,11 +22,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import ks_2samp
 
 import sculpt
-from sculpt.composition import Composition
-from sculpt.gflownet.sampler import path_ratios
 from sculpt.molecules import QED, SA, SEH, FragmentTrees
 from sculpt.molecules.rewards import Reward
-from sculpt.particles import Diagnostics, effective_sample_size
+from sculpt.particles import effective_sample_size
 
 ROOT = Path(__file__).parents[2]
 PRETRAINED = ROOT / "pretrained" / "molecules"
@@ -196,8 +194,8 @@ def composed() -> None:
     for n in (512, 2048):
         guided = rate(lambda n=n: both.sample(n, judge, generator=seeded(), progress=False), n, 3)
         row(f"guided, {n} at a time", f"{guided:,.0f} /s", "300 /s", "1.46 /s")
-    for name, options in (("guided, corrected", {"classifier": judge, "correct": True}), ("tracked densities", {})):
-        speed = rate(lambda options=options: both.sample(2048, generator=seeded(), progress=False, **options), 2048, 3)
+    for name, road in (("guided, corrected", sculpt.Guided(judge, correct=True)), ("tracked densities", None)):
+        speed = rate(lambda road=road: both.sample(2048, road, generator=seeded(), progress=False), 2048, 3)
         row(f"{name}, 2,048", f"{speed:,.0f} /s", "")
     x = both.sample(10_000, judge, generator=seeded(), progress=False).x
     row("distinct canonical SMILES among 10,000", f"{len(set(load('seh').env.decode(x))):,}", "reported")
@@ -216,23 +214,21 @@ def compare(title: str, composition: sculpt.Composition, judge, names: tuple[str
     """All roads beside a referee, from exact densities (a molecule is written in one way): rejection, or where less than one draw in
     a million is accepted, the guided chain with its exact weights."""
 
-    def draw(n: int = N, **options):
-        return lambda seed: composition.sample(n, generator=seeded(seed), progress=False, **options)
+    def draw(road: sculpt.Road, n: int = N):
+        return lambda seed: composition.sample(n, road, generator=seeded(seed), progress=False)
 
     if len(names) > 2:
         referee = {"exact weights of 40,000 guided": lambda seed: reweighted(composition, judge, 40_000, seed)}
     else:
-        referee = {
-            "rejection, 2,000 samples": lambda seed: sculpt.reject(composition, 2000, generator=seeded(seed), progress=False)
-        }
+        referee = {"rejection, 2,000 samples": draw(sculpt.Rejection(), 2000)}
     ways = {
-        "guided": draw(classifier=judge),
-        "guided, corrected": draw(classifier=judge, correct=True),
-        "guided, corrected by densities": draw(classifier=judge, correct="densities"),
-        "tracked densities": draw(),
+        "guided": draw(sculpt.Guided(judge)),
+        "guided, corrected": draw(sculpt.Guided(judge, correct=True)),
+        "guided, corrected by densities": draw(sculpt.Guided(judge, correct="densities")),
+        "tracked densities": draw(sculpt.Tracked()),
     }
     if len(names) > 2:
-        ways["tracked densities, 40,000 particles"] = draw(particles=40_000)
+        ways["tracked densities, 40,000 particles"] = draw(sculpt.Tracked(particles=40_000))
     columns = ["all high", *(f"mean {name.upper()}" for name in names), "diversity", "log Z", "molecules/s"]
     table(f"{title}, {N:,} samples", *columns, f"KS: {', '.join(map(str.upper, names))}, size (5 % level)", "TV to exact")
     first = None
@@ -256,7 +252,8 @@ def variation(composition: sculpt.Composition, judge, s: Scored) -> float:
 
 def log_weights(composition: sculpt.Composition, judge, x: torch.Tensor) -> torch.Tensor:
     """Of the guided chain's molecules: log of the composition's density, up to Z, over the chain's."""
-    return composition.formula.value(path_ratios(composition.models, x)) - path_ratios([composition.guided(judge)], x)[:, 0]
+    guided = composition.guided(judge)
+    return composition.formula.value(guided.log_ratios(composition.models, x)) - guided.log_ratios([guided], x)[:, 0]
 
 
 def reweighted(composition: sculpt.Composition, judge, n: int, seed: int) -> sculpt.Samples:
@@ -266,7 +263,7 @@ def reweighted(composition: sculpt.Composition, judge, n: int, seed: int) -> scu
     worth = effective_sample_size(log_w)
     pick = torch.multinomial(torch.softmax(log_w, 0), min(2000, int(worth)), True, generator=seeded(seed))
     road = f"exact weights, worth {worth:.0f} draws"
-    return sculpt.Samples(x[pick], diagnostics=Diagnostics(road=road, log_z=float(log_w.logsumexp(0)) - math.log(n)))
+    return sculpt.Samples(x[pick], diagnostics=sculpt.Diagnostics(road=road, log_z=float(log_w.logsumexp(0)) - math.log(n)))
 
 
 def operations(beta: float):
@@ -283,9 +280,15 @@ def operations(beta: float):
             yield "labels " + ", ".join(NAMES[i].upper() for i in labels), sculpt.posterior(triple, labels), "seh-sa-qed"
 
 
-def population(composition) -> dict[str, int]:
+def exact_road(composition: sculpt.BaseModel, judge: sculpt.Classifier | None) -> sculpt.Road | None:
     """Label sets of all three overlap in less than a millionth; a base model takes no particles."""
-    return {"particles": PARTICLES} if isinstance(composition, Composition) else {}
+    if not composition.models:
+        return None
+    return sculpt.Tracked(particles=PARTICLES) if judge is None else by_densities(judge)
+
+
+def by_densities(judge: sculpt.Classifier) -> sculpt.Guided:
+    return sculpt.Guided(judge, correct="densities", particles=PARTICLES)
 
 
 def protocol(*betas: float) -> None:
@@ -303,11 +306,10 @@ def protocol(*betas: float) -> None:
         for name, composition, judge in [*bases, *operations(beta)]:
             # The shipped classifiers know the policies at β = 32; at 96 nothing is trained.
             judge = classifier(judge) if judge and beta == 32 else None
-            options = {"classifier": judge, "correct": "densities"} if judge else {}
-            options |= population(composition)
-            s = Scored(lambda c=composition, o=options: c.sample(N, generator=seeded(), progress=False, **o))
+            way = exact_road(composition, judge)
+            s = Scored(lambda c=composition, way=way: c.sample(N, way, generator=seeded(), progress=False))
             said = s.samples.diagnostics
-            road = said.road + (f", {said.verdict.partition(':')[0]}" if said.particles else "")
+            road = said.road + (f", {said.verdict.level}" if said.particles else "")
             means = ", ".join(f"{s.R[key].mean():.2f}" for key in NAMES)
             line(name, s.low_and_high(), f"{s.high('qed'):.0f}", f"{s.high(*NAMES):.0f}", means, road)
 
@@ -326,18 +328,18 @@ PUBLISHED_CONTRAST = {"SEH": 2.45, "SA": 2.55, "QED": 3.21}  # to its own base
 def emd() -> None:
     """Earth mover's distances between sample sets: cost 1 / (Tanimoto + 1e-8) − 1, at most 100."""
     triple, judge = [load(name) for name in NAMES], classifier("seh-sa-qed")
-    options = {"progress": False, "correct": "densities", "particles": PARTICLES}
+    road = by_densities(judge)
     sets = {
         f"p_{name.upper()}": Scored(lambda m=m: m.sample(N, generator=seeded())) for name, m in zip(NAMES, triple, strict=True)
     }
     for k in (2, 3):
         for labels in itertools.combinations(range(3), k):
             composition, title = sculpt.posterior(triple, labels), "labels " + ", ".join(NAMES[i].upper() for i in labels)
-            sets[title] = Scored(lambda c=composition: c.sample(N, judge, generator=seeded(), **options))
+            sets[title] = Scored(lambda c=composition: c.sample(N, road, generator=seeded(), progress=False))
     for i, name in enumerate(NAMES):
         composition = sculpt.posterior(triple, (i, i))
         sets[f"labels {name.upper()}, {name.upper()}"] = Scored(
-            lambda c=composition: c.sample(N, judge, generator=seeded(), **options)
+            lambda c=composition: c.sample(N, road, generator=seeded(), progress=False)
         )
     bits = {name: s.bits(N) for name, s in sets.items()}
     table(f"Earth mover's distance, {N:,} samples, β = 32 (published)", "p_SEH", "p_SA", "p_QED")
@@ -366,8 +368,9 @@ def training() -> None:
     heading("Training, 64 new trees a step (the recipe takes 32) and 96 replayed, network and reward included")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("seh", "sa", "qed"):
-            run = recipe.Training(name, 1000, Path(folder) / name)
-            row(name, f"{rate(run.train_step, 1, 10):.1f} steps/s", "2 steps/s on two threads", "0.48")
+            made = recipe.Recipe(name, 1000, Path(folder) / name)
+            steps = made.training.run(made.loss, made.steps)
+            row(name, f"{rate(functools.partial(next, steps), 1, 10):.1f} steps/s", "2 steps/s on two threads", "0.48")
 
 
 if __name__ == "__main__":

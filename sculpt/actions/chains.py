@@ -1,0 +1,208 @@
+r"""The chains of models that write their samples action by action: one alone, one steered by a classifier, several tracked.
+
+Only particles that are still going are touched, equal states are evaluated once, and all randomness is one inverse-cdf draw per
+step from ``generator``. ``b`` particles, ``a`` actions with the exit last, ``m`` models, ``u`` different states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from sculpt.actions.paths import children_log_pb, disagreement
+from sculpt.actions.states import NEG_INF, distinct, draw
+from sculpt.chain import Chain, Settings, State
+from sculpt.formula import Formula, Nested
+
+if TYPE_CHECKING:
+    from sculpt.actions.guidance import Guidance
+    from sculpt.actions.model import ActionModel, GuidedActions
+
+__all__ = ["ActionChain", "DensityCorrectedChain", "GuidedChain", "TrackedChain", "Written"]
+
+
+@dataclass
+class Written(State):
+    """What has been written so far, whether it goes on, and what is carried along: log h, log-densities."""
+
+    states: Shaped[Tensor, "b *s"]
+    going: Bool[Tensor, "b"]
+    carry: Float[Tensor, "b k"] | None = None
+
+
+Proposal = tuple[Float[Tensor, "b"] | None, Int[Tensor, "b"], Float[Tensor, "b k"] | None]
+"""The log-weight increments, the actions, and what to carry on."""
+
+
+class ActionChain(Chain):
+    """One model alone."""
+
+    def __init__(self, model: ActionModel, settings: Settings, road: str = "base model"):
+        self.model, self.road, self.formula, self.device = model, road, str(model), model.device
+        self.exit = model.n_actions - 1
+        self.batch_size = settings.batch_size or model.batch_size
+
+    def start(self, n, generator):
+        going = torch.ones(n, dtype=torch.bool, device=self.device)
+        return Written(self.model.start(n), going, self.carried(n)), self.first(n)
+
+    def step(self, state, log_w, generator):
+        increment, actions, carry = self.propose(state.states, state.carry, generator)
+        go = actions != self.exit
+        if go.all():
+            states = self.model.step(state.states, actions)
+        else:
+            states = state.states.clone()
+            states[go] = self.model.step(state.states[go], actions[go])
+        return Written(states, go, carry), increment
+
+    def done(self, state):
+        return ~state.going
+
+    def end(self, state, log_w, generator):
+        return state.states, None
+
+    def carried(self, n: int) -> Tensor | None:
+        """What n particles carry along at first."""
+        return None
+
+    def first(self, n: int) -> Tensor | None:
+        """Their first log-weights."""
+        return None
+
+    def propose(self, states: Tensor, carry: Tensor | None, generator: torch.Generator | None) -> Proposal:
+        """One action for each state."""
+        unique, rows = distinct(states)
+        return None, draw(self.model.log_pf(unique), rows, generator), None
+
+
+class GuidedChain(ActionChain):
+    r"""A guided composition with the weights of its paths, as a diagnostic or, ``corrected``, to select:
+
+    .. math::
+        \log w_0 = \log h(s_0), \qquad
+        \log w \mathrel{+}= \log h(s') - \log h(s) + \log P_{y_1}(s'|s) - \log P(s'|s)
+
+    With :math:`P(s'|s) = P_{y_1}(s'|s) h(s') / N(s)` a step adds :math:`\log N(s) - \log h(s)`, h(s) as it was when s was entered.
+    At the exit h is the terminal head's, so corrected samples are exact for it, whatever h is in between.
+    """
+
+    def __init__(self, model: GuidedActions, settings: Settings, corrected: bool = False):
+        super().__init__(model, settings, "classifier, anchored form" + ", corrected" * corrected)
+        self.guidance: Guidance = model.guidance
+        self.log_scale = 0.0
+
+    def carried(self, n):
+        return self.guidance.log_h(self.model.start(1)).expand(n)[:, None].clone()
+
+    def first(self, n):
+        return self.guidance.log_h(self.model.start(1)).expand(n) + self.log_scale
+
+    def propose(self, states, carry, generator):
+        unique, rows = distinct(states)
+        log_p, log_h = self.guidance.scores(unique)
+        log_N = torch.logsumexp(log_p + log_h, dim=-1)
+        actions = draw(log_p + log_h - log_N[:, None], rows, generator)
+        return log_N[rows] - carry[:, 0], actions, log_h[rows, actions, None]
+
+
+class DensityCorrectedChain(GuidedChain):
+    """Each trajectory carries the base models' log-densities along, and they take the terminal head's place at the exit: exact whatever
+    the classifier, where a state has one parent or the flows balance. It selects at the end alone, unless told otherwise: by h,
+    trajectories are thrown away on the word of a classifier that the densities overrule.
+    """
+
+    threshold = 0.0
+
+    def __init__(self, model: GuidedActions, settings: Settings):
+        super().__init__(model, settings, corrected=True)
+        self.road += " by densities"
+        self.batch_size = settings.batch_size or max(1, self.batch_size // len(self.guidance.models))
+
+    def carried(self, n):
+        log_h = super().carried(n)
+        return torch.cat([log_h, log_h.new_zeros(n, len(self.guidance.models))], dim=1)
+
+    def propose(self, states, carry, generator):
+        guidance, (log_h, ell) = self.guidance, carry.split([1, len(self.guidance.models)], dim=1)
+        unique, rows = distinct(states)
+        log_p, log_h_next = (part[rows] for part in guidance.scores(unique))
+        ratio = _log_ratios(guidance.models, unique)
+        stop = log_p[:, -1] > NEG_INF
+        log_h_next[stop, -1] = guidance.log_h_of((ell + ratio[rows, -1])[stop])
+        log_N = torch.logsumexp(log_p + log_h_next, dim=-1)
+        dead = log_N == NEG_INF  # only the exit is left, and not all labels are possible there
+        log_pi = torch.where(dead[:, None], log_p, log_p + log_h_next - log_N[:, None])
+        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        entered = log_h_next.gather(1, actions[:, None])
+        carry = torch.cat([entered, ell + ratio[rows, actions]], dim=1)
+        return torch.where(dead, NEG_INF, log_N - log_h[:, 0]), actions, carry
+
+    def notes(self, x, generator):
+        note = disagreement(self.guidance.models, x[:64], generator)
+        return [] if note is None else [note]
+
+
+class TrackedChain(ActionChain):
+    r"""Any formula of the models' densities, which each trajectory carries along: nothing is trained.
+
+    .. math::
+        \ell_i(s') = \ell_i(s) + \log P_i(s'|s) - \log P_B^i(s|s'), \qquad \pi(s'|s) \propto e^{\Phi(\ell(s'))} P_B(s|s'), \qquad
+        \log w \mathrel{+}= \log \textstyle\sum_{s'} e^{\Phi(\ell(s'))} P_B(s|s') - \Phi(\ell(s))
+    """
+
+    def __init__(self, formula: Formula, models: Sequence[ActionModel], settings: Settings):
+        super().__init__(models[0], settings, "tracked densities")
+        self.target, self.models = formula, models
+        self.batch_size = settings.batch_size or max(1, models[0].batch_size // len(models))
+        self.shared = len({model.backward_key for model in models}) == 1
+        # A common P_B only shifts the log-densities, and a formula of degree one takes a shift out of itself: then it cancels
+        # in proposal and weight, and the children need not be visited.
+        self.cancels = self.shared and _degree_one(formula)
+
+    def carried(self, n):
+        return torch.zeros(n, len(self.models), dtype=torch.float64, device=self.device)
+
+    def first(self, n):
+        return self.target.value(self.carried(n))
+
+    def propose(self, states, carry, generator):
+        ell, (first, *others) = carry, self.models
+        unique, rows = distinct(states)
+        log_p = torch.stack([model.log_pf(unique) for model in self.models], dim=-1)
+        log_b = torch.zeros_like(log_p[..., 0]) if self.cancels else children_log_pb(first, unique, log_p)
+        own = [] if self.shared else [children_log_pb(model, unique, log_p) for model in others]
+        ratio = log_p - torch.stack([log_b, *own], dim=-1)  # one column serves all where it is shared
+        each, action = (log_p > NEG_INF).any(-1)[rows].nonzero(as_tuple=True)
+        phi = torch.full((len(states), log_p.shape[1]), NEG_INF, dtype=torch.float64, device=states.device)
+        phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action]) + log_b[rows[each], action]
+        log_N = torch.logsumexp(phi, dim=-1)
+        dead = log_N == NEG_INF
+        if dead.any():  # nothing is left to go on with: the weight is zero, and any way out will do
+            phi[dead] = log_p[rows[dead]].logsumexp(-1)
+        log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
+        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        return torch.where(dead, NEG_INF, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
+
+    def notes(self, x, generator):
+        note = disagreement(self.models, x[:64], generator)
+        return [] if note is None else [note]
+
+
+def _log_ratios(models: Sequence[ActionModel], states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a m"]:
+    r""":math:`\log P_i(s'|s) - \log P_B^i(s|s')` of every action, up to a common term where the models share their backward policy."""
+    log_p = torch.stack([model.log_pf(states) for model in models], dim=-1)
+    if len({model.backward_key for model in models}) == 1:
+        return log_p
+    return log_p - torch.stack([children_log_pb(model, states, log_p) for model in models], dim=-1)
+
+
+def _degree_one(formula: Formula) -> bool:
+    if isinstance(formula, Nested):
+        return all(_degree_one(part) for part in (formula.outer, *formula.parts))
+    return abs(formula.degree - 1) < 1e-12

@@ -1,0 +1,163 @@
+"""What several commands take, and what becomes of it: models by name, conditions, the device, the road."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sculpt.apps.formulas import FUNCTIONS
+
+if TYPE_CHECKING:
+    from sculpt.classifier.guide import Guide
+    from sculpt.model import BaseModel
+    from sculpt.roads import Road
+
+__all__ = [
+    "add_classifier",
+    "add_command",
+    "add_device",
+    "add_models",
+    "classifier_folder",
+    "conditions",
+    "count",
+    "device",
+    "load_models",
+    "make_road",
+    "named_paths",
+]
+
+
+def count(text: str) -> int:
+    """A number of things."""
+    if not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+    """A command, with the option that all of them have."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **texts)
+    parser.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
+    return parser
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """The options that :func:`load_models` reads."""
+    parser.add_argument(
+        "--model", action="append", required=True, metavar="NAME=PATH",
+        help="a base model: a folder, or a Hub id (owner/name); repeat",
+    )  # fmt: skip
+    parser.add_argument(
+        "--with", dest="condition", action="append", default=[], metavar="[NAME.]KEY=VALUE",
+        help="a condition of one model or of all, e.g. cat.prompt='a cat', beta=32; repeat",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the networks")
+    add_device(parser, "result")
+
+
+def add_device(parser: argparse.ArgumentParser, result: str) -> None:
+    """Where networks run, and the seed."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {result} (default: 0)")
+
+
+def add_classifier(parser: argparse.ArgumentParser, things: str, default: str = "") -> None:
+    """The options of the roads that every command has."""
+    parser.add_argument("--classifier", metavar="FOLDER", help=f"from sculpt fit{default}")
+    correct = parser.add_mutually_exclusive_group()
+    correct.add_argument("--correct", action="store_true", help=f"weigh and select guided {things} until they are exact")
+    correct.add_argument(
+        "--correct-densities", dest="correct", action="store_const", const="densities",
+        help="the same by the models' own densities in place of the classifier's terminal head (GFlowNets)",
+    )  # fmt: skip
+    parser.add_argument("--particles", type=count, help="the population of tracked densities and of --correct (at least n)")
+    parser.add_argument("--batch-size", type=count, help="states that go through a network at once")
+    parser.set_defaults(anchor=None, strength=None, reject=False)
+
+
+def make_road(options: argparse.Namespace, classifier: Guide | None, anchor: BaseModel | None = None) -> Road:
+    """The road that the options describe."""
+    import sculpt
+
+    if options.reject:
+        return sculpt.Rejection(classifier, anchor=anchor)
+    if classifier is None:
+        return sculpt.Tracked(particles=options.particles)
+    strength = 1.0 if options.strength is None else options.strength
+    return sculpt.Guided(classifier, anchor=anchor, strength=strength, correct=options.correct, particles=options.particles)
+
+
+def named_paths(pairs: Sequence[str]) -> dict[str, str]:
+    """Paths by name."""
+    paths: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, path = pair.partition("=")
+        if not (equals and name.isidentifier() and path):
+            raise ValueError(
+                f"--model {pair}: expected NAME=PATH with a name of letters and digits, e.g. --model a={pair.strip('=')}."
+            )
+        if name in paths:
+            raise ValueError(f"--model {name} was given twice: {paths[name]} and {path}.")
+        if name in FUNCTIONS:
+            raise ValueError(f"--model {name}: that is the name of a function; choose another.")
+        paths[name] = path
+    return paths
+
+
+def load_models(options: argparse.Namespace) -> dict[str, BaseModel]:
+    """The base models by name."""
+    import torch
+
+    import sculpt
+
+    paths = named_paths(options.model)
+    given = conditions(options.condition, list(paths))
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    models: dict[str, BaseModel] = {}
+    for name, path in paths.items():
+        model = sculpt.load(path, device=device(options), dtype=dtype, **given[name])
+        if isinstance(model, sculpt.Classifier):
+            raise ValueError(f"--model {name}: {paths[name]} is a classifier. Pass it as --classifier.")
+        if isinstance(model, sculpt.Diffusion):
+            model.name = name  # as the user calls it here, in formulas and in messages
+        models[name] = model
+    return models
+
+
+def classifier_folder(path: str) -> Path:
+    """Where a classifier is; refuses what is none."""
+    from sculpt.hub import kind_of, locate
+
+    folder = locate(path)
+    if kind_of(folder) != "classifier":
+        raise ValueError(f"{path} is not a classifier. Make one: sculpt fit --model ... -o FOLDER.")
+    return folder
+
+
+def device(options: argparse.Namespace) -> str:
+    """The device that was asked for, or the best that is there."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Conditions by model."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for pair in pairs:
+        left, equals, text = pair.partition("=")
+        name, dot, key = left.rpartition(".")
+        if not (equals and key.isidentifier()) or (dot and name not in given):
+            raise ValueError(
+                f"--with {pair}: expected KEY=VALUE or NAME.KEY=VALUE with a model's name ({', '.join(filter(None, names))})."
+            )
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        for target in [name] if dot else names:
+            given[target][key] = value
+    return given

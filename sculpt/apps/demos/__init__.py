@@ -1,0 +1,1 @@
+"""``sculpt demo``: the main jobs, each with its pictures and its table."""

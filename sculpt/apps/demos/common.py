@@ -1,0 +1,74 @@
+"""What the demos share: the shipped models, the clock, tables."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["PRETRAINED", "Clock", "markdown", "modules", "pretrained"]
+
+PRETRAINED = Path(__file__).resolve().parents[3] / "pretrained"
+"""The shipped models, in a clone of the repository."""
+
+
+def pretrained(part: str, needed: str) -> Path:
+    """The folder of the shipped models of one part of the demo.
+
+    Args:
+        part: ``"digits"`` or ``"molecules"``.
+        needed: what has to be there.
+    """
+    folder = PRETRAINED / part
+    if not (folder / needed / "config.json").is_file():
+        raise ValueError(f"There is no {needed} in {folder}: the demo runs in a clone of the repository, which brings it.")
+    return folder
+
+
+def modules(folder: Path, *names: str) -> list[ModuleType]:
+    """Modules of a folder that is no package. The interpreter's path and its modules are as before afterwards.
+
+    Args:
+        folder: with files of Python, which import each other by their bare names.
+        names: of the modules.
+    """
+    path, own = list(sys.path), {file.stem for file in folder.glob("*.py")}
+    known = {name: sys.modules.pop(name) for name in own & set(sys.modules)}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path[:] = path
+        for name in own:
+            sys.modules.pop(name, None)
+        sys.modules.update(known)
+
+
+class Clock:
+    """Lines that begin with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """since the start"""
+        return time.monotonic() - self.started
+
+    def say(self, text: str) -> None:
+        """Print what is done next."""
+        print(f"[{self.seconds:4.0f} s] {text}", flush=True)
+
+
+def markdown(cells: Sequence[Sequence[str]]) -> str:
+    """A table that reads well in a terminal and is Markdown too.
+
+    Args:
+        cells: by row; the first row is the head.
+    """
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)

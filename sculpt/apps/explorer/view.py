@@ -1,0 +1,244 @@
+"""A session in ipywidgets."""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sculpt import preview
+from sculpt.apps.explorer.session import ROADS, Run, Session, Settings
+from sculpt.samples import Samples
+
+__all__ = ["View"]
+
+_COPY = (
+    "(navigator.clipboard?.writeText(this.dataset.code) ?? Promise.reject())"
+    ".then(() => this.textContent = 'copied', () => this.textContent = 'select the lines above and copy them')"
+)
+
+
+class View:
+    """A :class:`Session` in ipywidgets. ``box`` is the widget; Jupyter shows the view itself."""
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.widgets = w = _ipywidgets()
+        self.shown: Run | None = None
+        self._quiet = False
+        left = w.VBox(
+            [self._formulas(), *self._knobs()],
+            layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px"),
+        )
+        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px"))
+        self.box = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
+        self.box.add_class("sculpt-explore")
+        for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed):
+            widget.observe(self._changed, names="value")
+        self.tabs.observe(self._changed, names="selected_index")
+        self._changed()
+
+    def _formulas(self) -> Any:
+        """The formula: a label for each observation, or operators."""
+        w, names = self.widgets, self.session.names
+        models = [(name, i) for i, name in enumerate(names)]
+        self.labels = [
+            w.ToggleButtons(
+                options=[("none", -1), *models] if k else models, value=k if k < 2 else -1, style={"button_width": "auto"}
+            )
+            for k in range(self.session.observations)
+        ]
+        self.formula = w.Text(value=f"{names[0]} & {names[1]}", continuous_update=False, layout=w.Layout(width="98%"))
+        words = (*names, "|", "&", "-", "(", ")")
+        self.words = [self._button(word, functools.partial(self._append, word)) for word in words]
+        self.back = self._button("⌫", self._erase, tooltip="take the last word back")
+        self.clear = self._button("clear", lambda: setattr(self.formula, "value", ""))
+        rows = [w.HBox([w.Label(f"y{k + 1}"), label]) for k, label in enumerate(self.labels)]
+        clicks = w.HBox([*self.words, self.back, self.clear], layout=w.Layout(flex_flow="row wrap"))
+        self.tabs = w.Tab(
+            children=[w.VBox([self._caption("the model that each observation names"), *rows]), w.VBox([self.formula, clicks])],
+            titles=("labels", "formula"),
+        )
+        return self.tabs
+
+    def _knobs(self) -> list[Any]:
+        w, session = self.widgets, self.session
+        knob = {"style": {"description_width": "64px"}, "layout": w.Layout(width="98%")}
+        slider = {**knob, "continuous_update": False}
+        if len(session.names) == 2:
+            self.odds = [w.FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="odds α", **slider)]
+        else:
+            odds = {"value": 1.0, "min": -1.5, "max": 1.5, "step": 0.1}
+            self.odds = [w.FloatLogSlider(**odds, description=f"odds {name}", **slider) for name in session.names]
+        roads = [(text, road) for road, text in ROADS.items()]
+        self.road = w.Dropdown(
+            options=roads, value="tracked" if session.classifier is None else "guided", description="road", **knob
+        )
+        self.reasons = w.HTML()
+        self.steps = w.IntSlider(value=32, min=4, max=256, step=4, description="steps", **slider)
+        images = len(session.shape) == 3  # they cost much, points little
+        self.n = w.IntSlider(value=16 if images else 500, min=1, max=64 if images else 10_000, description="samples", **slider)
+        self.seed = w.BoundedIntText(
+            value=0, min=0, max=2**31 - 1, description="seed", style=knob["style"], layout=w.Layout(width="190px")
+        )
+        self.reseed = self._button("another", lambda: setattr(self.seed, "value", self.seed.value + 1))
+        self.live = w.Checkbox(value=True, description="sample when something changes", indent=False)
+        self.go = self._button("sample", self.start, button_style="primary", icon="play")
+        self.stop = self._button("cancel", self.cancel, icon="stop", disabled=True)
+        knobs = [*self.odds, self.road, self.reasons, *([self.steps] if session.takes_steps else []), self.n]
+        return [*knobs, w.HBox([self.seed, self.reseed]), self.live, w.HBox([self.go, self.stop])]
+
+    def _results(self) -> list[Any]:
+        """Progress, and what came out, which is hidden until there is something."""
+        w = self.widgets
+        self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="98%", height="12px", visibility="hidden"))
+        self.status, self.text, self.verdict, self.diagnostics, self.copy = (w.HTML() for _ in range(5))
+        self.image = w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
+        self.code = w.Textarea(rows=4, layout=w.Layout(width="98%"))
+        caption = self._caption("as code: it gives the samples above again")
+        parts = [self.image, self.text, self.verdict, self.diagnostics, caption, self.code, self.copy]
+        self.result = w.VBox(parts, layout=w.Layout(display="none"))
+        return [self.bar, self.status, self.result]
+
+    def _button(self, text: str, click: Callable[[], Any], **options: Any) -> Any:
+        w = self.widgets
+        button = w.Button(description=text, layout=w.Layout(width="auto", min_width="34px"), **options)
+        button.on_click(lambda _: click())
+        return button
+
+    def _caption(self, text: str) -> Any:
+        return self.widgets.HTML(f'<div style="{preview.SMALL}">{text}</div>')
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.box._repr_mimebundle_(**options)
+
+    @property
+    def settings(self) -> Settings:
+        """What the widgets say."""
+        odds = tuple(slider.value for slider in self.odds)
+        odds = odds if len(odds) > 1 else (odds[0], 1 - odds[0])
+        return Settings(
+            labels=tuple(label.value for label in self.labels if label.value >= 0),
+            formula=self.formula.value if self.tabs.selected_index == 1 else None,
+            odds=None if max(odds) - min(odds) < 1e-9 else odds,
+            road=self.road.value or "tracked",
+            steps=self.steps.value,
+            n=self.n.value,
+            seed=self.seed.value,
+        )
+
+    def start(self) -> Run | None:
+        """Sample what is chosen, in the background; ``None`` where the formula is not complete."""
+        if not self._check():
+            return None
+        self.stop.disabled = False
+        return self.session.start(self.settings, self._show)
+
+    def cancel(self) -> None:
+        """Stop at the end of the step that is taken now; the samples that are shown stay."""
+        self.session.cancel()
+
+    def _changed(self, _: Any = None) -> None:
+        if self._quiet:
+            return
+        if not self._check():
+            self.cancel()
+        elif self.live.value:
+            self.start()
+
+    def _check(self) -> bool:
+        """Offer the roads that the formula has; say what is wrong with it, if anything is."""
+        try:
+            reasons = self.session.roads(self.settings)
+            takes_odds = self.session.takes_odds(self.settings)
+        except (TypeError, ValueError) as error:
+            self._explain([str(error)], preview.TONES["bad"])
+            return False
+        possible = [road for road, reason in reasons.items() if not reason]
+        self._quiet = True
+        try:
+            # Options first: a dropdown refuses a value that it does not have.
+            road = self.road.value if self.road.value in possible else next(iter(possible), None)
+            self.road.options, self.road.value = [(ROADS[name], name) for name in possible], road
+            for slider in self.odds:
+                slider.disabled = not takes_odds
+        finally:
+            self._quiet = False
+        first: dict[str, str] = {}
+        for name, reason in reasons.items():
+            first.setdefault(reason, name)
+        lines = [f"{name}: {reason}" for reason, name in first.items() if reason]
+        self._explain(lines + ([] if takes_odds else ["odds belong to two or more observed labels of base models."]))
+        return bool(possible)
+
+    def _explain(self, lines: list[str], color: str = "inherit") -> None:
+        text = "<br>".join(map(html.escape, lines))
+        self.reasons.value = f'<div style="{preview.SMALL}; color: {color}">{text}</div>'
+
+    def _append(self, word: str) -> None:
+        self.formula.value = f"{self.formula.value.rstrip()} {word}".strip().replace("( ", "(").replace(" )", ")")
+
+    def _erase(self) -> None:
+        self.formula.value = re.sub(r"\s*(\w+|\S)\s*$", "", self.formula.value)
+
+    def _say(self, text: str, color: str = "inherit") -> None:
+        self.status.value = f'<div style="color: {color}; line-height: 1.4">{html.escape(text)}</div>'
+
+    def _show(self, run: Run) -> None:
+        """What a run has to tell, from its thread. One that was replaced by another has nothing to tell any more."""
+        if run is not self.session.run:
+            return
+        working = run.state in ("waiting", "working")
+        self.stop.disabled = not working
+        self.bar.layout.visibility = "visible" if working else "hidden"
+        if working:
+            self._show_progress(run)
+        elif run.state == "cancelled":
+            still = (
+                "" if self.shown is None else f" The samples are still those of {self.session.expression(self.shown.settings)}."
+            )
+            self._say(f"Cancelled after {run.seconds:.1f} s.{still}", preview.TONES["careful"])
+        elif run.state == "failed":
+            self._say(run.error, preview.TONES["bad"])
+        elif run.samples is not None and run.picture is not None:
+            self._show_samples(run, run.samples, *run.picture)
+
+    def _show_progress(self, run: Run) -> None:
+        now = run.progress
+        if now is None:
+            self.bar.value = 0
+            return self._say("sampling …")
+        # Of a run that does not know how long it takes, what has ended tells where it is.
+        self.bar.max, self.bar.value = (now.steps, now.step) if now.steps else (now.n or 1, now.ended)
+        where = f"step {now.step} of {now.steps}" if now.steps else f"step {now.step}, {now.ended} of {now.n} have ended"
+        self._say(f"{now.title} … {where}, {run.seconds:.1f} s")
+
+    def _show_samples(self, run: Run, samples: Samples, kind: str, data: bytes) -> None:
+        self.shown, verdict = run, samples.verdict
+        self.image.layout.display = "none" if kind == "text" else "block"
+        self.image.layout.max_height = "620px" if kind == "svg+xml" else "460px"  # the scores below molecules are small
+        self.text.value = preview.embedded(kind, data) if kind == "text" else ""
+        if kind != "text":
+            self.image.format, self.image.value = kind, data
+        self.verdict.value = preview.box(str(verdict), verdict.trust, run.notes)
+        self.diagnostics.value = preview.table(samples.diagnostics.rows())
+        self.code.value = run.code
+        self.copy.value = (
+            f'<button class="jupyter-button" style="width: auto" data-code="{html.escape(run.code)}" onclick="{_COPY}">'
+            "copy as code</button>"
+        )
+        self.result.layout.display = "flex"
+        self._say(f"{len(samples)} samples of {self.session.expression(run.settings)} in {run.seconds:.1f} s")
+
+
+def _ipywidgets() -> Any:
+    try:
+        import ipywidgets
+    except ImportError:
+        raise ImportError(
+            "The explorer needs ipywidgets, which is not installed here: pip install 'sculpt[notebook]', then restart the kernel. "
+            "Everything else works without it: (p & q).sample(16)."
+        ) from None
+    return ipywidgets

@@ -1,0 +1,235 @@
+r"""The classifier: p(y_1 | s) and p(y_2 ... y_n | s, y_1) along the way, p(y | x) at the end.
+
+Notation: ``b`` batch, ``m`` base models, ``n`` observations, ``k`` unordered sets of n-1 labels. A state s is what the
+family's network takes: ``(z, s)`` for diffusion, the state tensor for GFlowNets. With a finished sample x alone the
+network gives the features of the end of a trajectory.
+
+.. math:: h(s) = p(y_2, \dots, y_n \mid s, y_1), \qquad p_v(i \mid x) = \frac{v_i \, p(i \mid x)}{\sum_j v_j \, p(j \mid x)}
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sculpt.classifier.guide import Guide
+from sculpt.contents import find
+from sculpt.files import load_folder, save_folder
+from sculpt.formula import label_sets
+
+__all__ = ["Classifier", "SetHead"]
+
+
+class SetHead(nn.Module):
+    r"""Features to :math:`\log p(y_2, \dots, y_n \mid s, y_1 = i)`: a row per anchor i, a column per unordered label set.
+
+    Args:
+        width: how many features there are.
+        m: base models.
+        n: observations, the anchor's among them.
+        odds: whether log-odds are an input.
+        children: how many successors of s are scored in one pass; 1 for s itself.
+    """
+
+    log_orderings: Tensor
+    counts: Tensor
+
+    def __init__(self, width: int, m: int, n: int, odds: bool = False, children: int = 1):
+        super().__init__()
+        self.m, self.n, self.odds, self.n_children = m, n, odds, children
+        self.sets = label_sets(m, n - 1)
+        self.smaller = [labels for size in range(1, n - 1) for labels in label_sets(m, size)]
+        orderings = [math.factorial(n - 1) / math.prod(map(math.factorial, collections.Counter(s).values())) for s in self.sets]
+        self.register_buffer("log_orderings", torch.tensor(orderings).log(), persistent=False)
+        counts = [[labels.count(i) for i in range(m)] for labels in (*self.sets, *self.smaller)]
+        self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32), persistent=False)
+        self.hidden = nn.Linear(width + m * odds, width)
+        self.out = nn.Linear(width, children * m * len(self.sets))
+
+    def forward(
+        self,
+        features: Float[Tensor, "b w"],
+        log_odds: Float[Tensor, "b m"] | None = None,
+        rows: Int[Tensor, "e"] | None = None,
+        children: Int[Tensor, "e"] | None = None,
+    ) -> Float[Tensor, "*b m k"]:
+        """All children's ``(b, c, m, k)``, or ``(e, m, k)`` of chosen ones.
+
+        Args:
+            features: of the states.
+            log_odds: a row for each state, where the head takes odds.
+            rows: the states whose children are chosen.
+            children: which child of each of these rows.
+        """
+        if self.odds and log_odds is not None:
+            features = torch.cat([features, log_odds - log_odds.mean(-1, keepdim=True)], dim=-1)
+        logits = rearrange(self.out(F.silu(self.hidden(features))), "b (c m k) -> b c m k", m=self.m, c=self.n_children)
+        logits = logits if rows is None else logits[rows, children]
+        # A set stands for all its orderings, so each column counts that often in the total.
+        return torch.log_softmax(logits.float() + self.log_orderings, dim=-1) - self.log_orderings
+
+    def target(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k"]:
+        r"""The probability of each set from that of each label, ``log_p``: all orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
+        return (self.log_f(log_p)[..., : len(self.sets)] + self.log_orderings.to(log_p)).exp()
+
+    def log_f(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k2"]:
+        r""":math:`\log \Pi_{k \ge 2} \, p(y_k \mid x)` of each set from that of each label, ``log_p``; the smaller sets come last."""
+        # Clamped: a label of no probability, not observed, has to be 0 · log 0 = 0.
+        return log_p.clamp(min=-1e4) @ self.counts.T.to(log_p)
+
+    def column(self, labels: Sequence[int]) -> int:
+        """Where the set of these labels is among ``sets``."""
+        return self.sets.index(tuple(sorted(labels)))
+
+    def select(self, log_h: Float[Tensor, "*b k"], labels: Sequence[int]) -> Float[Tensor, "*b"]:
+        """The entries of ``log_h`` for these labels; observations that were not made are summed out."""
+        missing = itertools.product(range(self.m), repeat=self.n - 1 - len(labels))
+        columns = [self.column((*labels, *more)) for more in missing]
+        return log_h[..., columns].logsumexp(-1)
+
+    def with_smaller(self, log_h: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k2"]:
+        """``log_h`` with a further column for each of the ``smaller`` label sets, for compositions that make fewer observations."""
+        return torch.cat([log_h, *(self.select(log_h, labels)[..., None] for labels in self.smaller)], -1)
+
+
+class Classifier(Guide, nn.Module):
+    """Heads over a backbone. ``sculpt.fit`` makes it; from then on it is in evaluation mode and needs no gradient of its weights.
+
+    Args:
+        network: the backbone ``(*state) -> (b, width)`` with an attribute ``width``; given a finished sample alone, it takes that.
+        keys: of the base models, in the order of the labels.
+        observations: the most labels that one sample may be conditioned on.
+        odds: whether odds are an input.
+        children: how many children of a state are scored in one pass; 1 for the state itself.
+        names: of the base models.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        keys: Sequence[str],
+        observations: int = 2,
+        odds: bool = False,
+        *,
+        children: int = 1,
+        names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        if observations < 2:
+            raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
+        if len(set(keys)) != len(keys) or len(keys) < 2:
+            raise ValueError(
+                f"A classifier tells two or more different base models apart, got keys {[key[:12] for key in keys]}."
+            )
+        self.m, self.observations, self.odds, self.n_children = len(keys), observations, odds, children
+        self.takes_odds = odds
+        self.keys: tuple[str, ...] = tuple(keys)
+        self.names = tuple(names or (f"p{i}" for i in range(len(keys))))
+        self.network = network
+        width = int(network.width)  # type: ignore[arg-type]
+        self.marginal_head = nn.Linear(width, self.m)
+        self.terminal_head = nn.Linear(width, self.m)
+        self.set_head = SetHead(width, self.m, observations, odds, children)
+        self.history: list[dict[str, float]] = []
+        """The training curve, a row for each evaluation; the one whose weights these are has ``kept``."""
+
+    def marginal(self, *state: Tensor) -> Float[Tensor, "b m"]:
+        return torch.log_softmax(self.marginal_head(self.network(*state)).float(), dim=-1)
+
+    def terminal(self, x: Tensor) -> Float[Tensor, "b m"]:
+        return torch.log_softmax(self.terminal_head(self.network(x)).float(), dim=-1)
+
+    def log_h(self, *state: Tensor, labels: Sequence[int], odds: Sequence[float] | None = None) -> Float[Tensor, "b"]:
+        return self.select(self.joint(*state, odds=odds)[:, 0], labels)
+
+    def joint(self, *state: Tensor, odds: Sequence[float] | None = None) -> Float[Tensor, "b c m k"]:
+        r""":math:`\log p(y_2 \dots y_n \mid s', y_1 = i)`, with these odds, for the state itself or, with children, for each of them"""
+        features = self.network(*state)
+        return self.set_head(features, self._log_odds(odds, features))
+
+    def select(self, joint: Float[Tensor, "*b m k"], labels: Sequence[int]) -> Float[Tensor, "*b"]:
+        """The entries of ``joint`` for these labels, the anchor's first; observations that were not made are summed out."""
+        return self.set_head.select(joint[..., labels[0], :], labels[1:])
+
+    def _log_odds(self, odds: Sequence[float] | None, features: Tensor) -> Tensor | None:
+        if not self.odds:
+            if odds is not None and len(set(odds)) > 1:
+                raise ValueError(
+                    f"Odds {tuple(odds)} need a classifier that takes them, this one does not: sculpt.fit(models, odds=True)."
+                )
+            return None
+        odds = [1.0] * self.m if odds is None else odds
+        return torch.tensor(odds, dtype=torch.float64).log().to(features).expand(len(features), -1)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``save_pretrained`` writes beside the weights."""
+        network = type(self.network)
+        return {
+            "kind": "classifier",
+            "keys": list(self.keys),
+            "names": list(self.names),
+            "observations": self.observations,
+            "odds": self.odds,
+            "children": self.n_children,
+            "network": {
+                "class": f"{network.__module__}.{network.__qualname__}",
+                "config": getattr(self.network, "config", None),
+            },
+            "history": self.history,
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder."""
+        save_folder(folder, self.config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, network: nn.Module | None = None, *, device: torch.device | str | None = None
+    ) -> Classifier:
+        """Read a saved classifier.
+
+        Args:
+            folder: where it was saved.
+            network: its backbone, where that is one of your own.
+            device: where it should live.
+        """
+        config, weights = load_folder(folder, kind="classifier")
+        network = _backbone(config["network"], folder) if network is None else network
+        classifier = cls(
+            network, config["keys"], config["observations"], config["odds"], children=config["children"], names=config["names"]
+        )
+        try:
+            classifier.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The weights in {folder} do not fit the classifier that its config.json describes: {error}"
+            ) from None
+        classifier.history = config["history"]
+        return classifier.eval().requires_grad_(False).to(device or "cpu")
+
+    def extra_repr(self) -> str:
+        """What it was fitted for, in torch's printout."""
+        return f"models={', '.join(self.names)}, observations={self.observations}, odds={self.odds}"
+
+
+def _backbone(description: dict[str, Any], folder: str | Path) -> nn.Module:
+    if not description["class"].startswith("sculpt.") or description["config"] is None:
+        raise ValueError(
+            f"The classifier in {folder} has a backbone of its user's own ({description['class']}). "
+            "Build it and pass it: Classifier.from_pretrained(folder, network=...)."
+        )
+    try:
+        return find(description["class"], nn.Module)(**description["config"])
+    except ValueError as error:
+        raise ValueError(f"The network of the classifier in {folder} cannot be built: {error}") from None

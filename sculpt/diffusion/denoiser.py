@@ -1,0 +1,282 @@
+r"""What a diffusion model is: a denoiser :math:`D(z, s)` in canonical coordinates, alone or steered by a classifier.
+
+Notation: :math:`z = x_0 + s \varepsilon`, :math:`v = s^2`; ``b`` batch, ``*x`` one sample.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sculpt.chain import Chain, Settings
+from sculpt.composition import Composition
+from sculpt.diffusion.chains import DenoisingChain, GuidedChain, TrackedChain
+from sculpt.diffusion.clock import Level, level, like, noise_range
+from sculpt.diffusion.correctors import Corrector
+from sculpt.diffusion.ratios import path_ratios
+from sculpt.diffusion.states import DiffusionStore
+from sculpt.identity import digest, weights
+from sculpt.model import BaseModel, Steered, Steppable, operand_names
+from sculpt.samples import pixels
+
+if TYPE_CHECKING:
+    from sculpt.classifier.guide import Guide
+    from sculpt.diffusion.diffusers.unet import DenoiserUNet
+    from sculpt.formula import Formula, Posterior
+    from sculpt.roads import Guided
+
+__all__ = ["Denoiser", "DiffusionComposition", "GuidedDenoiser"]
+
+
+class Denoiser(Steppable):
+    r"""A diffusion model seen only through its denoiser :math:`D(z, s) = E[x_0 \mid z]`, :math:`z = x_0 + s \varepsilon`."""
+
+    default_steps = 32
+
+    s_min: float
+    s_max: float
+    """The noise levels that the model covers; ``s_max`` may be infinite."""
+
+    dtype: torch.dtype = torch.float32
+    """What the network computes in. States and clock are float32 or wider all the same."""
+
+    autoencoder: nn.Module | None = None
+    """A diffusers autoencoder where samples are latents."""
+
+    scheduler: Any = None
+    """The diffusers scheduler of its training, where there is one."""
+
+    extrapolated: bool = False
+    """Whether classifier-free guidance extrapolates the score: such a score has no marginal of its own."""
+
+    has_energy: bool = False
+    """Whether there is an ``energy(z, s)`` with :math:`E = -\\log q + \\text{const}`, one number per sample."""
+
+    road = "base model"
+    """How diagnostics call the way its chain goes."""
+
+    @abc.abstractmethod
+    def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
+        """D(z, s) in z's dtype. Gradients flow to z."""
+
+    @property
+    def space(self) -> tuple[Any, ...]:
+        """What a sample is: its shape, and for latents the encoder that defines them."""
+        return self.shape, _latents(self.autoencoder)
+
+    def check_composable(self, other: BaseModel) -> None:
+        if not isinstance(other, Denoiser):
+            raise ValueError(
+                f"{self} is a diffusion model and {other} is a {type(other).__name__}: they have no states in common. "
+                "Compose models of one family."
+            )
+        if self.shape != other.shape:
+            raise ValueError(
+                f"{self} makes samples of shape {self.shape}, {other} of shape {other.shape}. "
+                "Compose models of one shape; networks of any resolution take shape=."
+            )
+        if self.space != other.space:
+            raise ValueError(
+                f"{self} and {other} live in different latent spaces: {self.space[1]} and {other.space[1]}. "
+                "Compose models that share their autoencoder, and pass autoencoder= to both."
+            )
+        if max(self.s_min, other.s_min) >= min(self.s_max, other.s_max):
+            raise ValueError(
+                f"{self} covers noise levels {self.s_min:.3g} to {self.s_max:.3g} and {other} {other.s_min:.3g} to "
+                f"{other.s_max:.3g}: they have none in common. Check the training schedulers."
+            )
+
+    # What roads ask for
+
+    def chain(self, settings: Settings) -> Chain:
+        if settings.solver is None:
+            return DenoisingChain(self, settings)
+        from sculpt.diffusion.diffusers.solver import SolverChain
+
+        return SolverChain(self, settings)
+
+    def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
+        if not (corrector is None or isinstance(corrector, Corrector)):
+            raise TypeError(f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}.")
+        return TrackedChain(formula, models, settings, corrector)
+
+    def guided(
+        self,
+        posterior: Posterior,
+        models: Sequence[BaseModel],
+        classifier: Guide,
+        form: str = "anchored",
+        strength: float = 1.0,
+    ) -> GuidedDenoiser:
+        return GuidedDenoiser(posterior, models, classifier, form, strength)
+
+    def log_ratios(
+        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+    ) -> Tensor:
+        return path_ratios(models, x, generator, made_by)
+
+    def store(self, models: Sequence[BaseModel], **options: Any) -> DiffusionStore:
+        return DiffusionStore(models, **options)
+
+    def compose(
+        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
+    ) -> DiffusionComposition:
+        return DiffusionComposition(formula, models, operator, chain)
+
+    # What a person looks at
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Any] | None:
+        if self.autoencoder is not None:
+            return self.decode
+        return pixels if len(self.shape) == 3 and self.shape[0] in (1, 3) else None
+
+    @torch.no_grad()
+    def decode(self, x: Float[Tensor, "b *x"], batch_size: int = 8) -> Tensor:
+        """Images in [0, 1] from latents and from pixels (one or three channels); anything else as it is."""
+        if self.autoencoder is None:
+            return x if self.decoder is None else self.decoder(x)
+        config, weight = self.autoencoder.config, next(self.autoencoder.parameters())
+        mean, std = (
+            x.new_tensor(config.get(entry) or [otherwise])[:, None, None]
+            for entry, otherwise in (("latents_mean", config.get("shift_factor") or 0.0), ("latents_std", 1.0))
+        )
+        x = (x * std / config.get("scaling_factor", 1.0) + mean).to(weight.device, weight.dtype)
+        images = [self.autoencoder.decode(part).sample for part in x.split(batch_size)]
+        return pixels(torch.cat(images).float())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, s={self.s_min:.3g} to {self.s_max:.3g})"
+
+    if TYPE_CHECKING:
+
+        def __or__(self, other: BaseModel) -> DiffusionComposition: ...
+        def __and__(self, other: BaseModel) -> DiffusionComposition: ...
+        def __sub__(self, other: BaseModel) -> DiffusionComposition: ...
+
+
+class GuidedDenoiser(Denoiser, Steered):
+    r"""A posterior of base models as a denoiser, steered by a classifier: itself a base model again.
+
+    .. math::
+        \text{anchored:}\quad & D = D_{i_1} + v \, \nabla \log p(y_2 \dots y_n \mid z, y_1 = i_1) \\
+        \text{mixture:}\quad & D = \sum_i p(y_1 = i \mid z) \, D_i + v \, \nabla \log p(y_1 \dots y_n \mid z)
+
+    The anchored form runs one base network, and its chain can be corrected to be exact. ``strength`` multiplies the gradient.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        models: Sequence[BaseModel],
+        classifier: Guide,
+        form: str = "anchored",
+        strength: float = 1.0,
+    ):
+        self.posterior, self.operands, self.classifier, self.form = posterior, list(models), classifier, form
+        self.strength = float(strength)
+        self.anchor: Denoiser = self.operands[posterior.labels[0]]
+        self.s_min, self.s_max = noise_range(self.operands)
+        self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
+        self.extrapolated = any(leaf.extrapolated for model in models for leaf in model.leaves)
+        self.name, self.road = posterior.write(operand_names(models)), f"classifier, {form} form"
+
+    @property
+    def device(self) -> torch.device:
+        return self.anchor.device
+
+    @property
+    def key(self) -> str:
+        classifier = weights(self.classifier) if isinstance(self.classifier, nn.Module) else type(self.classifier).__qualname__
+        stronger = [self.strength] if self.strength != 1 else []
+        return digest(
+            "guided", self.posterior.identity, [model.key for model in self.operands], classifier, self.form, *stronger
+        )
+
+    def chain(self, settings: Settings) -> Chain:
+        anchored = self.form == "anchored" and settings.solver is None
+        return GuidedChain(self, settings) if anchored else super().chain(settings)
+
+    def corrected(self, settings: Settings, densities: bool) -> Chain:
+        if densities:
+            raise ValueError("correct is True or False for diffusion, whose densities no road knows exactly, got 'densities'.")
+        if settings.solver is not None:
+            raise ValueError(
+                f"correct=True needs the solver's own Gaussian kernel, and {type(settings.solver).__name__} gives none "
+                "(a deterministic solver has no density at all). Leave solver out."
+            )
+        return GuidedChain(self, settings, corrected=True)
+
+    def log_h(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
+        r""":math:`\log h(z)` of the anchored form, or :math:`\log p(y_1 \dots y_n \mid z)`, and its gradient."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            value = self._log_h(z, s.expand(len(z)))
+            (gradient,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), gradient
+
+    def _log_h(self, z: Tensor, s: Tensor) -> Tensor:
+        labels, odds = self.posterior.labels, self.posterior.odds
+        log_h = self.classifier.log_h(z, s, labels=labels, odds=odds)
+        # The joint as marginal times conditional: any split of it is the same where the classifier is exact.
+        return log_h if self.form == "anchored" else log_h + self.classifier.marginal(z, s)[:, labels[0]]
+
+    def base(self, z: Float[Tensor, "N *x"], s: Tensor) -> Float[Tensor, "N *x"]:
+        """The denoised image before guidance."""
+        if self.form == "anchored":
+            return self.anchor.denoise(z, s)
+        p = self.classifier.marginal(z, s.expand(len(z))).exp().to(z)
+        return sum(like(p[:, i], z) * model.denoise(z, s) for i, model in enumerate(self.operands))
+
+    def guidance(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
+        """Log h, and what is added to the denoised image."""
+        log_h, gradient = self.log_h(z, s)
+        return log_h, like(self.strength * s**2, z) * gradient.to(z.dtype)
+
+    def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
+        s = level(s, z.device)
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return self.base(z, s) + self.guidance(z, s)[1]
+        log_h = self._log_h(z, s.expand(len(z)))
+        (gradient,) = torch.autograd.grad(log_h.sum(), z, create_graph=True)
+        return self.base(z, s) + like(self.strength * s**2, z) * gradient.to(z.dtype)
+
+    def as_unet(self, scheduler: Any | None = None) -> DenoiserUNet:
+        """The composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
+        from sculpt.diffusion.diffusers.unet import DenoiserUNet
+
+        scheduler = scheduler or self.anchor.scheduler
+        if scheduler is None:
+            raise ValueError(
+                f"The anchor {self.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with."
+            )
+        return DenoiserUNet(self, scheduler)
+
+
+class DiffusionComposition(Composition):
+    """A composition of diffusion models."""
+
+    def as_unet(self, road: Guided | Guide, scheduler: Any | None = None) -> DenoiserUNet:
+        """The guided composition as a diffusers UNet, for a scheduler's own loop or a pipeline.
+
+        Args:
+            road: a classifier, or ``Guided(classifier, ...)``.
+            scheduler: the one that the loop steps with; by default the anchor's own.
+        """
+        guided = self.guided(road)
+        assert isinstance(guided, GuidedDenoiser)
+        return guided.as_unet(scheduler)
+
+
+def _latents(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:
+    """What defines a latent space: the encoder and the scaling. Decoders may differ, and half precision is the same encoder."""
+    if autoencoder is None:
+        return None
+    entries = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    scaling = tuple((k, autoencoder.config.get(k)) for k in entries if autoencoder.config.get(k) is not None)
+    return type(autoencoder).__name__, *scaling, weights(autoencoder, ("encoder", "quant_conv"), torch.float16)[:8]

@@ -1,0 +1,1 @@
+"""The border to diffusers: schedules, networks and pipelines come in, compositions go out."""

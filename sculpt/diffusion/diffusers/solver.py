@@ -1,0 +1,78 @@
+"""A diffusers scheduler's own loop, in its own coordinates, as a chain."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sculpt.chain import Chain, Settings, State, in_parts
+from sculpt.diffusion.chains import check_finite
+from sculpt.diffusion.diffusers.unet import DenoiserUNet
+from sculpt.model import randn
+
+if TYPE_CHECKING:
+    from sculpt.diffusion.denoiser import Denoiser
+
+__all__ = ["SolverChain"]
+
+
+@dataclass
+class Scheduled(State):
+    """Samples in the scheduler's coordinates."""
+
+    k: Int[Tensor, "N"]
+    x: Float[Tensor, "N *x"]
+
+
+class SolverChain(Chain):
+    """A denoiser, stepped by a scheduler of diffusers. What a multistep scheduler remembers stays with it: nothing is selected here."""
+
+    whole = True
+
+    def __init__(self, model: Denoiser, settings: Settings):
+        self.model, self.formula, self.road, self.device = model, str(model), model.road, model.device
+        self.scheduler = _copied(settings.solver, model)
+        steps = model.default_steps if settings.steps is None else settings.steps
+        if steps < 1:
+            raise ValueError(f"Sampling with a solver needs at least 1 step, got {steps}.")
+        self.scheduler.set_timesteps(steps, device=model.device)
+        self.times, self.unet = self.scheduler.timesteps, DenoiserUNet(model, self.scheduler)
+        self.length = len(self.times)
+        self.batch_size = settings.batch_size or max(1, 2**19 // math.prod(model.shape))
+        self.random = "generator" in inspect.signature(self.scheduler.step).parameters
+
+    def start(self, n, generator):
+        noise = randn((n, *self.model.shape), generator, torch.empty((), device=self.device))
+        k = torch.zeros(n, dtype=torch.long, device=self.device)
+        return Scheduled(k, noise * getattr(self.scheduler, "init_noise_sigma", 1.0)), None
+
+    def step(self, state, log_w, generator):
+        x, t, k = state.x, self.times[int(state.k[0])], int(state.k[0])
+        scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+        output = in_parts(lambda part: self.unet(part, t).sample, self.batch_size, scaled)
+        check_finite(output, f"{self.model} gave", k, t, "t")
+        options = {"generator": generator} if self.random else {}
+        return Scheduled(state.k + 1, self.scheduler.step(output, t, x, **options).prev_sample), None
+
+    def done(self, state):
+        return state.k == self.length - 1
+
+    def end(self, state, log_w, generator):
+        return self.step(state, log_w, generator)[0].x, None
+
+
+def _copied(solver, model: Denoiser):
+    """The scheduler for one run: multistep ones carry state. Clipping to [-1, 1] is for pixels and would falsify anything else."""
+    if not hasattr(solver, "set_timesteps"):
+        raise TypeError(f"solver is a diffusers scheduler, e.g. DPMSolverMultistepScheduler(); got {solver!r}.")
+    if hasattr(solver, "step_pred"):
+        raise ValueError(f"{type(solver).__name__} has no plain step(); it can be the training scheduler but not the solver.")
+    pixels = model.autoencoder is None and len(model.shape) == 3
+    off = {} if pixels else {name: False for name in ("clip_sample", "thresholding") if name in solver.config}
+    return type(solver).from_config(solver.config, **off)

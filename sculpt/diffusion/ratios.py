@@ -1,0 +1,48 @@
+"""Log-densities at finished samples: tracked densities, read backwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from einops import reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from sculpt.chain import in_parts
+from sculpt.diffusion.chains import analytic_variance, check_finite, kernel_variance
+from sculpt.diffusion.clock import noise_levels
+from sculpt.model import randn
+
+if TYPE_CHECKING:
+    from sculpt.diffusion.denoiser import Denoiser
+
+__all__ = ["path_ratios"]
+
+
+@torch.no_grad()
+def path_ratios(
+    models: Sequence[Denoiser], x: Float[Tensor, "N *x"], generator: torch.Generator | None, made_by: int, steps: int = 64
+) -> Float[Tensor, "N m"]:
+    r"""Log-densities of all models at samples x of model ``made_by``, up to a constant common to all.
+
+    x is noised step by step, and :math:`\sum \log P_j(z' \mid z)` of the way back is added up.
+    """
+    levels = noise_levels(models, steps, x.device)
+    z = x.double() + levels[-1] * randn(x.shape, generator, levels)
+    ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
+    a = torch.eye(len(models), dtype=torch.float64, device=x.device)[made_by].expand(len(x), -1)
+    batch_size, d = max(1, 2**19 // math.prod(x.shape[1:])), math.prod(x.shape[1:])
+    for k, (s_next, s) in enumerate(itertools.pairwise(levels.flip(0))):
+        v, delta = s**2, s**2 - s_next**2
+        z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
+        D = torch.stack([in_parts(lambda z, p=p, s=s: p.denoise(z, s), batch_size, z) for p in models], dim=1)
+        check_finite(D, "a base model gave", k, s)
+        c, _ = analytic_variance(z, D, a, ell.new_zeros(len(x)))
+        tau = kernel_variance(c, v, delta)
+        miss = (z_next - z)[:, None] - delta / v * (D - z[:, None])
+        ell -= reduce(miss**2, "N m ... -> N m", "sum") / (2 * tau) + 0.5 * d * tau.log()
+    return ell

@@ -1,0 +1,227 @@
+"""What a base model is: something that samples. One that can be stepped offers chains, and so every road.
+
+A family is a class of its own file: it fills :class:`BaseModel` (samples can be drawn), :class:`Steppable` (and the way to them can
+be steered), or, for chains that write their samples action by action, :class:`sculpt.actions.ActionModel`.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sculpt.chain import Chain, Progress, Settings, check_count, run, watch
+from sculpt.diagnostics import Diagnostics
+from sculpt.samples import Samples
+
+if TYPE_CHECKING:
+    from sculpt.classifier.guide import Guide
+    from sculpt.composition import Composition
+    from sculpt.formula import Formula, Posterior
+    from sculpt.roads import Road
+
+__all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "operand_names", "randn", "same_model"]
+
+
+class BaseModel(abc.ABC):
+    """A pretrained sampler. Union ``|``, intersection ``&`` and difference ``-`` compose base models."""
+
+    name: str
+    """How the model is called in formulas and messages."""
+
+    key: str
+    """Identity: a hash of weights and configuration, or the user's name. Equal keys are one model."""
+
+    device: torch.device
+    """Where states of this model live."""
+
+    shape: tuple[int, ...]
+    """Of one sample."""
+
+    default_steps: int | None = None
+    """How many steps it takes if nobody says; ``None`` where its samples decide and ``steps`` is no option."""
+
+    models: tuple[BaseModel, ...] = ()
+    """The operands of a composition; a pretrained model has none."""
+
+    samples_class: type[Samples] = Samples
+    """What its samples are."""
+
+    knows_density: bool = False
+    """Whether :meth:`log_ratios` are the model's own and not an approximation."""
+
+    @abc.abstractmethod
+    def stream(self, n: int, road: Any, settings: Settings) -> Iterator[Progress]:
+        """Sample; yield where the run is, as often as a caller should be able to look or to stop. The last one has the samples."""
+
+    @abc.abstractmethod
+    def check_composable(self, other: BaseModel) -> None:
+        """Raise a ``ValueError`` that names both sides where the two have no common states."""
+
+    def store(self, models: Sequence[BaseModel], **options: Any) -> Any:
+        """Where a classifier of these models learns from; by default it learns to tell finished samples apart, and nothing on the way."""
+        from sculpt.classifier.store import SampleStore
+
+        return SampleStore(models, **options)
+
+    def log_ratios(
+        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+    ) -> Tensor:
+        """Log-densities ``(b, m)`` of all models at finished samples x of model ``made_by``, up to a constant common to all."""
+        raise ValueError(f"{self} does not know log-densities of finished samples: pass a classifier, or a function that does.")
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Any] | None:
+        """From samples to what a person looks at; ``None`` where that is the samples themselves."""
+        return None
+
+    def decode(self, x: Tensor) -> Any:
+        """What a person looks at."""
+        return x if self.decoder is None else self.decoder(x)
+
+    def result(self, x: Tensor, log_weights: Tensor | None, diagnostics: Diagnostics) -> Samples:
+        """Samples of this model as its user gets them: every run ends here."""
+        return self.samples_class(x, log_weights, diagnostics, self.decoder)
+
+    @property
+    def leaves(self) -> tuple[BaseModel, ...]:
+        """The pretrained models underneath: itself, or those of a composition."""
+        return (self,)
+
+    def compose(
+        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
+    ) -> Composition:
+        """A composition of models of this family."""
+        from sculpt.composition import Composition  # composition stands above this module
+
+        return Composition(formula, models, operator, chain)
+
+    # Sampling
+
+    def run(
+        self,
+        n: int,
+        road: Road | Guide | None = None,
+        *,
+        steps: int | None = None,
+        solver: Any | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Progress]:
+        """:meth:`sample` as a generator: it yields where the run is after every step, and the last one has the ``samples``.
+
+        Leave it and the run ends.
+        """
+        check_count(n)
+        settings = Settings(steps, solver, batch_size, generator)
+        if self.default_steps is None:
+            settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver")
+        return self.stream(n, road, settings)
+
+    def sample(
+        self,
+        n: int,
+        road: Road | Guide | None = None,
+        *,
+        steps: int | None = None,
+        solver: Any | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = True,
+    ) -> Samples:
+        """n samples, with diagnostics.
+
+        Args:
+            n: how many.
+            road: how a composition is sampled: ``Guided(classifier)``, for which the classifier itself will do, ``Tracked()``, which is
+                what a composition takes without one, or ``Rejection(...)``. A single model needs none.
+            steps: noise levels (diffusion), each one call of the network.
+            solver: a diffusers scheduler to step with instead of the second-order stochastic solver (diffusion).
+            batch_size: how many states go through a network at once; the population stays one.
+            generator: source of randomness; it may live on the CPU while the models are on a GPU.
+            progress: show a bar where it takes longer than two seconds.
+        """
+        return watch(self.run(n, road, steps=steps, solver=solver, batch_size=batch_size, generator=generator), show=progress)
+
+    # Operators
+
+    def __or__(self, other: BaseModel) -> Composition:
+        return self._operate("|", other)
+
+    def __and__(self, other: BaseModel) -> Composition:
+        return self._operate("&", other)
+
+    def __sub__(self, other: BaseModel) -> Composition:
+        return self._operate("-", other)
+
+    def _operate(self, operator: str, other: BaseModel) -> Composition:
+        if not isinstance(other, BaseModel):
+            return NotImplemented
+        from sculpt.composition import operate  # composition stands above this module
+
+        return operate(operator, self, other)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Steppable(BaseModel):
+    """A base model whose way to a sample can be followed and steered: it offers a chain for every road."""
+
+    @abc.abstractmethod
+    def chain(self, settings: Settings) -> Chain:
+        """This model alone."""
+
+    @abc.abstractmethod
+    def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
+        """A formula of these models' densities, which every particle carries along."""
+
+    @abc.abstractmethod
+    def guided(
+        self, posterior: Posterior, models: Sequence[BaseModel], classifier: Guide, form: str, strength: float
+    ) -> Steered:
+        """A posterior of these models, steered by a classifier; this model is its anchor."""
+
+    def stream(self, n: int, road: Any, settings: Settings) -> Iterator[Progress]:
+        if road is not None:
+            raise ValueError(
+                f"{self} is one model, and roads lead to compositions; got {road}. Sample it without one, {self}.sample({n})."
+            )
+        return run(self.chain(settings), n, None, self.result, settings.generator)
+
+
+class Steered(Steppable):
+    """A composition with its classifier: a base model again, whose chain can be corrected."""
+
+    @abc.abstractmethod
+    def corrected(self, settings: Settings, densities: bool) -> Chain:
+        """Its chain with weights that select: exact for the terminal head, or (``densities``) for the models' own densities."""
+
+
+def check_composable(models: Sequence[BaseModel]) -> None:
+    """Raise where some of the pretrained models underneath have no common states."""
+    leaves = [leaf for model in models for leaf in model.leaves]
+    for i, leaf in enumerate(leaves):
+        for other in leaves[i + 1 :]:
+            leaf.check_composable(other)
+
+
+def same_model(p: BaseModel, q: BaseModel) -> bool:
+    """Whether two objects are the same distribution as far as their keys can tell."""
+    return p is q or (type(p) is type(q) and p.key == q.key)
+
+
+def operand_names(models: Sequence[BaseModel]) -> list[str]:
+    """The models' names as operands of a formula: what is more than one word or a power goes into parentheses."""
+    names = [str(model) for model in models]
+    return [f"({name})" if re.search(r"[ ^]", name) else name for name in names]
+
+
+def randn(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """Standard normal noise of the dtype and on the device of ``like``, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)

@@ -1,0 +1,33 @@
+"""What notebooks show of results, as HTML."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Sequence
+
+__all__ = ["BOX", "SMALL", "TONES", "box", "embedded", "table"]
+
+SMALL = "color: #8c8698; font-size: 12px; line-height: 1.4"
+BOX = "border: 1px solid #d9d4e0; border-left-width: 4px; border-radius: 4px; padding: 6px 10px; line-height: 1.4"
+TONES = {"good": "#2e7d32", "careful": "#b26a00", "bad": "#b3261e"}
+"""Colours by how far something may be trusted."""
+
+
+def box(text: str, trust: str, more: Sequence[str] = ()) -> str:
+    """A verdict or a message; ``more`` are lines below it."""
+    lines = "<br>".join(html.escape(line) for line in (text, *more))
+    return f'<div style="{BOX}; border-color: {TONES[trust]}">{lines}</div>'
+
+
+def table(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values, in the type of a terminal."""
+    lines = "\n".join(f"{name:>16}  {value}" for name, value in rows)
+    return f'<pre style="font: 12px/1.35 monospace">{html.escape(lines)}</pre>'
+
+
+def embedded(kind: str, data: bytes, width: str = "480px") -> str:
+    """A picture inside of a page: png, svg+xml, or plain text."""
+    if kind == "text":
+        return f"<pre style='font: 12px monospace'>{html.escape(data.decode())}</pre>"
+    return f'<img style="max-width: {width}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'

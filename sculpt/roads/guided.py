@@ -1,0 +1,106 @@
+"""Road (a): the chain of one base model, the anchor, steered by a classifier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from sculpt.chain import Progress, Selection, Settings, run
+from sculpt.classifier.guide import Guide
+from sculpt.formula import Posterior
+from sculpt.model import BaseModel, Steered, Steppable
+from sculpt.roads.road import Road
+
+if TYPE_CHECKING:
+    from sculpt.composition import Composition
+
+__all__ = ["Guided"]
+
+
+class Guided(Road):
+    """Steer by a classifier: one base network a step, for posteriors of any models.
+
+    Args:
+        classifier: from ``sculpt.fit`` on the same base models (in any order), or an exact guide.
+        anchor: the observed label (or its model) whose chain is steered; by default the first. The nearer the model is to what is
+            asked, the fewer samples stray.
+        form: ``"anchored"`` (one base network, exact) or ``"mixture"`` (the paper's).
+        strength: what the guidance is multiplied with (diffusion). A learned gradient misses a part of the true one; a little more than
+            1 makes up for that in conditions that few chains keep, much more distorts the proportions. Corrected samples have the same
+            distribution at any strength.
+        correct: weigh and select, so that the result is exact for the anchor's chain and the terminal head; ``"densities"`` puts the
+            base models' own densities in the head's place, at the cost of all of them, where they know them.
+        particles: the size of the population, at least as many as samples.
+        threshold: select when the effective sample size falls under this share of the particles.
+        resample: ``False`` returns all particles with their weights. These three go with ``correct``.
+    """
+
+    def __init__(
+        self,
+        classifier: Guide,
+        *,
+        anchor: int | BaseModel | None = None,
+        form: Literal["anchored", "mixture"] = "anchored",
+        strength: float = 1.0,
+        correct: bool | Literal["densities"] = False,
+        particles: int | None = None,
+        threshold: float | None = None,
+        resample: bool = True,
+    ):
+        if not isinstance(classifier, Guide):
+            raise TypeError(f"Guided takes a classifier, from sculpt.fit or sculpt.load; got {classifier!r:.200}.")
+        if form not in ("anchored", "mixture"):
+            raise ValueError(f"form is 'anchored' or 'mixture', got {form!r}.")
+        if not 0 <= strength < math.inf:
+            raise ValueError(
+                f"strength multiplies the guidance, 1 leaves it as it is; expected a number from 0, got {strength}."
+            )
+        if correct not in (False, True, "densities"):
+            raise ValueError(f"correct is True, False or 'densities', got {correct!r}.")
+        if correct and form != "anchored":
+            raise ValueError(
+                "Only the anchored form can be corrected: the mixture form has no base chain to weigh against. Use form='anchored'."
+            )
+        if not correct and (particles is not None or threshold is not None or not resample):
+            raise ValueError(
+                "particles, threshold and resample=False belong to a population with weights: add correct=True, or take sculpt.Tracked."
+            )
+        self.classifier, self.anchor, self.form, self.strength, self.correct = (
+            classifier,
+            anchor,
+            form,
+            float(strength),
+            correct,
+        )
+        self.selection = Selection(particles, threshold, resample) if correct else None
+
+    def check(self, composition: Composition) -> None:
+        self.bind(composition)
+
+    def bind(self, composition: Composition) -> Steered:
+        """The composition with its classifier, as a base model of its family."""
+        formula = composition.formula
+        if not isinstance(formula, Posterior):
+            raise ValueError(
+                f"A classifier steers posteriors (harmonic means, contrasts, labels); {composition} is a {type(formula).__name__.lower()}. "
+                "Sample it without a classifier."
+            )
+        posterior, models = self.classifier.align(composition.anchored(self.anchor), composition.models)
+        for model in [models[posterior.labels[0]]] if self.form == "anchored" else models:
+            if not isinstance(model, Steppable):
+                raise ValueError(
+                    f"{model} cannot be stepped: it is a composition without a classifier of its own, or a model that offers samples "
+                    "only. Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
+                )
+        anchor = models[posterior.labels[0]]
+        assert isinstance(anchor, Steppable)
+        return anchor.guided(posterior, models, self.classifier, self.form, self.strength)
+
+    def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        guided = self.bind(composition)
+        chain = guided.corrected(settings, self.correct == "densities") if self.correct else guided.chain(settings)
+        chain.formula = str(composition)
+        if chain.log_scale is not None:
+            chain.log_scale = composition.log_scale(composition.anchored(self.anchor).labels[0])
+        return run(chain, n, self.selection, composition.result, settings.generator)

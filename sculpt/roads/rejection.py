@@ -1,0 +1,214 @@
+"""Road (c), the referee: finished samples of one base model, kept as often as the posterior says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sculpt.chain import Progress, Settings, in_parts
+from sculpt.classifier.guide import Guide
+from sculpt.diagnostics import Diagnostics
+from sculpt.formula import Mixture, Posterior
+from sculpt.model import BaseModel, same_model
+from sculpt.roads.road import Road
+from sculpt.roads.tracked import in_order, picks
+
+if TYPE_CHECKING:
+    from sculpt.composition import Composition
+
+__all__ = ["Rejection"]
+
+PILOT = 4096
+"""Accepted samples from which the log Z of an inner posterior is estimated."""
+MOST = 2**15
+"""Draws of the anchor at a time."""
+
+
+class Rejection(Road):
+    r"""Reject: draw x from the anchor and keep it with probability :math:`\prod_{k \ge 2} p_v(y_k \mid x)`.
+
+    Exact for the base samplers and the terminal head, whatever happens on the way; posteriors may nest.
+
+    Args:
+        classifier: a classifier of the base models, or a function from samples to their log-densities ``(b, m)``, in the order of
+            ``composition.leaves``, up to a constant common to all models. Models that know their own densities need none.
+        anchor: the observed label to draw from; by default the one with the best acceptance, which goes with one over its odds.
+        max_draws: how many samples of the anchor to draw at most.
+    """
+
+    def __init__(
+        self,
+        classifier: Guide | Callable[[Tensor], Tensor] | None = None,
+        *,
+        anchor: int | BaseModel | None = None,
+        max_draws: int = 10_000_000,
+    ):
+        if not (classifier is None or callable(classifier) or isinstance(classifier, Guide)):
+            raise TypeError(
+                f"Rejection takes a classifier, or a function from samples to log-densities; got {classifier!r:.200}."
+            )
+        if max_draws < 1:
+            raise ValueError(f"max_draws has to be at least 1, got {max_draws}.")
+        self.classifier, self.anchor, self.max_draws = classifier, anchor, max_draws
+
+    def check(self, composition: Composition) -> None:
+        _check_covered(composition)
+        names = ", ".join(map(str, composition.leaves))
+        if self.classifier is None and not composition.knows_density:
+            raise ValueError(
+                f"Rejection needs a classifier of {names}, or a function from samples to their log-densities (b, m): "
+                "sculpt.Rejection(classifier)."
+            )
+        if isinstance(self.classifier, Guide):
+            self.classifier.align(Posterior(len(composition.leaves), (0,)), composition.leaves)
+        if isinstance(composition.formula, Posterior):
+            composition.anchored(self.anchor)
+        elif self.anchor is not None:
+            raise ValueError(
+                f"anchor={self.anchor}: {composition} is a mixture, whose models are picked for every sample. Leave it out."
+            )
+
+    def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        self.check(composition)
+        return self._stream(composition, n, settings)
+
+    def _stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        referee = _Referee(composition, self, settings, self.anchor)
+        x, log_z, error, drawn = yield from referee.draw(n)
+        diagnostics = Diagnostics(
+            road="rejection",
+            formula=str(composition),
+            log_z=log_z,
+            log_z_error=error,
+            acceptance=len(x) / drawn,
+            referee=self._decides,
+            seed=None if settings.generator is None else settings.generator.initial_seed(),
+            notes=[f"{drawn} draws of the anchor", *(note for _, note in referee.known.values())],
+        )
+        yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
+
+    @property
+    def _decides(self) -> str:
+        if self.classifier is None:
+            return "the models' own densities"
+        return "the terminal head" if isinstance(self.classifier, Guide) else "the given densities"
+
+
+def _check_covered(composition: BaseModel) -> None:
+    if not isinstance(composition.formula, Posterior | Mixture):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"Rejection needs a density that one base model covers up to a constant: posteriors and mixtures do, {composition} is a "
+            f"{type(composition.formula).__name__.lower()}. Sample it by tracked densities, without a classifier."  # type: ignore[attr-defined]
+        )
+    for model in composition.models:
+        if model.models:
+            _check_covered(model)
+
+
+Drawn = Generator[Progress, None, tuple[Tensor, float, float, int]]
+
+
+class _Referee:
+    """Rejection for one posterior or mixture; its operands are base models, or have a referee of their own."""
+
+    def __init__(self, composition, road, settings, anchor=None, root=None):
+        self.composition, self.road, self.settings = composition, road, settings
+        self.leaves: Sequence[BaseModel] = composition.leaves if root is None else root.leaves
+        """Of the whole composition: the columns of all log-densities."""
+        self.known: dict[str, tuple[float, str]] = {} if root is None else root.known
+        """The log Z of every inner posterior, by its key, and what is said of it."""
+        self.operands = [
+            _Referee(model, road, settings, root=root or self) if model.models else self._column(model)
+            for model in composition.models
+        ]
+        formula = composition.formula
+        self.posterior = None
+        if isinstance(formula, Posterior):
+            # The acceptance is Z as the anchor sees it: it goes with one over the anchor's odds.
+            label = min(formula.labels, key=formula.odds.__getitem__) if anchor is None else anchor
+            self.posterior = composition.anchored(label)
+
+    def _column(self, leaf: BaseModel) -> int:
+        return next(i for i, other in enumerate(self.leaves) if same_model(leaf, other))
+
+    def ell(self, x: Tensor) -> Float[Tensor, "b m"]:
+        """The leaves' log-densities up to a constant common to all."""
+        judge = self.road.classifier
+        if judge is None:
+            return self.leaves[0].log_ratios(self.leaves, x, self.settings.generator)
+        with torch.no_grad():
+            if isinstance(judge, Guide):
+                return in_parts(lambda x: judge.shares(self.leaves, x), self.settings.batch_size or 1024, x)
+            ell = judge(x).double()
+        if ell.shape != (len(x), len(self.leaves)):
+            names = ", ".join(map(str, self.leaves))
+            raise ValueError(
+                f"Got log-densities of shape {tuple(ell.shape)} for {len(x)} samples; expected one column for each of {names}."
+            )
+        if ell.isnan().any():
+            raise FloatingPointError(
+                "Some samples have a log-density that is not a number. Check the function given to Rejection."
+            )
+        return ell
+
+    def operand_densities(self, ell: Float[Tensor, "b m"]) -> Generator[Progress, None, Float[Tensor, "b k"]]:
+        columns = []
+        for operand in self.operands:
+            columns.append((yield from operand.density(ell)) if isinstance(operand, _Referee) else ell[:, operand])
+        return torch.stack(columns, dim=-1)
+
+    def density(self, ell: Float[Tensor, "b m"]) -> Generator[Progress, None, Float[Tensor, "b"]]:
+        """The composition's own log-density, normalised, up to the same constant."""
+        own, key = self.composition.formula.value((yield from self.operand_densities(ell))), self.composition.key
+        if self.posterior is None:
+            return own
+        if key not in self.known:
+            _, log_z, error, _ = yield from self.draw(PILOT)
+            self.known[key] = log_z, f"log Z of {self.composition}: {log_z:.3f} ± {error:.2g}"
+        return own - self.known[key][0]
+
+    def propose(self, label: int, n: int) -> Generator[Progress, None, Tensor]:
+        operand = self.operands[label]
+        if isinstance(operand, _Referee):
+            return (yield from operand.draw(n))[0][:n]
+        for progress in self.composition.models[label].stream(n, None, self.settings):
+            if progress.samples is None:
+                yield progress
+        return progress.samples.x
+
+    def draw(self, n: int) -> Drawn:
+        """At least n samples, log Z of the composition as it is written with its error, and how many draws of the anchor it took."""
+        if self.posterior is None:
+            choice = picks(self.composition, n, self.settings.generator)
+            x = []
+            for i in choice.unique().tolist():
+                x.append((yield from self.propose(i, int((choice == i).sum()))))
+            return in_order(x, choice), 0.0, 0.0, n
+        kept, total, drawn, expected, label = [], 0, 0, 0.0, self.posterior.labels[0]
+        generator, model = self.settings.generator, self.composition.models[label]
+        title = f"rejection from {model}"
+        while total < n:
+            # Enough for what is missing at the acceptance seen so far, a little more than too little.
+            rate = (total + 1) / (drawn + 4)
+            size = int(min(max(64, 1.1 * (n - total) / rate), MOST, self.road.max_draws))
+            yield Progress(title, drawn, None, total, n)
+            x = yield from self.propose(label, size)
+            ell = yield from self.operand_densities(self.ell(x))
+            log_p = self.posterior.value(ell) - ell[:, label]
+            log_p = torch.where(log_p.isnan(), -math.inf, log_p)  # where the anchor itself has no density
+            u = torch.rand(len(x), generator=generator, dtype=torch.float64, device=generator.device if generator else x.device)
+            accepted = x[u.to(x.device).log() < log_p]
+            kept.append(accepted)
+            total, drawn, expected = total + len(accepted), drawn + len(x), expected + float(log_p.exp().sum())
+            if total < n and drawn >= self.road.max_draws:
+                raise RuntimeError(
+                    f"Rejection kept {total} of {drawn} draws from {model}, {n} were asked for. The base models hardly overlap where the "
+                    "composition lies; ask for fewer samples, raise max_draws, or see sculpt.overlap."
+                )
+        log_z = math.log(expected / drawn) + self.composition.log_scale(label)
+        return torch.cat(kept), log_z, math.sqrt((1 - total / drawn) / total), drawn

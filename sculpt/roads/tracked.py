@@ -1,0 +1,162 @@
+"""Road (b): every particle carries its log-density under each base model, and nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sculpt.chain import Progress, Selection, Settings, run
+from sculpt.diagnostics import Diagnostics
+from sculpt.formula import Formula, Mixture, Nested
+from sculpt.model import BaseModel, Steppable, same_model
+from sculpt.roads.road import Road
+from sculpt.samples import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from sculpt.composition import Composition
+
+__all__ = ["Tracked"]
+
+
+class Tracked(Road):
+    """Track densities: every formula, nothing to train, all base networks a step. Of a mixture it picks a model for every sample.
+
+    Args:
+        particles: the size of the population, at least as many as samples.
+        threshold: select when the effective sample size falls under this share of the particles.
+        corrector: an MCMC kernel run at every noise level (diffusion): ``sculpt.MALA()`` and its kind.
+        resample: ``False`` returns all particles with their weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        particles: int | None = None,
+        threshold: float | None = None,
+        corrector: Any = None,
+        resample: bool = True,
+    ):
+        self.selection, self.corrector = Selection(particles, threshold, resample), corrector
+        self._plain = particles is None and threshold is None and corrector is None and resample
+
+    def check(self, composition: Composition) -> None:
+        if not (self._plain or _weighted(composition)):
+            raise ValueError(
+                f"particles, threshold, corrector and resample belong to a population with weights, and {composition} is sampled without: "
+                "its models are picked. Leave them out."
+            )
+        if composition.is_one_model or isinstance(composition.formula, Mixture):
+            if not (self.selection.resample or composition.is_one_model):
+                raise ValueError(f"resample=False: {composition} is a mixture, whose samples carry no weights. Leave it out.")
+            for model in filter(_weighted, composition.models):
+                self.check(model)  # type: ignore[arg-type]
+        elif finished := [leaf for leaf in composition.leaves if not isinstance(leaf, Steppable)]:
+            raise ValueError(
+                f"{finished[0]} offers finished samples only, so no densities can be tracked on the way to them. Take sculpt.Rejection."
+            )
+
+    def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        self.check(composition)
+        if composition.is_one_model:
+            return self._alone(composition, n, settings)
+        return (self._pick if isinstance(composition.formula, Mixture) else self._track)(composition, n, settings)
+
+    def _part(self, model: BaseModel, n: int, settings: Settings) -> Iterator[Progress]:
+        """Samples of an operand. One without a population has no use for a population's options."""
+        return model.stream(n, self if _weighted(model) else None, settings)
+
+    def _alone(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        """What is composed is one model: its samples are the composition's."""
+        for progress in self._part(composition.models[0], n, settings):
+            if progress.samples is not None:
+                progress.samples.diagnostics.formula = str(composition)
+            yield progress
+
+    def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        known: dict[str, tuple[float, str]] = {}
+        formula = yield from self._over_leaves(composition, settings, known)
+        chain = composition.leaves[0].tracked(formula, composition.leaves, settings, self.corrector)  # type: ignore[attr-defined]
+        chain.formula = str(composition)
+        for progress in run(chain, n, self.selection, composition.result, settings.generator):
+            if progress.samples is not None:
+                progress.samples.diagnostics.notes += [note for _, note in known.values()]
+            yield progress
+
+    def _over_leaves(
+        self, composition: Composition, settings: Settings, known: dict[str, tuple[float, str]]
+    ) -> Generator[Progress, None, Formula]:
+        """The formula over the pretrained models. Every inner composition is normalised by one run of its own, from the inside out."""
+        if not any(model.models for model in composition.models):
+            return composition.formula
+        leaves, parts, indices, log_z = composition.leaves, [], [], []
+        for model in composition.models:
+            inner, z = Mixture([1.0]), 0.0
+            if model.models:
+                inner = yield from self._over_leaves(model, settings, known)
+                if not isinstance(model.formula, Mixture) and not model.is_one_model:
+                    if model.key not in known:
+                        known[model.key] = yield from self._normaliser(model, inner, settings)
+                    z = known[model.key][0]
+            parts.append(inner)
+            indices.append([next(i for i, leaf in enumerate(leaves) if same_model(leaf, own)) for own in model.leaves])
+            log_z.append(z)
+        return Nested(composition.formula, parts, indices, log_z)
+
+    def _normaliser(
+        self, model: Composition, formula: Formula, settings: Settings
+    ) -> Generator[Progress, None, tuple[float, str]]:
+        chain = model.leaves[0].tracked(formula, model.leaves, settings, self.corrector)
+        chain.formula = str(model)
+        selection = Selection(self.selection.particles, self.selection.threshold)
+        for progress in run(chain, 1, selection, Samples, settings.generator):
+            if progress.samples is None:
+                yield progress
+            else:
+                found = progress.samples.diagnostics
+        return found.log_z, f"log Z of {model}: {found.log_z:.3f} ± {found.log_z_error:.2g}"
+
+    def _pick(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        """A mixture needs no weights: a model is picked for every sample."""
+        notes: list[str] = []
+        x, steps = [], 0
+        choice = picks(composition, n, settings.generator)
+        for i, model in enumerate(composition.models):
+            if k := int((choice == i).sum()):
+                for progress in self._part(model, k, settings):
+                    if progress.samples is None:
+                        yield progress
+                    else:
+                        part = progress.samples
+                x.append(part.x)
+                steps = max(steps, part.diagnostics.steps)
+                notes += [f"{model}: {part.verdict}"] if model.models else []
+        seed = None if settings.generator is None else settings.generator.initial_seed()
+        said = {"road": "a model picked per sample", "formula": str(composition), "steps": steps, "seed": seed, "notes": notes}
+        diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0)
+        samples = composition.result(in_order(x, choice), None, diagnostics)
+        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
+
+
+def _weighted(model: BaseModel) -> bool:
+    """Whether sampling this takes a population with weights, anywhere in it."""
+    if not model.models:
+        return False
+    picked = isinstance(model.formula, Mixture) or model.is_one_model  # type: ignore[attr-defined]
+    return any(map(_weighted, model.models)) if picked else True
+
+
+def picks(composition: BaseModel, n: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Which model of a mixture each of n samples is from."""
+    device = "cpu" if generator is None else generator.device
+    weights = torch.tensor(composition.formula.weights, dtype=torch.float64, device=device)  # type: ignore[attr-defined]
+    return torch.multinomial(weights, n, replacement=True, generator=generator).cpu()
+
+
+def in_order(parts: list[torch.Tensor], choice: torch.Tensor) -> torch.Tensor:
+    """The samples of the parts, which come model by model, in the order of the choices."""
+    x = torch.cat(parts)
+    return x[choice.argsort(stable=True).argsort().to(x.device)]

@@ -1,0 +1,259 @@
+"""Samples: they slice, join, move, and are kept in one file that is read back without their models."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sculpt import preview
+from sculpt.contents import VERSION, find
+from sculpt.diagnostics import Diagnostics, Verdict
+from sculpt.files import read_tensors_and_metadata, replace_file
+
+if TYPE_CHECKING:
+    from sculpt.model import BaseModel
+
+__all__ = ["Samples", "check_name", "pixels"]
+
+S = TypeVar("S", bound="Samples")
+
+FORMAT = 1
+
+
+def pixels(x: Tensor) -> Tensor:
+    """Images in [0, 1] from images in [-1, 1]."""
+    return (x / 2 + 0.5).clamp(0, 1)
+
+
+def _lost(x: Tensor) -> Tensor:
+    raise ValueError(
+        "These samples were read back without their model, which decodes them. Pass it, Samples.load(path, model=model), or call "
+        "model.decode(samples.x)."
+    )
+
+
+_DECODERS: dict[str, Callable[[Tensor], Tensor] | None] = {"": None, "pixels": pixels, "model": _lost}
+
+
+@dataclass(repr=False, eq=False)
+class Samples:
+    """n samples and what is known about them.
+
+    They slice, ``cat``, move, save, load and pickle; a decoder that needs its model stays behind with the model.
+
+    Args:
+        x: the samples, along the first axis.
+        log_weights: ``None`` for equally weighted samples (the default everywhere), or the particles' normalised log-weights.
+        diagnostics: of the run.
+        decoder: from x to what a person looks at; ``None`` where that is x.
+    """
+
+    x: Tensor
+    log_weights: Tensor | None = None
+    diagnostics: Diagnostics = field(default_factory=lambda: Diagnostics(road=""))
+    decoder: Callable[[Tensor], Any] | None = None
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """What else there is for each sample, such as SMILES: cached lists that go wherever the samples go."""
+
+    def __post_init__(self) -> None:
+        if self.log_weights is not None and len(self.log_weights) != len(self.x):
+            raise ValueError(f"Got {len(self.log_weights)} log-weights for {len(self.x)} samples; expected one for each.")
+
+    @property
+    def log_z(self) -> float | None:
+        """The estimate of the target's log-normaliser, ``None`` on roads that give none."""
+        return self.diagnostics.log_z
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far the samples may be trusted."""
+        return self.diagnostics.verdict
+
+    def decode(self) -> Any:
+        """What a person looks at: images in [0, 1] for pixel models, decoded latents, molecules."""
+        return self.x if self.decoder is None else self.decoder(self.x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    # Parts, joins, places
+
+    def __getitem__(self: S, index: int | slice | Sequence[int] | Tensor) -> S:
+        """Some of the samples: a number, a slice, a list of numbers, or a mask."""
+        rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
+        log_w = None if self.log_weights is None else torch.log_softmax(self.log_weights[rows.to(self.x.device)], 0)
+        part = dataclasses.replace(self, x=self.x[rows.to(self.x.device)], log_weights=log_w)
+        part._keep({name: [values[i] for i in rows.tolist()] for name, values in self._kept().items()})
+        return part
+
+    @classmethod
+    def cat(cls, parts: Sequence[S]) -> S:
+        """Samples of several runs, one after another; weighted ones count as much as their run's Z says, where every run has one."""
+        if not parts:
+            raise ValueError("There is nothing to put together: pass a list of samples.")
+        if wrong := [part for part in parts if type(part) is not type(parts[0]) or part.x.shape[1:] != parts[0].x.shape[1:]]:
+            got = [f"{type(part).__name__} of {tuple(part.x.shape[1:])}" for part in (parts[0], wrong[0])]
+            raise ValueError(f"Only samples of one kind and shape go together, got {got[0]} and {got[1]}.")
+        log_w = _joined_weights(parts) if any(part.log_weights is not None for part in parts) else None
+        diagnostics = Diagnostics.join([part.diagnostics for part in parts])
+        whole = type(parts[0])(torch.cat([part.x for part in parts]), log_w, diagnostics, parts[0].decoder)
+        kept = [part._kept() for part in parts]
+        whole._keep({name: [v for part in kept for v in part[name]] for name in kept[0] if all(name in part for part in kept)})
+        return whole
+
+    def to(self: S, *args: Any, **kwargs: Any) -> S:
+        """The samples on another device, or of another dtype: as :meth:`torch.Tensor.to`."""
+        x = self.x.to(*args, **kwargs)
+        log_w = None if self.log_weights is None else self.log_weights.to(x.device)
+        new = dataclasses.replace(self, x=x, log_weights=log_w)
+        new._keep(self._kept())
+        return new
+
+    def _kept(self) -> dict[str, list[Any]]:
+        return {name: vars(self)[name] for name in self.columns if name in vars(self)}
+
+    def _keep(self, columns: dict[str, list[Any]]) -> None:
+        vars(self).update(columns)
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.safetensors`` (everything; :meth:`load` reads it), ``.npz`` (the arrays), or a picture, ``.png``: all of it or nothing."""
+        path = Path(path)
+        check_name(path, (".safetensors", ".npz", ".png"))
+        if path.suffix == ".png":
+            kind, picture = self.picture(most=len(self))
+            if kind != "png":
+                raise ValueError(
+                    f"There is no picture of samples of shape {tuple(self.x.shape[1:])}. Write .npz or .safetensors."
+                )
+            return replace_file(path, picture)
+        tensors = {"x": self.x.detach().cpu().contiguous()}
+        if self.log_weights is not None:
+            tensors["log_weights"] = self.log_weights.detach().cpu().contiguous()
+        about = json.dumps(self._about())
+        if path.suffix == ".npz":
+            import numpy as np
+
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, about=np.array(about), **{name: value.numpy() for name, value in tensors.items()})
+            return replace_file(path, buffer.getvalue())
+        from safetensors.torch import save
+
+        replace_file(path, save(tensors, {"sculpt": about}))
+
+    def _about(self) -> dict[str, Any]:
+        self._complete()
+        decoder = next((name for name, known in _DECODERS.items() if known is self.decoder), "model")
+        said = {"formula": self.diagnostics.formula, "verdict": str(self.verdict), "seed": self.diagnostics.seed}
+        head = {"format": FORMAT, "version": VERSION, "class": type(self).__name__, "decoder": decoder, **said}
+        return head | {"diagnostics": dataclasses.asdict(self.diagnostics), "columns": self._kept()}
+
+    def _complete(self) -> None:
+        """Compute the columns, before the model that they come from is out of reach."""
+        for name in self.columns:
+            getattr(self, name)
+
+    @staticmethod
+    def load(path: str | Path, model: BaseModel | None = None) -> Samples:
+        """Read what :meth:`save` wrote as ``.safetensors``. ``model`` decodes again what only it can decode."""
+        path = Path(path)
+        tensors, metadata = read_tensors_and_metadata(path)
+        try:
+            about = json.loads(metadata["sculpt"])
+            form, by = about["format"], about["version"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path} is not a file of samples: it was not written by Samples.save.") from None
+        if form != FORMAT:
+            raise ValueError(
+                f"{path} was written by sculpt {by} in format {form}, this sculpt ({VERSION}) reads format {FORMAT}. Read it with that "
+                "version, or sample again."
+            )
+        try:
+            cls, decoder = find(about["class"], Samples), _DECODERS[about["decoder"]]
+            diagnostics = _diagnostics(about["diagnostics"])
+            samples = cls(tensors["x"], tensors.get("log_weights"), diagnostics, decoder)
+            columns = {name: about["columns"][name] for name in cls.columns}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: what it says of its samples is not complete ({error!r}).") from None
+        if wrong := [
+            name for name, values in columns.items() if not (isinstance(values, list) and len(values) == len(samples))
+        ]:
+            raise ValueError(f"{path} is damaged: its {wrong[0]} do not belong to {len(samples)} samples.")
+        samples._keep(columns)
+        if model is not None:
+            samples.decoder = model.decoder
+        return samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._complete()
+        kept = self.decoder if any(known is self.decoder for known in _DECODERS.values()) else _lost
+        names = [f.name for f in dataclasses.fields(self)]
+        return {name: vars(self)[name] for name in names} | self._kept() | {"decoder": kept}
+
+    # Pictures
+
+    def picture(self, most: int = 64) -> tuple[Literal["png", "svg+xml", "text"], bytes]:
+        """The samples as a person looks at them: the kind of picture, and its bytes.
+
+        Args:
+            most: how many images to show.
+        """
+        from sculpt import plots
+
+        shown = self.decode()
+        if isinstance(shown, Tensor) and shown.ndim == 4 and shown.shape[1] in (1, 3):
+            return "png", plots.png(plots.image_grid(shown[:most], title=self.diagnostics.formula))
+        if isinstance(shown, Tensor) and shown.ndim == 2 and shown.shape[1] >= 2 and _in_plane(shown):
+            of = self.diagnostics.formula if shown.shape[1] == 2 else f"the first two of {shown.shape[1]} coordinates"
+            return "png", plots.png(plots.points2d(shown[:, :2], of))
+        rows = Counter(str(x.tolist()) if isinstance(x, Tensor) else str(x) for x in shown).most_common(12)
+        return "text", "\n".join(f"{count:>6} ×  {x:.100}" for x, count in rows).encode()
+
+    def _repr_html_(self) -> str:
+        try:
+            body = preview.embedded(*self.picture())
+        except ValueError as error:
+            body = f"<i>{html.escape(str(error))}</i>"
+        return f"{body}{preview.box(str(self.verdict), self.verdict.trust)}{preview.table(self.diagnostics.rows())}"
+
+    def __repr__(self) -> str:
+        weighted = "equally weighted" if self.log_weights is None else "weighted"
+        return f"{type(self).__name__}({len(self)} × {tuple(self.x.shape[1:])}, {weighted})\n{self.diagnostics}"
+
+
+def check_name(path: Path, endings: Sequence[str]) -> None:
+    """Raise before the work where a file of this name cannot be written."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; pass the file to write.")
+    if path.suffix not in endings:
+        raise ValueError(f"Cannot write {path.name}: expected a name that ends in {', '.join(endings)}.")
+
+
+def _in_plane(x: Tensor) -> bool:
+    """Vectors, and the cells of a grid in two dimensions."""
+    return x.is_floating_point() or (x.shape[1] == 2 and int(x.min()) >= 0)
+
+
+def _joined_weights(parts: Sequence[Samples]) -> Float[Tensor, "n"]:
+    own = [torch.full((len(p),), -math.log(len(p))) if p.log_weights is None else p.log_weights for p in parts]
+    every = [part.log_z is not None and part.diagnostics.particles is not None for part in parts]
+    z = [part.log_z + math.log(part.diagnostics.particles) if all(every) else math.log(len(part)) for part in parts]  # type: ignore[operator, arg-type]
+    return torch.log_softmax(torch.cat([w.double().to(own[0].device) + z_k for w, z_k in zip(own, z, strict=True)]), 0)
+
+
+def _diagnostics(said: dict[str, Any]) -> Diagnostics:
+    return Diagnostics(**(said | {"parts": [_diagnostics(part) for part in said["parts"]]}))

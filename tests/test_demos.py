@@ -1,0 +1,75 @@
+"""The demos: what they write and print, and that their exact models are exact. Those of shipped models are tested with the models."""
+
+import sys
+
+import pytest
+import torch
+
+from sculpt.apps.demos.common import PRETRAINED, markdown, modules, pretrained
+from sculpt.apps.demos.discs import discs, run
+
+
+def test_the_demo_of_discs_writes_its_picture_and_its_table(tmp_path, capsys):
+    rows = run(tmp_path, n=200, fit_steps=10, samples=500)
+    assert {row["road"] for row in rows} == {"guided", "corrected", "tracked", "rejection"}
+    assert len(rows) == 12
+    for row in rows:
+        assert 0 < row["error"] < (0.8 if row["road"] in ("guided", "corrected") else 1.4 * row["floor"] + 0.1)
+        assert row["road"] in ("guided", "corrected") or abs(row["log_z"] - row["exact_log_z"]) < 0.5
+        assert row["verdict"] == "exact" or row["road"] != "rejection"
+    assert (tmp_path / "compositions.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_the_models_of_the_demo_are_exact():
+    """Three schedules, one denoiser: the score is the gradient of the log-density."""
+    z = torch.randn(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for model in discs():
+        disc = model.model.disc
+        for s in (0.05, 0.7, 5.0):
+            wide = type(disc)((0.0, 0.0))
+            wide.means, wide.variance = disc.means, disc.variance + s**2
+            x = z.clone().requires_grad_()
+            (score,) = torch.autograd.grad(wide.log_prob(x).sum(), x)
+            torch.testing.assert_close(model.denoise(z, s), z + s**2 * score, rtol=1e-3, atol=1e-3)
+
+
+def test_modules_of_a_folder_leave_the_interpreter_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / "judge.py").write_text("import sys\nsys.path.append('somewhere')\nimport helper\nname = helper.name\n")
+    (tmp_path / "helper.py").write_text("name = 'of the folder'\n")
+    mine = object()
+    monkeypatch.setitem(sys.modules, "helper", mine)  # somebody's own module of the same name
+    path, known = list(sys.path), set(sys.modules)
+    (judge,) = modules(tmp_path, "judge")
+    assert judge.name == "of the folder"
+    assert sys.path == path and set(sys.modules) == known and sys.modules["helper"] is mine
+    (tmp_path / "judge.py").write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        modules(tmp_path, "judge")
+    assert sys.path == path and set(sys.modules) == known
+
+
+def test_models_that_are_not_there_say_where_they_come_from(monkeypatch, tmp_path):
+    assert (PRETRAINED.parent / "sculpt").is_dir()
+    monkeypatch.setattr("sculpt.apps.demos.common.PRETRAINED", tmp_path)
+    with pytest.raises(ValueError, match="no triple in .*digits: the demo runs in a clone of the repository"):
+        pretrained("digits", "triple")
+
+
+def test_a_table_reads_well_and_is_markdown():
+    assert markdown([["", "x"], ["road", "1"]]) == "|      | x |\n| ---- | - |\n| road | 1 |"
+
+
+@pytest.mark.slow
+def test_the_demo_of_molecules_compares_both_roads_with_the_policies(tmp_path, capsys):
+    from sculpt.apps.demos.molecules import run as molecules
+
+    rows = molecules(tmp_path, n=50)
+    assert [row["name"] for row in rows] == ["seh", "sa", "seh & sa, guided", "seh & sa, tracked"]
+    seh, sa, *both = (row["high all"] for row in rows)
+    assert min(both) > max(seh, sa)
+    assert [row["verdict"] for row in rows] == ["", "", "sound", "sound"]
+    assert len((tmp_path / "molecules.smi").read_text().splitlines()) == 50
+    assert (tmp_path / "molecules.md").read_text().strip() in capsys.readouterr().out
+    for name in ("molecules.png", "molecules-density.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

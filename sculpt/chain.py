@@ -29,7 +29,7 @@ S = TypeVar("S", bound="State")
 class State:
     """What a chain knows of its particles. A subclass is a dataclass of tensors, particles first; tuples of tensors, States and ``None`` may be among them.
 
-    It is indexed, concatenated and written as a whole, so whatever a chain carries along is selected with its particle.
+    It is indexed and concatenated as a whole, so whatever a chain carries along is selected with its particle.
     """
 
     def __post_init__(self) -> None:
@@ -46,10 +46,6 @@ class State:
 
     def __getitem__(self: S, index: Any) -> S:
         return self._map(lambda part: part[index])
-
-    def write(self, index: Int[Tensor, "k"], other: State) -> None:
-        """Put another state's particles in these places."""
-        self._map(lambda part, new: part.index_copy_(0, index, new), other)
 
     @staticmethod
     def cat(states: Sequence[S]) -> S:
@@ -201,19 +197,20 @@ def run(
     yield Progress(title, 0, chain.length, 0, N)
     with torch.no_grad():  # never around a yield: gradients would be off in the caller too
         state, increment = chain.start(N, generator)
+    flock = _Flock(state, population.log_w.device)
     while True:
         if increment is not None:
-            population.reweight(increment)
+            population.reweight(flock.spread(increment))
             if (index := population.resample()) is not None:
-                state = state[index]
-        step, going = step + 1, ~chain.done(state)
-        left = int(going.sum())
+                flock.select(index)
+        step, left = step + 1, flock.retire(chain)
         yield Progress(title, step, chain.length, N - left, N, population.effective)
         if not left:
             break
-        state, increment = _advance(chain, state, going if left < N else None, population.log_w, generator)
+        with torch.no_grad():
+            increment = flock.advance(chain, population.log_w, generator)
     with torch.no_grad():
-        x, increment = chain.end(state, population.log_w, generator)
+        x, increment = chain.end(flock.everyone(), population.log_w, generator)
     if increment is not None:
         population.reweight(increment)
     if population.lost:
@@ -230,22 +227,44 @@ def run(
     yield Progress(title, diagnostics.steps, chain.length, N, N, population.effective, samples)
 
 
-@torch.no_grad()
-def _advance(
-    chain: Chain, state: State, going: Tensor | None, log_w: Tensor, generator: torch.Generator | None
-) -> tuple[State, Tensor | None]:
-    """One step of the particles that have not ended, in parts. Those that have keep their place and their weight."""
-    if chain.whole or (going is None and len(state) <= chain.batch_size):
-        return chain.step(state, log_w, generator)
-    increments: Tensor | None = None
-    everyone = torch.arange(len(state), device=log_w.device) if going is None else going.nonzero()[:, 0]
-    for part in everyone.split(chain.batch_size):
-        new, increment = chain.step(state[part], log_w[part], generator)
-        state.write(part, new)
-        if increment is not None:
-            increments = torch.zeros_like(log_w) if increments is None else increments
-            increments[part] = increment.to(increments)
-    return state, increments
+class _Flock:
+    """The particles of a run: those that go on, in their places, and those that have ended."""
+
+    def __init__(self, state: State, device: torch.device):
+        self.state, self.n, self.device = state, len(state), device
+        self.rows, self.ended = torch.arange(self.n, device=device), []  # type: ignore[var-annotated]
+
+    def everyone(self) -> State:
+        """All of them, each in its place."""
+        if not self.ended:
+            return self.state
+        rows, states = zip(*self.ended, (self.rows, self.state), strict=True)
+        return State.cat(states)[torch.cat(rows).argsort()]
+
+    def select(self, index: Int[Tensor, "n"]) -> None:
+        """Survivors take the places of all; some of those that had ended may be there several times."""
+        self.state, self.ended, self.rows = self.everyone()[index], [], torch.arange(self.n, device=self.device)
+
+    def retire(self, chain: Chain) -> int:
+        """Take those that are done out of the way; how many go on."""
+        done = chain.done(self.state)
+        (stop,), (go,) = done.nonzero(as_tuple=True), (~done).nonzero(as_tuple=True)
+        if len(stop) and not chain.whole:
+            self.ended.append((self.rows[stop], self.state[stop]))
+            self.rows, self.state = self.rows[go], self.state[go]
+        return len(go)
+
+    def advance(self, chain: Chain, log_w: Float[Tensor, "n"], generator: torch.Generator | None) -> Tensor | None:
+        """One step of those that go on, in parts; what is added to their log-weights."""
+        size, log_w = self.n if chain.whole else chain.batch_size, log_w[self.rows] if self.ended else log_w
+        self.state, increment = in_parts(lambda state, log_w: chain.step(state, log_w, generator), size, self.state, log_w)
+        return increment
+
+    def spread(self, increment: Float[Tensor, "k"]) -> Float[Tensor, "n"]:
+        """Increments of those that went on, and zero for the others."""
+        if not self.ended:
+            return increment
+        return torch.zeros(self.n, dtype=torch.float64, device=self.device).index_copy(0, self.rows, increment.double())
 
 
 def _select(population: Population, x: Tensor, n: int, resample: bool) -> tuple[Tensor, Tensor | None]:
@@ -266,14 +285,17 @@ def _population_size(chain: Chain, n: int, particles: int | None) -> int:
 
 
 def in_parts(function: Callable[..., Any], batch_size: int, *values: Any) -> Any:
-    """A function of tensors or States over a population, in parts that fit; what it gives, a tensor or a tuple of them, is joined again."""
+    """A function of tensors or States over a population, in parts that fit; what it gives, one of them or a tuple, is joined again."""
     n = len(values[0])
     if n <= batch_size:
         return function(*values)
     parts = [function(*(value[i : i + batch_size] for value in values)) for i in range(0, n, batch_size)]
-    if isinstance(parts[0], tuple):
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    return torch.cat(parts)
+    return tuple(map(_join, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else _join(parts)
+
+
+def _join(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    return State.cat(parts) if isinstance(first, State) else None if first is None else torch.cat(list(parts))
 
 
 def watch(progress: Iterator[Progress], show: bool = True) -> Samples:

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from gflownet_models import ENVIRONMENTS, Stairs, arbitrary, correct, furthest, guide, network_policy, perfect, track, unchecked
 
 import sculpt
+from sculpt.actions.chains import ActionChain
 from sculpt.actions.states import distinct, draw
 from sculpt.chain import Settings
 from sculpt.classifier.guide import Guide
@@ -36,18 +38,19 @@ def test_rollouts_sample_the_terminal_distribution(name):
 def test_trajectories_follow_the_rules_from_the_start_to_the_exit():
     (model,) = arbitrary(Stairs(), 1)
     chain, generator = model.chain(Settings()), seeded()
-    state, log_w = chain.start(500, generator)
-    assert (state.states == 0).all() and log_w is None
-    while (going := ~chain.done(state)).any():
-        before = state[going]
-        after, _ = chain.step(before, torch.zeros(len(before)), generator)
-        climbed = (after.states - before.states)[:, 0]
-        actions = torch.where(after.going, climbed - 1, 3)
-        assert torch.equal(climbed > 0, after.going)
+    before, log_w = chain.start(500, generator)
+    assert (before.states == 0).all() and log_w is None
+    ended = []
+    while len(before):
+        after, log_w = chain.step(before, torch.zeros(len(before)), generator)
+        climbed, done = (after.states - before.states)[:, 0], chain.done(after)
+        actions = torch.where(done, 3, climbed - 1)
+        assert torch.equal(climbed == 0, done) and log_w is None
         assert model.env.states_from_tensor(before.states).forward_masks.gather(1, actions[:, None]).all()
-        state.write(going.nonzero()[:, 0], after)
-    x, log_w = chain.end(state, torch.zeros(500), generator)
-    assert (x >= 3).all() and len(x) == 500 and log_w is None
+        ended.append(chain.end(after[done], torch.zeros(int(done.sum())), generator)[0])
+        before = after[~done]
+    x = torch.cat(ended)
+    assert (x >= 3).all() and len(x) == 500
 
 
 def test_the_same_seed_gives_the_same_samples_and_the_global_generator_is_left_alone():
@@ -72,11 +75,37 @@ def test_actions_of_probability_zero_are_never_drawn():
     assert (actions[:, 0] == 1).all() and set(actions[:, 1].tolist()) == {0, 2}
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("total", [1.0, 0.9])
+def test_a_draw_at_the_edge_of_its_range_is_an_action_with_probability(u, total, monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **options: torch.full(size, u, dtype=torch.float64))
+    log_p = torch.tensor([[0.0, 0.3 * total, 0.7 * total, 0.0]], dtype=torch.float64).log()
+    assert draw(log_p, torch.zeros(1, dtype=torch.long)).tolist() == [2 if u else 1]
+
+
 @pytest.mark.parametrize("states", [torch.randint(-2, 3, (400, 4)), torch.randint(0, 2, (400, 5)).float(), torch.randn(50, 2)])
 def test_distinct_states_give_back_every_row(states):
     states = states[torch.randint(len(states), (1000,))]
     unique, rows = distinct(states)
     assert torch.equal(unique[rows], states) and len(unique) == len(torch.unique(states, dim=0))
+
+
+def test_distinct_states_are_distinct_whatever_their_hashes(monkeypatch):
+    assert len(distinct(torch.tensor([[0.0, 1.0], [-0.0, 1.0]]))[0]) == 1
+    monkeypatch.setattr("sculpt.actions.states.state_keys", lambda states: torch.zeros(len(states), dtype=torch.long))
+    unique, rows = distinct(torch.tensor([[3], [1], [3]]))
+    assert unique.tolist() == [[1], [3]] and rows.tolist() == [1, 0, 1]
+
+
+def test_no_more_trajectories_go_through_a_network_than_the_batch_size_says(monkeypatch):
+    p, q = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    classifier, seen, step = exact.ExactClassifier([p, q]), [], ActionChain.step
+    monkeypatch.setattr(ActionChain, "step", lambda self, state, *rest: seen.append(len(state)) or step(self, state, *rest))
+    guided = [sculpt.Guided(classifier, correct=correct) for correct in (False, True, "densities")]
+    for model, road in [(p, None), (p & q, None), *((p & q, road) for road in guided)]:
+        seen.clear()
+        assert len(model.sample(50, road, batch_size=7, generator=seeded())) == 50
+        assert max(seen) == 7 and sum(seen) >= 50
 
 
 # Tracked densities
@@ -92,6 +121,7 @@ FORMULAS = [
     Mixture((0.2, 0.8)),
     Nested(CONTRAST, [HARMONIC, Mixture([1.0])], [(0, 1), (1,)], [-0.7, 0.0]),
     Nested(HARMONIC, [Product((1.0, 1.0)), Mixture([1.0])], [(0, 1), (0,)], [-3.0, 0.0]),
+    Nested(Product((0.5, 1.0)), [HARMONIC, Mixture([1.0])], [(0, 1), (1,)], [-1.5, 0.0]),
 ]
 
 
@@ -138,21 +168,52 @@ def test_base_models_whose_flows_do_not_balance_say_by_how_much():
     ps = arbitrary(ENVIRONMENTS["grid-2d"](), 2)
     (note,) = track(HARMONIC, ps, 100, generator=seeded()).diagnostics.notes
     assert "path ratios to one state differ" in note and "p0" in note and "unconverged base model" in note
-    assert track(HARMONIC, perfect(ENVIRONMENTS["grid-2d"](), 2), 100, generator=seeded()).diagnostics.notes == []
+    exact_flows = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    assert track(HARMONIC, exact_flows, 100, generator=seeded()).diagnostics.notes == []
+    graph, noise = exact.dag(ps[0]), 0.01 * torch.randn(36, 3, dtype=torch.float64, generator=seeded())
+    nearly = exact.TablePolicy(graph, (exact_flows[0].log_pf(graph.states) + noise).log_softmax(-1))
+    (note,) = track(
+        HARMONIC, [GFlowNet(ps[0].env, nearly, name="nearly"), exact_flows[1]], 100, generator=seeded()
+    ).diagnostics.notes
+    assert "nearly 0.0" in note and "unconverged" not in note
+
+
+def leaves(env, **supports):
+    """Models that are uniform over these leaves of a tree."""
+    inside = {name: torch.tensor(leaves) for name, leaves in supports.items()}
+    return [
+        exact.solve(env, lambda s, i=i: torch.where(torch.isin(s[:, 0], i), 0.0, -torch.inf), name=n) for n, i in inside.items()
+    ]
 
 
 def test_particles_stay_where_all_models_come_and_an_empty_composition_says_so():
-    env = ENVIRONMENTS["tree"]()
-    supports = {"left": lambda s: s < 27, "right": lambda s: s >= 23, "far": lambda s: s >= 29}
-    left, right, far = (
-        exact.solve(env, lambda s, inside=inside: torch.where(inside(s[:, 0]), 0.0, -torch.inf), name=name)
-        for name, inside in supports.items()
-    )
+    left, right, far = leaves(ENVIRONMENTS["tree"](), left=range(15, 27), right=range(23, 31), far=range(29, 31))
     samples = (left & right).sample(4000, generator=seeded())
     target = exact.target(HARMONIC, [exact.terminal_distribution(left), exact.terminal_distribution(right)])
     assert set(samples.x[:, 0].tolist()) == {23, 24, 25, 26} and error(samples, left, target) < furthest(4, 4000)
     with pytest.raises(FloatingPointError, match="weight zero"):
         (left & far).sample(100, generator=seeded())
+
+
+def test_particles_that_are_led_to_a_dead_end_have_weight_zero():
+    """Both models come to the parent of 23 and 24, and there they part."""
+    weighted = {"threshold": 0.0, "resample": False}
+    p, q = leaves(ENVIRONMENTS["tree"](), p=[23, 25], q=[24, 25])
+    target = exact.target(HARMONIC, [exact.terminal_distribution(p), exact.terminal_distribution(q)])
+    for road in (sculpt.Tracked(**weighted), sculpt.Guided(Gullible(), correct="densities", **weighted)):
+        samples = (p & q).sample(2000, road, generator=seeded())
+        assert error(samples, p, target) < 1e-12 and samples.diagnostics.notes == []
+        assert (
+            set(samples.x[:, 0].tolist()) >= {23, 25}
+            and abs(samples.log_z - math.log(0.25)) < 5 * samples.diagnostics.log_z_error
+        )
+
+
+def test_a_mixture_goes_on_where_any_of_its_models_does():
+    p, q = leaves(ENVIRONMENTS["tree"](), p=[15, 16], q=[29])
+    target = exact.target(Mixture((0.3, 0.7)), [exact.terminal_distribution(p), exact.terminal_distribution(q)])
+    samples = track(Mixture((0.3, 0.7)), [p, q], 4000, generator=seeded())
+    assert error(samples, p, target) < furthest(3, 4000)
 
 
 # Corrections
@@ -188,6 +249,20 @@ def test_a_correction_makes_a_confused_classifier_exact(posterior):
     assert abs(samples.log_z - float(log_z)) < 5 * samples.diagnostics.log_z_error
 
 
+class Gullible(Guide):
+    """All labels are possible everywhere."""
+
+    m, observations = 2, 2
+
+    def terminal(self, x):
+        return torch.full((len(x), 2), math.log(0.5), dtype=torch.float64)
+
+    marginal = terminal
+
+    def log_h(self, *state, labels, odds=None):
+        return self.terminal(state[0])[:, 0]
+
+
 class Ignorant(Confused):
     """Wrong at the end of trajectories too."""
 
@@ -214,7 +289,28 @@ def test_the_models_densities_correct_an_ignorant_classifier(name, posterior):
     assert samples.diagnostics.road == "classifier, anchored form, corrected by densities"
 
 
-def test_densities_of_models_with_backward_policies_of_their_own():
+def test_a_correction_by_densities_selects_at_the_end_alone_unless_told_otherwise():
+    ps = perfect(ENVIRONMENTS["grid-2d"](), 2)
+
+    guided = guide(Posterior(2, (0, 1), (0.95, 0.05)), ps, Ignorant(ps))
+
+    def ancestors(**threshold):
+        samples = correct(guided, 1, "densities", particles=2000, resample=False, generator=seeded(), **threshold)
+        assert min(samples.diagnostics.ess) < 1000
+        return samples.diagnostics.ancestors
+
+    assert ancestors() == 2000 and ancestors(threshold=0.5) < 2000
+
+
+def test_densities_correct_models_with_backward_policies_of_their_own():
+    env = ENVIRONMENTS["grid-2d"]()
+    ps = perfect(env, 2, backwards=[network_policy(env, seed=i, is_backward=True, scale=3.0) for i in range(2)])
+    target = exact.target(HARMONIC, [exact.terminal_distribution(p) for p in ps])
+    samples = correct(guide(HARMONIC, ps, Ignorant(ps)), 1, "densities", particles=40_000, resample=False, generator=seeded())
+    assert error(samples, env, target) < furthest(36, samples.diagnostics.ess[-1] / 3)
+
+
+def test_densities_of_models_whose_flows_do_not_balance_say_so():
     ps = arbitrary(ENVIRONMENTS["ebm"](), 2)
     samples = correct(guide(HARMONIC, ps, Ignorant(ps)), 1, "densities", particles=20_000, generator=seeded())
     assert any(note.startswith("path ratios") for note in samples.diagnostics.notes)
@@ -229,6 +325,26 @@ def test_the_exact_classifier_leaves_nothing_to_correct():
     ps = arbitrary(ENVIRONMENTS["ebm"](), 2)
     samples = correct(guide(HARMONIC, ps, exact.ExactClassifier(ps)), 200, resample=False, generator=seeded())
     torch.testing.assert_close(samples.log_weights, torch.full_like(samples.log_weights, -math.log(len(samples))))
+
+
+@pytest.mark.parametrize("correct", [False, True, "densities"])
+def test_log_z_is_the_targets_as_it_is_written_whatever_the_anchor(correct):
+    """With the exact classifier every trajectory has the same weight."""
+    p, q = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    composition, classifier = sculpt.harmonic_mean(p, q, odds=0.1), exact.ExactClassifier([p, q])
+    ell = torch.stack([exact.terminal_distribution(model) for model in (p, q)], -1).log()
+    for anchor in (0, 1):
+        road = sculpt.Guided(classifier, anchor=anchor, correct=correct)
+        samples = composition.sample(50, road, generator=seeded())
+        assert samples.log_z == pytest.approx(float(composition.formula.value(ell).logsumexp(0)), abs=1e-9)
+        as_the_anchor_sees_it = composition.anchored(anchor).value(ell).exp().sum()
+        assert samples.diagnostics.acceptance == pytest.approx(float(as_the_anchor_sees_it))
+
+
+def test_the_mixture_form_is_sampled_without_weights():
+    p, q = perfect(ENVIRONMENTS["grid-2d"](), 2)
+    samples = (p & q).sample(50, sculpt.Guided(exact.ExactClassifier([p, q]), form="mixture"), generator=seeded())
+    assert samples.diagnostics.road == "classifier, mixture form" and samples.diagnostics.particles is None
 
 
 def test_a_strength_of_guidance_is_for_gradients():
@@ -251,6 +367,11 @@ def test_what_cannot_be_corrected_says_so():
             sculpt.Guided(classifier, **option)
     with pytest.raises(ValueError, match="particles=10 cannot give n=20"):
         (p & q).sample(20, sculpt.Tracked(particles=10))
+    with pytest.raises(ValueError, match="p0 has no noise levels to run MCMC at"):
+        (p & q).sample(20, sculpt.Tracked(corrector=sculpt.MALA()))
+    for wrong in ({"steps": 10}, {"solver": object()}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: not an option of p0 ⊗ p1"):
+            (p & q).sample(20, **wrong)
 
 
 # Through the algebra
@@ -283,6 +404,17 @@ def test_a_mixture_picks_a_model_per_sample():
     assert error(samples, p, target) < furthest(len(target), 20_000)
 
 
+def test_the_path_back_from_a_sample_is_the_one_of_the_model_that_made_it():
+    env = ENVIRONMENTS["grid-2d"]()
+    p, q = perfect(env, 2, backwards=[None, network_policy(env, is_backward=True, scale=3.0)])
+    p.backtrack = q.backtrack  # p would go back another way
+    x = exact.dag(env).states
+    assert torch.equal(p.log_ratios([p, q], x, seeded()), p.log_ratios([p, q], x, seeded(), made_by=1))
+    (stairs,) = arbitrary(Stairs(), 1)
+    with pytest.raises(ValueError, match="samples of p0 cannot be traced back to their start: pass a classifier"):
+        stairs.log_ratios([stairs], torch.tensor([[5]]))
+
+
 def test_samples_decode_to_what_the_environment_makes_of_them():
     class Named(Stairs):
         def decode(self, x):
@@ -291,3 +423,44 @@ def test_samples_decode_to_what_the_environment_makes_of_them():
     env = Named()
     model = GFlowNet(env, exact.solve(env, lambda s: -s[:, 0].double()).policy)
     assert all(word.startswith("stair ") for word in model.sample(5, generator=seeded()).decode())
+
+
+class Dice(sculpt.ActionModel):
+    """Up to two rolls of a fair die, each of which may be the last. States: the number of rolls, and the last one."""
+
+    def __init__(self, name, faces=6, shape=(2,)):
+        self.name = self.key = name
+        self.n_actions, self.shape, self.device = faces + 1, shape, torch.device("cpu")
+
+    def start(self, n):
+        return torch.zeros(n, *self.shape, dtype=torch.long)
+
+    def log_pf(self, states):
+        allowed = torch.ones(len(states), self.n_actions, dtype=torch.bool)
+        allowed[states[:, 0] == 2, :-1] = False
+        return torch.where(allowed, 0.0, -torch.inf).double().log_softmax(-1)
+
+    def step(self, states, actions):
+        return torch.stack([states[:, 0] + 1, actions + 1], -1)
+
+
+def test_chains_of_actions_compose_where_they_have_the_same_actions_and_states():
+    class Loaded(Dice):
+        rules = "loaded"
+
+    p, scheduler = Dice("p"), DDPMScheduler()
+    assert len((p & Dice("q")).sample(10, generator=seeded())) == 10
+    others = {
+        "number of actions 7 on one side, 5 on the other": Dice("q", faces=4),
+        r"state shape \(2,\) on one side, \(3,\)": Dice("q", shape=(3,)),
+        "rules Dice on one side, loaded on the other": Loaded("q"),
+        "rules Dice on one side": arbitrary(Stairs(), 1)[0],
+        "p writes its samples action by action and q does not": sculpt.Diffusion(lambda x, t: x, scheduler, (2,), name="q"),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            p & other
+    with pytest.raises(ValueError, match="No default classifier network for p. Pass network="):
+        sculpt.fit([p, Dice("q")], steps=1, progress=False)
+    with pytest.raises(ValueError, match="samples of p cannot be traced back to their start"):
+        (p & Dice("q")).sample(3, sculpt.Rejection())

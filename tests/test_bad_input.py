@@ -61,7 +61,10 @@ def broken(where, name="broken", mixture=RINGS[0]):
         (lambda: (P & Q).sample(4, GUIDE, batch_size=0), "batch_size has to be at least 1, got 0"),
         (lambda: (P - Q).sample(4, batch_size=-1), "batch_size has to be at least 1, got -1"),
         # tracked densities and correction need a kernel of their own
-        (lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()), "solver: not an option of tracked densities, .* Leave it out"),
+        (
+            lambda: (P & Q).sample(4, solver=DPMSolverMultistepScheduler()),
+            "solver: not an option of tracked densities, .* Leave it out",
+        ),
         (
             lambda: (P & Q).sample(4, Guided(GUIDE, correct=True), solver=DPMSolverMultistepScheduler()),
             "DPMSolverMultistepScheduler gives none",

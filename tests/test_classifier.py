@@ -16,7 +16,7 @@ from sculpt.classifier.fit import Descent, _Judge
 from sculpt.classifier.guide import with_odds
 from sculpt.classifier.heads import Classifier, SetHead
 from sculpt.classifier.losses import cross_entropies
-from sculpt.classifier.store import Batch
+from sculpt.classifier.store import Batch, Draw
 from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
 from sculpt.diffusion.clock import noise_range
 from sculpt.diffusion.states import DiffusionStore
@@ -298,8 +298,8 @@ def path_losses(classifier, n=4000):
     path, scores = torch.zeros(2)
     for level in (0.3, 1.0, 3.0):  # the closed forms know one level at a time
         for part in range(10):
-            common = n // 10, generator(part), False, lambda u, level=level: torch.full_like(u, level)
-            path = path + store._path(classifier, *common, 0.0) / 10
+            common = Draw(n // 10, generator(part)), lambda u, level=level: torch.full_like(u, level)
+            path = path + store._path(classifier, *common) / 10
             scores = scores + store._scores(classifier, *common) / 10
     return path, scores
 
@@ -344,10 +344,10 @@ def test_samples_that_a_composition_cannot_want_are_no_division_by_zero():
             return torch.log_softmax(500 * torch.stack([x[:, 0].sign(), -x[:, 0].sign()], -1), -1)
 
     store = DiffusionStore([P, Q], data=draws(RINGS[:2], 100), path=True)
-    common = 50, generator(), False, lambda u: torch.full_like(u, 0.02)
+    common = Draw(50, generator()), lambda u: torch.full_like(u, 0.02)
     for certain in (Certain(), Certain(2.0)):
         store.refresh(certain, generator())
-        assert store._path(certain, *common, 0.0).isfinite()
+        assert store._path(certain, *common).isfinite()
 
 
 def test_gradients_are_trained_where_samples_are_large_and_a_network_without_second_derivatives_is_refused():
@@ -441,7 +441,7 @@ def test_five_models_and_four_observations_take_the_same_path_as_two_and_two():
 
 
 def test_training_states_are_the_samples_re_noised_over_all_levels_that_sampling_visits():
-    batch = DiffusionStore([P, Q], data=draws(RINGS[:2], 1000)).draw(2000, generator())
+    batch = DiffusionStore([P, Q], data=draws(RINGS[:2], 1000)).draw(Draw(2000, generator()))
     z, s = batch.states
     low, high = noise_range([P, Q])
     assert s.min() < 1.01 * low and s.max() > 0.95 * high and (s >= 0.999 * low).all() and (s <= 1.001 * high).all()
@@ -465,7 +465,7 @@ def test_held_out_samples_are_never_trained_on():
     held = {tuple(row) for part in store.pool.held_out for row in part.tolist()}
     assert held and not seen & held and len(seen | held) == 40
     for held_out, allowed in ((False, seen), (True, held)):
-        assert {tuple(row) for row in store.draw(200, generator(), held_out=held_out).x.tolist()} <= allowed
+        assert {tuple(row) for row in store.draw(Draw(200, generator(), held_out=held_out)).x.tolist()} <= allowed
 
 
 def test_samples_of_the_base_models_are_drawn_once_when_there_is_no_data(monkeypatch):
@@ -493,7 +493,7 @@ def test_the_image_backbone_takes_any_size_and_gives_a_state_and_a_finished_samp
 
 
 def test_the_order_of_the_models_is_irrelevant():
-    classifier = Classifier(small(), [Q.key, R.key, P.key], 3)
+    classifier = Classifier(small(), [Q.key, R.key, P.key], 3, odds=True)
     for labels, odds in (((0, 1, 2), None), ((2, 0, 0), (0.5, 0.2, 0.3)), ((1, 1), (0.5, 0.2, 0.3))):
         for order in itertools.permutations(range(3)):
             models = [MODELS[i] for i in order]

@@ -82,10 +82,28 @@ def test_the_weights_of_a_guided_path_are_those_of_the_two_gaussian_kernels(stre
         kappa = 1 - (s_next / s) ** 2
         z = before.z.double()
         own, guided = (z + kappa * (end - z) for end in (D[:, 0], D.sum(1)))
-        kernels = [torch.distributions.Normal(mean, s_next * kappa.sqrt()).log_prob(state.z.double()).sum(1) for mean in (own, guided)]
+        kernels = [
+            torch.distributions.Normal(mean, s_next * kappa.sqrt()).log_prob(state.z.double()).sum(1) for mean in (own, guided)
+        ]
         h_ratio = GUIDE.log_h(state.z, s_next.expand(n), labels=(0, 1), odds=None) - before.log_h
         torch.testing.assert_close(increment, h_ratio + kernels[0] - kernels[1], rtol=1e-3, atol=1e-3)
         assert increment.abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_corrected_path_ends_with_its_anchors_own_denoising_and_the_terminal_head_has_the_last_word():
+    for corrected in (False, True):
+        chain, g = guided_chain(4, corrected), generator(1)
+        state, log_w = chain.start(50, g)
+        state, _ = chain.step(state, log_w, g)  # far from the end, where guidance still adds a good deal
+        x, increment = chain.end(state, log_w, g)
+        own = P.denoise(state.z, chain.levels[1])
+        if corrected:
+            torch.testing.assert_close(x, own)
+            torch.testing.assert_close(increment, GUIDE.log_h_terminal(own, labels=(0, 1)) - state.log_h)
+        else:
+            assert increment is None and (x - own).abs().mean() > 0.05
+            torch.testing.assert_close(x, (P & Q).guided(GUIDE).denoise(state.z, chain.levels[1]))
 
 
 def test_what_a_particle_remembers_is_selected_with_it(monkeypatch):
@@ -110,7 +128,7 @@ def test_what_a_particle_remembers_is_selected_with_it(monkeypatch):
         for name in ("D", "before", "log_h", "k"):
             assert torch.equal(getattr(state, name), getattr(out, name)[ancestor]), name
         assert torch.equal(out.before, earlier.D)
-    assert multiplied > 100
+    assert multiplied > 30
 
 
 # Tracked densities ------------------------------------------------------------------------------------------------------------------
@@ -130,7 +148,9 @@ def weighted_draws(target, n=40_000, seed=0):
 
 @pytest.mark.parametrize("v", [0.05, 1.0, 30.0])
 @pytest.mark.parametrize("mean", [0.0, 300.0])
-@pytest.mark.parametrize(("powers", "variances"), [((1.0,), (0.5,)), ((1.0, 1.0), (0.5, 1.2)), ((2.0, -0.5), (0.5, 1.2))], ids=str)
+@pytest.mark.parametrize(
+    ("powers", "variances"), [((1.0,), (0.5,)), ((1.0, 1.0), (0.5, 1.2)), ((2.0, -0.5), (0.5, 1.2))], ids=str
+)
 def test_the_estimated_variance_of_a_denoised_image_is_the_exact_one_of_gaussians(powers, variances, mean, v):
     models, a = [gaussian(mean, c) for c in variances], torch.tensor(powers, dtype=torch.float64)
     c = torch.tensor(variances, dtype=torch.float64)
@@ -155,8 +175,25 @@ def test_the_variance_of_a_step_is_that_of_the_exact_reverse_kernel_of_gaussians
     assert float(kernel_variance(10 * v, v, delta)) == pytest.approx(float(delta))
 
 
+@torch.no_grad()
+def test_a_tracked_step_has_the_exact_variance_where_the_weights_say_that_the_particles_are():
+    c, s, s_next, d = 0.5, 1.0, 0.3, 3
+    mixture = gaussian(0.2, c)
+    model = sculpt.EnergyModel(lambda z, s: -mixture.log_prob(z, s**2), (d,), s_min=0.01, name="gaussian")
+    chain = TrackedChain(Product([1.0]), [model], Settings(steps=2))
+    chain.levels = torch.tensor([s, s_next], dtype=torch.float64)
+    z, log_w = weighted_draws((0.2, c + s**2))
+    state = chains.Tracked(torch.zeros(len(z), dtype=torch.long), z, mixture.log_prob(z, s**2)[:, None])
+    delta = s**2 - s_next**2
+    miss = chain.step(state, log_w, generator(1))[0].z - z - delta * mixture.score(z, s**2)
+    exact = 1 / (1 / (c + s_next**2) + 1 / delta)
+    assert float(miss.var()) == pytest.approx(exact, rel=5 * 2 * math.sqrt(2 / (d * len(z))))
+
+
 def test_the_weights_of_one_model_tracked_by_itself_stay_one_to_the_last_digit():
-    samples = sculpt.product([P], [1.0]).sample(200, sculpt.Tracked(particles=200), steps=12, generator=generator(), progress=False)
+    samples = sculpt.product([P], [1.0]).sample(
+        200, sculpt.Tracked(particles=200), steps=12, generator=generator(), progress=False
+    )
     assert samples.log_z == pytest.approx(0, abs=1e-9)
     assert samples.diagnostics.ess == pytest.approx([200.0] * 12, abs=1e-6)
 
@@ -199,5 +236,4 @@ def test_in_the_limit_of_small_steps_the_weights_grow_as_the_scores_say(formula,
     a, H = formula.gradient(ell[first]), formula.hessian(ell[first])
     drift, inner = torch.einsum("ni,nix->nx", a, S), torch.einsum("nix,njx->nij", S, S)
     expected = drift.square().sum(1) - torch.einsum("ni,nii->n", a, inner) + torch.einsum("nij,nij->n", H, inner)
-    print("ERR", ((growth - expected / 2).abs() / inner.abs().amax()).max())
     torch.testing.assert_close(growth, expected / 2, rtol=0.05, atol=0.05 * float(inner.abs().max()))

@@ -25,7 +25,18 @@ NAMES = [f"sculpt.{name}" for name in sculpt.__all__ if not name.startswith("_")
 NAMES += [f"sculpt.molecules.{name}" for name in sculpt.molecules.__all__]
 
 # What they return and what they ask others to fill in, beside what is public by name.
-MORE = [chain.Chain, chain.State, chain.Settings, chain.Selection, chain.Progress, Denoiser, Guide, Store, Corrector, UNetEncoder]
+MORE = [
+    chain.Chain,
+    chain.State,
+    chain.Settings,
+    chain.Selection,
+    chain.Progress,
+    Denoiser,
+    Guide,
+    Store,
+    Corrector,
+    UNetEncoder,
+]
 MORE += [getattr(formula, name) for name in formula.__all__]
 
 

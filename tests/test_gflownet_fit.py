@@ -9,6 +9,7 @@ from sculpt.actions.networks import GridNetwork
 from sculpt.actions.recordings import Trajectories, record
 from sculpt.actions.trajectories import TrajectoryStore
 from sculpt.classifier.fit import Descent
+from sculpt.classifier.store import Draw
 from sculpt.formula import Posterior, label_sets
 from sculpt.gflownet import exact
 from sculpt.training import Training
@@ -59,13 +60,13 @@ def test_a_step_sees_the_same_batch_again_and_held_out_data_is_other_data():
     models = perfect(ENVIRONMENTS["grid-2d"](), 2)
 
     def batch(step, held_out=False, size=16):
-        return TrajectoryStore(models, samples=64).trajectories(size, seeded(step), step, held_out)
+        return TrajectoryStore(models, samples=64).trajectories(Draw(size, seeded(step), step, held_out))
 
     assert torch.equal(batch(5).states, batch(5).states) and not torch.equal(batch(5).x, batch(6).x)
     store = TrajectoryStore(models, samples=64, reuse=2.0)
     for step in (3, 8, 3):
-        fresh = TrajectoryStore(models, samples=64, reuse=2.0).trajectories(16, seeded(step), step)
-        assert torch.equal(store.trajectories(16, seeded(step), step).x, fresh.x)
+        fresh = TrajectoryStore(models, samples=64, reuse=2.0).trajectories(Draw(16, seeded(step), step))
+        assert torch.equal(store.trajectories(Draw(16, seeded(step), step)).x, fresh.x)
     assert not torch.equal(batch(5).x, batch(5, held_out=True).x)
 
 
@@ -73,7 +74,7 @@ def test_trajectories_are_renewed_by_the_step_and_not_by_the_generator():
     store = TrajectoryStore(perfect(ENVIRONMENTS["grid-2d"](), 2), samples=64, reuse=2.0)
     fillings = []
     for step in range(24):
-        store.trajectories(16, seeded(7), step)
+        store.trajectories(Draw(16, seeded(7), step))
         fillings.append(store.fillings[False][0])
     assert len(set(fillings)) in (3, 4) and fillings == sorted(fillings)  # 64 trajectories serve 8 steps of 16, each used twice
 
@@ -83,8 +84,8 @@ def test_the_balance_of_trajectories_is_what_a_correction_would_weigh():
     torch.manual_seed(0)
     classifier = sculpt.Classifier(GridNetwork(2, 6, width=16), [p.key for p in models]).eval()
     store = TrajectoryStore(models, samples=64)
-    part = store.trajectories(1, seeded(1), 1)
-    loss = store.losses(classifier, classifier, 1, seeded(1), step=1)["joint"]
+    part = store.trajectories(Draw(1, seeded(1), 1))
+    loss = store.losses(classifier, classifier, Draw(1, seeded(1), 1))["joint"]
     log_w = {}
     for i, (anchor, label) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         policy = guide(Posterior(2, (anchor, label)), models, classifier).guidance
@@ -177,7 +178,7 @@ def test_a_store_gives_back_the_guided_trajectories_that_it_was_saved_with():
     classifier = sculpt.Classifier(GridNetwork(2, 6, width=16), [p.key for p in models]).eval()
     one, two = (TrajectoryStore(models, samples=64, composed=True) for _ in range(2))
     for step in (0, 40, 80):
-        one.losses(classifier, classifier, 4, seeded(step), step=step)
+        one.losses(classifier, classifier, Draw(4, seeded(step), step))
     two.load_state_dict(one.state_dict())
     assert len(two.guided) == len(one.guided) == 9 and two.renewed == one.renewed
     for a, b in zip(one.guided, two.guided, strict=True):

@@ -86,6 +86,43 @@ def test_a_head_over_children_scores_what_it_says_for_every_child():
     assert exact.l1(exact.histogram(env, samples.x), log_p.softmax(0)) < furthest(36, 4000)
 
 
+def test_what_a_head_says_about_forbidden_children_does_not_matter():
+    env = ENVIRONMENTS["grid-2d"]()
+    models = [GFlowNet(env, network_policy(env, seed), name=str(seed)) for seed in range(2)]
+    classifier = random_classifier(models, children=env.n_actions)
+    guided, graph, select = guide(HARMONIC, models, classifier), exact.dag(env), classifier.select
+    plain = guided.guidance.scores(graph.states)
+    here = torch.ones(len(graph.states), 1, dtype=torch.bool)
+    known = torch.cat([here, graph.allowed[:, :-1]], -1)
+    classifier.select = lambda *arguments: select(*arguments).masked_fill(~known, torch.nan)
+    assert all(torch.equal(a, b) for a, b in zip(guided.guidance.scores(graph.states), plain, strict=True))
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_the_mixture_form_asks_every_child_for_its_marginal(children):
+    env = ENVIRONMENTS["grid-2d"]()
+    models = [GFlowNet(env, network_policy(env, seed), name=str(seed)) for seed in range(2)]
+    classifier = random_classifier(models, children=children)
+    states, labels = torch.tensor([[2, 3]]), (0, 1)
+    log_p = torch.logsumexp(
+        torch.stack([p.log_pf(states) for p in models], 1) + classifier.marginal(states).double()[..., None], 1
+    )
+    following = torch.tensor([[3, 3], [2, 4]])
+    log_h = classifier.log_h(following, labels=labels) + classifier.marginal(following)[:, 0]
+    end = classifier.log_h_terminal(states, labels=labels) + classifier.terminal(states)[:, 0]
+    expected = (log_p + torch.cat([log_h, end])).log_softmax(-1)
+    torch.testing.assert_close(guide(HARMONIC, models, classifier, form="mixture").log_pf(states), expected)
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_one_label_gives_back_its_base_model(children):
+    env = ENVIRONMENTS["grid-2d"]()
+    models = [GFlowNet(env, network_policy(env, seed), name=str(seed)) for seed in range(2)]
+    guided = guide(Posterior(2, (1,)), models, random_classifier(models, children=children))
+    states = exact.dag(env).states
+    torch.testing.assert_close(guided.log_pf(states), models[1].log_pf(states))
+
+
 def test_chunks_of_children_change_nothing():
     ps = arbitrary(ENVIRONMENTS["ebm"](), 2)
     guided = guide(HARMONIC, ps, exact.ExactClassifier(ps))
@@ -103,23 +140,28 @@ def test_the_backward_policy_of_a_composition_is_its_anchors():
     graph = exact.dag(env)
     flow = u[graph.source] * P[graph.source, graph.action] / u[graph.target]
     torch.testing.assert_close(flow, q.log_pb(graph.states).exp()[graph.target, graph.action])
+    assert torch.equal(guided.log_pb(graph.states), q.log_pb(graph.states)) and guided.backward_key == q.backward_key
 
 
-def test_a_classifier_that_is_not_a_number_is_named():
+@pytest.mark.parametrize("where", ["at the start", "on the way", "at the end"])
+def test_a_classifier_that_is_not_a_number_is_named(where):
     class Broken(Guide):
         m, observations = 2, 2
 
         def marginal(self, *state):
             return torch.zeros(len(state[0]), 2)
 
-        terminal = marginal
+        def terminal(self, x):
+            return torch.full((len(x), 2), torch.nan if where == "at the end" else -1.0)
 
         def log_h(self, *state, labels, odds=None):
-            return torch.full((len(state[0]),), torch.nan)
+            begun = (state[0] != p.start(1)).any(-1)
+            bad = {"at the start": ~begun, "on the way": begun, "at the end": begun & ~begun}[where]
+            return torch.full((len(begun),), -1.0).masked_fill(bad, torch.nan)
 
-    ps = arbitrary(ENVIRONMENTS["sets"](), 2)
+    p, q = arbitrary(ENVIRONMENTS["sets"](), 2)
     with pytest.raises(ValueError, match="p0, p1 with labels.*the classifier's output is not a number, state"):
-        guide(HARMONIC, ps, Broken()).sample(5)
+        guide(HARMONIC, [p, q], Broken()).sample(5)
 
 
 def test_wrong_forms_and_anchors_are_refused():
@@ -142,4 +184,11 @@ def test_equal_guidance_has_equal_keys_and_other_guidance_others():
     with torch.no_grad():
         twins[1].set_head.out.bias += 1
     assert (p & q).guided(twins[0]).key != (p & q).guided(twins[1]).key
-    assert (p & q).guided(twins[0]).key != (p - q).guided(twins[0]).key
+    of_odds, exact_ones = random_classifier([p, q], odds=True), [exact.ExactClassifier(models) for models in ((p, q), (q, p))]
+    keys = [composition.guided(twins[0]).key for composition in (p & q, p - q, q & p)]
+    keys += [(p & q).guided(sculpt.Guided(twins[0], form="mixture")).key]
+    keys += [composition.guided(of_odds).key for composition in (p & q, sculpt.harmonic_mean(p, q, odds=0.3))]
+    keys += [guide(HARMONIC, [p, q], classifier).key for classifier in exact_ones]
+    exact_ones[0].keys = None
+    keys += [guide(HARMONIC, models, exact_ones[0]).key for models in ([p, q], [q, p])]
+    assert len(set(keys)) == len(keys)

@@ -231,7 +231,7 @@ def networks(m):
 @pytest.mark.slow
 @pytest.mark.parametrize("powers", [(1.0, 1.0), (1.5,), (1.0, -0.5)], ids=str)
 def test_correctors_bring_products_nearer_to_the_target_than_weights_alone(powers):
-    """64 steps, 10,000 particles, total variation over an exact sampler's own: 1.5 and 1.3 without, 1.0 to 1.2 with.
+    """64 steps, 10,000 particles, three runs, total variation over an exact sampler's own: 1.5 and 1.3 without, 1.0 to 1.2 with.
 
     p·q^-1/2 lives where q's tail is thin: what is left there, 1.9, is the tracked densities' own error.
     """
@@ -241,8 +241,9 @@ def test_correctors_bring_products_nearer_to_the_target_than_weights_alone(power
     floor = GRID.floor(masses, n)
     errors = []
     for corrector in (None, MALA(), HMC()):
-        x = composition.sample(n, Tracked(corrector=corrector), steps=64, generator=generator(1), progress=False).x
-        errors.append(GRID.total_variation(x, masses) / floor)
+        road = Tracked(corrector=corrector)
+        runs = [composition.sample(n, road, steps=64, generator=generator(seed), progress=False).x for seed in (1, 2, 3)]
+        errors.append(sum(GRID.total_variation(x, masses) for x in runs) / len(runs) / floor)
     assert max(errors[1:]) < errors[0] * (1.1 if min(powers) < 0 else 0.95)
 
 

@@ -29,8 +29,13 @@ def test_importing_sculpt_loads_neither_torch_nor_the_libraries_it_adapts():
 
 
 def test_the_core_needs_none_of_the_adapted_libraries():
-    names = "composition roads overlaps samples classifier.fit diffusion.denoiser diffusion.energy actions.model hub plots apps.cli"
-    modules, adapted = ", ".join(f"sculpt.{name}" for name in names.split()), ("diffusers", "transformers", "gfn", "rdkit", "matplotlib")
+    names = (
+        "composition roads overlaps samples classifier.fit diffusion.denoiser diffusion.energy actions.model hub plots apps.cli"
+    )
+    modules, adapted = (
+        ", ".join(f"sculpt.{name}" for name in names.split()),
+        ("diffusers", "transformers", "gfn", "rdkit", "matplotlib"),
+    )
     loaded = python(f"import sys, {modules}; print(*(m for m in {adapted} if m in sys.modules))")
     assert loaded.split() == []
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers_models import exact_model, three_rings
 from gflownet_models import ENVIRONMENTS, perfect
-from oracles import ExactGuide
+from oracles import ExactGuide, GaussianMixture
 
 import sculpt
 from sculpt import MALA, Guided, Rejection, Road, Tracked
@@ -16,6 +16,7 @@ from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Mixture, Posterior
 from sculpt.model import BaseModel
 from sculpt.roads import as_road
+from sculpt.roads.rejection import PILOT
 
 RINGS = three_rings()
 P, Q, R = (exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True))
@@ -279,6 +280,16 @@ def test_models_that_offer_finished_samples_have_rejection_and_mixtures():
     assert len(mixed) == n and mixed.diagnostics.road == "a model picked per sample" and mixed.log_z == 0.0
 
 
+@pytest.mark.parametrize("road", [None, Rejection(lambda x: x)], ids=["picked", "rejection"])
+def test_samples_of_a_mixture_come_in_random_order(road):
+    left, right = (Finished(GaussianMixture([[mean, 0.0]], 0.1), name) for mean, name in ((-5.0, "left"), (5.0, "right")))
+    n = 2000
+    from_right = sculpt.mixture(left, right, weights=[1, 3]).sample(n, road, generator=generator(1)).x[:, 0] > 0
+    # Both halves hold three quarters, and neighbours differ with probability 3/8; five standard deviations.
+    assert all(abs(float(half.double().mean()) - 0.75) < 5 * math.sqrt(3 / 16 / (n / 2)) for half in from_right.chunk(2))
+    assert abs(float((from_right[1:] != from_right[:-1]).double().mean()) - 0.375) < 5 * math.sqrt(0.375 * 0.625 / n) * 1.5
+
+
 def test_options_of_a_population_go_to_the_parts_that_have_one():
     composition = (P | Q) | sculpt.mixture(P & Q, R, weights=[1, 2]) | sculpt.mixture(P, R, weights=[1, 2])
     samples = composition.sample(30, Tracked(particles=50), steps=4, generator=generator(), progress=False)
@@ -418,7 +429,7 @@ WRONG = ExactGuide(RINGS[:2])
         ((U & V) - W, Tracked(particles=20)),
         (U & V, Rejection(WRONG)),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_samples_carry_no_graph_of_the_networks(model, road):
     assert not model.sample(5, road, steps=3, generator=generator(), progress=False).x.requires_grad
@@ -491,7 +502,9 @@ def test_an_inner_composition_in_two_places_is_normalised_once(monkeypatch):
 def test_rejection_normalises_an_inner_composition_once_too():
     densities = lambda x: torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)  # noqa: E731
     composition = sculpt.posterior([(P & Q) - R, sculpt.harmonic_mean(P, Q)], (0, 1))
-    samples = composition.sample(20, Rejection(densities), steps=12, generator=generator(), progress=False)
+    *way, last = composition.run(300, Rejection(densities), steps=12, generator=generator())
+    samples, pilots = last.samples, [progress for progress in way if progress.n == PILOT and progress.step == 0]
+    assert len([progress for progress in pilots if progress.title.startswith("rejection")]) == 2
     notes = [note.partition(": ")[0] for note in samples.diagnostics.notes[1:]]
     assert sorted(notes) == ["log Z of (p ⊗ q) ◑ r", "log Z of p ⊗ q"]
     assert all(float(note.partition(" ± ")[2]) > 0 for note in samples.diagnostics.notes[1:])

@@ -43,7 +43,13 @@ makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def same(one, two):
     weights = (one.log_weights is None) == (two.log_weights is None)
     weights = weights and (one.log_weights is None or torch.equal(one.log_weights, two.log_weights))
-    return type(one) is type(two) and torch.equal(one.x, two.x) and one.x.dtype == two.x.dtype and weights and one.diagnostics == two.diagnostics
+    return (
+        type(one) is type(two)
+        and torch.equal(one.x, two.x)
+        and one.x.dtype == two.x.dtype
+        and weights
+        and one.diagnostics == two.diagnostics
+    )
 
 
 @makers
@@ -133,7 +139,11 @@ def test_samples_of_several_runs_go_together(make):
 
 def test_weighted_runs_count_as_much_as_their_z_says():
     def run(z, n, particles):
-        return Samples(torch.zeros(n, 2), torch.full((n,), -math.log(n)), Diagnostics("t", "f", particles=particles, log_z=z, log_z_error=0.1))
+        return Samples(
+            torch.zeros(n, 2),
+            torch.full((n,), -math.log(n)),
+            Diagnostics("t", "f", particles=particles, log_z=z, log_z_error=0.1),
+        )
 
     whole = Samples.cat([run(math.log(3), 10, 100), run(math.log(1), 30, 100)])
     assert float(whole.log_weights[:10].exp().sum()) == pytest.approx(0.75)

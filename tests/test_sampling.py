@@ -165,7 +165,9 @@ def test_log_z_does_not_depend_on_the_anchor(label):
     odds, mixtures = [5.0, 2.0, 1.0], RINGS
     composition = sculpt.posterior(MODELS, (0, 1, 2), odds)
     log_z = GRID.exact(composition.formula, mixtures)[1]
-    guided = composition.sample(1000, Guided(ExactGuide(mixtures), anchor=label), steps=32, generator=generator(), progress=False)
+    guided = composition.sample(
+        1000, Guided(ExactGuide(mixtures), anchor=label), steps=32, generator=generator(), progress=False
+    )
     assert guided.log_z == pytest.approx(log_z, abs=0.05 + 3 * guided.diagnostics.log_z_error)
     terminal = lambda x: torch.stack([mixture.log_prob(x) for mixture in mixtures], -1)  # noqa: E731
     rejected = composition.sample(500, Rejection(terminal, anchor=label), generator=generator(), progress=False)
@@ -374,7 +376,13 @@ def test_rejection_of_nested_posteriors(where, by):
 
 @pytest.mark.parametrize(
     ("labels", "odds", "best"),
-    [((0, 1), (1, 4, 2), 0), ((0, 1), (4, 1, 2), 1), ((0, 1, 2), (3, 2, 1), 2), ((2, 0, 0), (1, 5, 3), 0), ((1, 1, 2), (1, 5, 3), 2)],
+    [
+        ((0, 1), (1, 4, 2), 0),
+        ((0, 1), (4, 1, 2), 1),
+        ((0, 1, 2), (3, 2, 1), 2),
+        ((2, 0, 0), (1, 5, 3), 0),
+        ((1, 1, 2), (1, 5, 3), 2),
+    ],
 )
 def test_rejection_draws_from_the_label_with_the_best_acceptance_which_goes_with_one_over_the_odds(labels, odds, best):
     models = [exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True)]
@@ -382,7 +390,9 @@ def test_rejection_draws_from_the_label_with_the_best_acceptance_which_goes_with
     log_densities = lambda x: torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)  # noqa: E731
     n, rates = 600, {}
     for label in sorted(set(labels)):
-        found = composition.sample(n, Rejection(log_densities, anchor=label), steps=24, generator=generator(label), progress=False)
+        found = composition.sample(
+            n, Rejection(log_densities, anchor=label), steps=24, generator=generator(label), progress=False
+        )
         rates[label] = found.diagnostics.acceptance
         # Exactly: it is Z of the posterior that is written with this label first.
         exact = math.exp(GRID.exact(composition.anchored(label), RINGS)[1])
@@ -561,7 +571,9 @@ MIXED = [exact_model(mixture, kind, name=kind) for mixture, kind in zip(RINGS, K
 def test_models_of_different_schedules_compose():
     guided = sculpt.posterior(MIXED, (2, 0)).sample(N, ExactGuide(RINGS), steps=32, generator=generator(), progress=False)
     assert over_floor(Posterior(3, (2, 0)), guided.x)[0] < 1.3
-    tracked = sculpt.posterior(MIXED, (0, 1, 2)).sample(N, Tracked(particles=N), steps=64, generator=generator(), progress=False)
+    tracked = sculpt.posterior(MIXED, (0, 1, 2)).sample(
+        N, Tracked(particles=N), steps=64, generator=generator(), progress=False
+    )
     assert over_floor(Posterior(3, (0, 1, 2)), tracked.x)[0] < 1.5
 
 

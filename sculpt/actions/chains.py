@@ -54,11 +54,10 @@ class ActionChain(Chain):
     def step(self, state, log_w, generator):
         increment, actions, carry = self.propose(state.states, state.carry, generator)
         go = actions != self.exit
-        if go.all():
-            states = self.model.step(state.states, actions)
-        else:
-            states = state.states.clone()
-            states[go] = self.model.step(state.states[go], actions[go])
+        on = go.nonzero()[:, 0]
+        states = self.model.step(state.states[on], actions[on])
+        if len(on) < len(go):
+            states = state.states.index_copy(0, on, states)
         return Written(states, go, carry), increment
 
     def done(self, state):

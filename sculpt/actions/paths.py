@@ -2,6 +2,7 @@ r"""Paths back from finished samples, and the log-densities along them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,9 @@ def disagreement(models: Sequence[ActionModel], x: Tensor, generator: torch.Gene
         ell = torch.stack([path_ratios(models, x, generator) for _ in range(paths)])
     except NotImplementedError:
         return None  # the model cannot walk backwards
-    spread = ell.std(0).mean(0).tolist()
+    # Where all paths agree that a model does not come to a state, both are minus infinity, and nothing is apart.
+    apart = torch.where((ell == ell[:1]).all(0), 0.0, ell.std(0).nan_to_num(nan=math.inf))
+    spread = apart.mean(0).tolist()
     if max(spread) < 1e-9:
         return None
     parts = ", ".join(f"{model} {s:.2g}" for model, s in zip(models, spread, strict=True))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sculpt.actions.recordings import Trajectories, record, retrace
 from sculpt.actions.states import NEG_INF, distinct
 from sculpt.chain import Selection, Settings, run, watch
-from sculpt.classifier.store import Batch, Store, draw_log_odds
+from sculpt.classifier.store import Batch, Draw, Store
 from sculpt.formula import Posterior
 from sculpt.samples import Samples
 from sculpt.training import seed_of_step
@@ -94,8 +94,8 @@ class TrajectoryStore(Store):
     def default_network(self) -> nn.Module:
         return self.models[0].default_network()
 
-    def draw(self, size: int, generator: torch.Generator, *, step: int = 0, held_out: bool = False) -> Batch:
-        part = self.trajectories(size, generator, step, held_out)
+    def draw(self, draw: Draw) -> Batch:
+        part, size, generator = self.trajectories(draw), draw.size, draw.generator
         some = torch.randperm(len(part.states), generator=generator)[: 8 * size * len(self.models)]
         states, owner, child = part.states[some], part.owner[some], None
         if self.head:
@@ -107,29 +107,28 @@ class TrajectoryStore(Store):
 
     # The trajectories
 
-    def trajectories(self, size: int, generator: torch.Generator, step: int, held_out: bool = False) -> Trajectories:
-        """``size`` trajectories per model, from the filling of this step or from the held-out one."""
-        uses = max(1, int(self.samples * self.reuse / size))
-        filling = -1 if held_out else seed_of_step(self.seed, step) // uses
+    def trajectories(self, draw: Draw) -> Trajectories:
+        """So many trajectories of each model, from the filling of this step or from the held-out one."""
+        held_out, uses = draw.held_out, max(1, int(self.samples * self.reuse / draw.size))
+        filling = -1 if held_out else seed_of_step(self.seed, draw.step) // uses
         if held_out not in self.fillings or self.fillings[held_out][0] != filling:
             n = self.samples if not held_out else min(self.samples, 4096)
             fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 + filling + 1)
             self.fillings[held_out] = filling, [record(model, self.models, n, fresh) for model in self.models]
-        return Trajectories.join([part.pick(size, generator) for part in self.fillings[held_out][1]])
+        return Trajectories.join([part.pick(draw.size, draw.generator) for part in self.fillings[held_out][1]])
 
-    def _compositions(
-        self, size: int, teacher: Classifier, generator: torch.Generator, step: int, held_out: bool, reach: float
-    ) -> list[Trajectories]:
-        """``size`` trajectories of harmonic means, and guided ones to train on."""
+    def _compositions(self, draw: Draw, teacher: Classifier) -> list[Trajectories]:
+        """Trajectories of harmonic means, as many as of one model, and guided ones to train on."""
+        size, generator, held_out = draw.size, draw.generator, draw.held_out
         if held_out not in self.harmonic:
             fresh = torch.Generator().manual_seed((self.seed + 1) * 7919 - 1 - held_out)
             self.harmonic[held_out] = self._harmonic(self.samples if not held_out else min(self.samples, 1024), fresh)
         parts = [self.harmonic[held_out].pick(size, generator)]
         if held_out:
             return parts
-        if (now := seed_of_step(self.seed, step) // RENEW) != self.renewed:
+        if (now := seed_of_step(self.seed, draw.step) // RENEW) != self.renewed:
             self.renewed = now
-            self.guided.extend(self._guided(SET, teacher, generator, reach) for _ in range(NEW))
+            self.guided.extend(self._guided(draw, teacher) for _ in range(NEW))
         counts = torch.randint(len(self.guided), (GUIDED * size,), generator=generator).bincount().tolist()
         return parts + [part.pick(k, generator) for part, k in zip(self.guided, counts, strict=False)]
 
@@ -143,14 +142,14 @@ class TrajectoryStore(Store):
             x.append(watch(run(chain, each, Selection(particles=4 * each), Samples, generator), show=False).x)
         return retrace(self.models, torch.cat(x), generator)
 
-    def _guided(self, n: int, teacher: Classifier, generator: torch.Generator, reach: float) -> Trajectories:
-        """n trajectories of one composition, guided by the classifier as it is."""
-        anchor = int(torch.randint(teacher.m, (), generator=generator))
+    def _guided(self, draw: Draw, teacher: Classifier) -> Trajectories:
+        """Trajectories of one composition, guided by the classifier as it is."""
+        anchor = int(torch.randint(teacher.m, (), generator=draw.generator))
         sets = [*teacher.set_head.sets, *teacher.set_head.smaller]
-        labels = sets[int(torch.randint(len(sets), (), generator=generator))]
-        odds = draw_log_odds(1, teacher, reach, generator)
+        labels = sets[int(torch.randint(len(sets), (), generator=draw.generator))]
+        odds = draw.log_odds(1, teacher)
         posterior = Posterior(teacher.m, (anchor, *labels), None if odds is None else odds[0].exp().tolist())
-        return record(self.models[anchor].guided(posterior, self.models, teacher), self.models, n, generator)
+        return record(self.models[anchor].guided(posterior, self.models, teacher), self.models, SET, draw.generator)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The guided trajectories: they come from classifiers that are gone."""
@@ -170,18 +169,7 @@ class TrajectoryStore(Store):
 
     # The losses
 
-    def losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        size: int,
-        generator: torch.Generator,
-        *,
-        step: int = 0,
-        held_out: bool = False,
-        follow: bool = False,
-        log_odds_range: float = 0.0,
-    ) -> dict[str, Tensor]:
+    def losses(self, classifier: Classifier, teacher: Classifier, draw: Draw) -> dict[str, Tensor]:
         r"""Cross-entropies with :math:`p(y_1 = i|\tau)` in the place of the label, and the balance of whole trajectories.
 
         The guided chain :math:`P_i(s'|s) h_i(s') / N_i(s)` has the target's weights on all trajectories if and only if
@@ -194,25 +182,14 @@ class TrajectoryStore(Store):
         """
         # A sum over a whole trajectory asks for more digits than bfloat16 has.
         with torch.autocast(self.device.type, enabled=False):
-            parts = [self.trajectories(size, generator, step, held_out)]
-            if self.composed:
-                parts += self._compositions(size, teacher, generator, step, held_out, log_odds_range)
-            part = Trajectories.join(parts).to(self.device)
-            return self._losses(classifier, teacher, part, generator, log_odds_range, 0 if held_out else GUIDED)
+            parts = [self.trajectories(draw), *(self._compositions(draw, teacher) if self.composed else [])]
+            return self._losses(classifier, teacher, Trajectories.join(parts).to(self.device), draw)
 
-    def _losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        part: Trajectories,
-        generator: torch.Generator,
-        reach: float,
-        guided: int,
-    ) -> dict[str, Tensor]:
+    def _losses(self, classifier: Classifier, teacher: Classifier, part: Trajectories, draw: Draw) -> dict[str, Tensor]:
         states, rows = distinct(part.states)
         with torch.no_grad():
             log_P = torch.stack([model.log_pf(states) for model in self.models], dim=-1).float()
-        odds = draw_log_odds(self._odds_each(log_P, classifier), classifier, reach, generator)
+        odds = draw.log_odds(self._odds_each(log_P, classifier), classifier)
         odds = None if odds is None else odds.to(states.device)
         features, start, log_h = self._log_h(classifier, states, (log_P > NEG_INF).any(-1), odds)
         with torch.no_grad():
@@ -220,7 +197,7 @@ class TrajectoryStore(Store):
         steps = self._steps(log_P, log_h, log_f, rows, part.actions)
         log_f = log_f[:, rows[part.last], None]
         R = start - log_f + steps.new_zeros(len(steps), len(part.x), *steps.shape[2:]).index_add(1, part.owner, steps)
-        w = self._importance(part.p[None, :, :, None], log_f, start.detach(), R.detach(), guided)
+        w = self._importance(part.p[None, :, :, None], log_f, start.detach(), R.detach(), 0 if draw.held_out else GUIDED)
         terminal = torch.log_softmax(classifier.terminal_head(features).float(), dim=-1)[rows[part.last]]
         end = -(part.p * terminal).sum(-1).mean()
         if self.composed:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.classifier.heads import Classifier
-from sculpt.classifier.store import Store
+from sculpt.classifier.store import Draw, Store
 from sculpt.model import BaseModel, check_composable
 from sculpt.training import Row, Training, cosine, seed_of_step
 
@@ -160,9 +160,8 @@ class _Fit:
         )
         with bar:
             while training.step < steps and not self.impatient:
-                if (
-                    training.step % self.every == 0
-                ):  # states are saved at these steps, so a resumed training begins with one of them
+                # States are saved at these steps, so a resumed training begins with one of them.
+                if training.step % self.every == 0:
                     generator = torch.Generator().manual_seed(seed_of_step(seed + 1, training.step))
                     self.store.refresh(self.teacher, generator)
                 row = next(rows)
@@ -183,25 +182,25 @@ class _Fit:
     def loss(self, seed: int) -> tuple[Tensor, Row]:
         """The weighted sum of the store's losses."""
         step, generator = self.training.step, torch.Generator().manual_seed(seed)
-        losses = self.losses(self.classifier, generator, step=step, follow=self.judge.settled)
+        draw = self.draw(generator, step=step, follow=self.judge.settled)
+        losses = self.store.losses(self.classifier, self.teacher, draw)
         # The targets come from a terminal head that knows nothing at first: what rests on them is ramped in.
         ramp = dict.fromkeys(("joint", "path"), min(1.0, step / (0.1 * self.settings["steps"])))
         total = sum(ramp.get(name, 1.0) * self.store.weights[name] * loss for name, loss in losses.items())
         return total, {name: loss.detach() for name, loss in losses.items()}
 
-    def losses(self, classifier: Classifier, generator: torch.Generator, **which: Any) -> dict[str, Tensor]:
-        """The store's losses on a batch."""
-        size, reach = self.settings["batch_size"], self.settings["log_odds_range"]
-        return self.store.losses(classifier, self.teacher, size, generator, log_odds_range=reach, **which)
+    def draw(self, generator: torch.Generator, **which: Any) -> Draw:
+        """A batch of this training."""
+        return Draw(self.settings["batch_size"], generator, log_odds_range=self.settings["log_odds_range"], **which)
 
     @torch.no_grad()
     def evaluate(self) -> Row:
         """The held-out losses, of the same states and odds every time, so that the curve has no noise of its own."""
-        generator = torch.Generator().manual_seed(self.settings["seed"] + 1)
+        draw = self.draw(torch.Generator().manual_seed(self.settings["seed"] + 1), held_out=True)
         batches = max(1, min(8, self.every // 4))  # a short training is not spent on looking at itself
         totals: dict[str, float] = collections.defaultdict(float)
         for _ in range(batches):
-            for name, loss in self.losses(self.average, generator, held_out=True).items():
+            for name, loss in self.store.losses(self.average, self.teacher, draw).items():
                 totals[f"held_out_{name}"] += float(loss) / batches
         return dict(totals)
 

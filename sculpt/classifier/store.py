@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sculpt.classifier.heads import Classifier
     from sculpt.model import BaseModel
 
-__all__ = ["Batch", "Pool", "SampleStore", "Store", "draw_log_odds"]
+__all__ = ["Batch", "Draw", "Pool", "SampleStore", "Store"]
 
 CACHE_BYTES = 2**30
 """How much memory the finished samples of all models may take."""
@@ -54,26 +54,43 @@ class Batch:
         return Batch(self.x.to(device), self.y.to(device), states, self.owner.to(device), child)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which batch is wanted, and how it is learned from."""
+
+    size: int
+    """finished samples of each model, about"""
+    generator: torch.Generator
+    step: int = 0
+    """of the training"""
+    held_out: bool = False
+    """whether it comes from the part that nothing is trained on"""
+    follow: bool = False
+    """whether the terminal head learns from the teacher, and not from labels"""
+    log_odds_range: float = 0.0
+
+    def log_odds(self, n: int, classifier: Classifier) -> Float[Tensor, "n m"] | None:
+        """Log-odds to train with, from U[-range, range] each; ``None`` where the classifier takes none."""
+        if not classifier.odds:
+            return None
+        log_odds = self.log_odds_range * (2 * torch.rand(n, classifier.m, generator=self.generator) - 1)
+        # Of two models only the ratio counts; it is to cover the range evenly.
+        return torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else log_odds
+
+
 class Store(abc.ABC):
     """Samples of a set of base models, and the training batches made of them.
 
-    What a store draws depends on its seed, the step and the given generator alone, so that a resumed training sees what an
-    uninterrupted one would have. Whatever else it depends on belongs into :meth:`state_dict`.
+    What a store draws depends on its seed and the given :class:`Draw` alone, so that a resumed training sees what an uninterrupted one
+    would have. Whatever else it depends on belongs into :meth:`state_dict`.
     """
 
     weights: Mapping[str, float] = {"terminal": 1.0, "marginal": 1.0, "joint": 1.0}
     """How much each loss counts."""
 
     @abc.abstractmethod
-    def draw(self, size: int, generator: torch.Generator, *, step: int = 0, held_out: bool = False) -> Batch:
-        """A training batch.
-
-        Args:
-            size: finished samples of each model, about.
-            generator: source of randomness.
-            step: of the training.
-            held_out: from the part that nothing is trained on.
-        """
+    def draw(self, draw: Draw) -> Batch:
+        """A training batch."""
 
     @abc.abstractmethod
     def default_network(self) -> nn.Module:
@@ -92,34 +109,18 @@ class Store(abc.ABC):
     def refresh(self, teacher: Classifier, generator: torch.Generator) -> None:  # noqa: B027
         """Recompute whatever is cached from the teacher; called before the first step and now and then."""
 
-    def losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        size: int,
-        generator: torch.Generator,
-        *,
-        step: int = 0,
-        held_out: bool = False,
-        follow: bool = False,
-        log_odds_range: float = 0.0,
-    ) -> dict[str, Tensor]:
+    def losses(self, classifier: Classifier, teacher: Classifier, draw: Draw) -> dict[str, Tensor]:
         """The losses on a new batch, each of which has a weight. A family that knows better ones overrides this.
 
         Args:
             classifier: what learns.
             teacher: what gives the targets.
-            size: as in :meth:`draw`, like ``generator``, ``step`` and ``held_out``.
-            generator: source of randomness.
-            step: of the training.
-            held_out: from the part that nothing is trained on.
-            follow: the terminal head learns from the teacher, and not from labels.
-            log_odds_range: odds are drawn with logarithms from U[-range, range].
+            draw: which batch.
         """
-        batch = self.draw(size, generator, step=step, held_out=held_out).to(next(classifier.parameters()).device)
-        log_odds = draw_log_odds(len(batch.owner), classifier, log_odds_range, generator)
+        batch = self.draw(draw).to(next(classifier.parameters()).device)
+        log_odds = draw.log_odds(len(batch.owner), classifier)
         log_odds = None if log_odds is None else log_odds.to(batch.owner.device)
-        return cross_entropies(classifier, batch, teacher, log_odds, follow=follow)
+        return cross_entropies(classifier, batch, teacher, log_odds, follow=draw.follow)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What cannot be drawn again, and is saved with the training."""
@@ -127,15 +128,6 @@ class Store(abc.ABC):
 
     def load_state_dict(self, state: Mapping[str, Tensor], /) -> None:  # noqa: B027
         """Take it back."""
-
-
-def draw_log_odds(n: int, classifier: Classifier, reach: float, generator: torch.Generator) -> Float[Tensor, "n m"] | None:
-    """Log-odds to train with, from U[-reach, reach] each; ``None`` where the classifier takes none."""
-    if not classifier.odds:
-        return None
-    log_odds = reach * (2 * torch.rand(n, classifier.m, generator=generator) - 1)
-    # Of two models only the ratio counts; it is to cover the range evenly.
-    return torch.stack([log_odds[:, 0], -log_odds[:, 0]], dim=-1) / 2 if classifier.m == 2 else log_odds
 
 
 class Pool:
@@ -182,11 +174,11 @@ class Pool:
         self.held_out = [part[:k] for part, k in zip(x, held, strict=True)]
         self.training = [part[k:] for part, k in zip(x, held, strict=True)]
 
-    def draw(self, size: int, generator: torch.Generator, held_out: bool = False) -> tuple[Tensor, Int[Tensor, "b"]]:
-        """``size`` samples of each model, from the training or the held-out part, and their labels."""
-        parts = self.held_out if held_out else self.training
-        x = torch.cat([part[torch.randint(len(part), (size,), generator=generator)] for part in parts])
-        return x, torch.arange(len(parts)).repeat_interleave(size)
+    def draw(self, draw: Draw) -> tuple[Tensor, Int[Tensor, "b"]]:
+        """Samples of every model, and their labels."""
+        parts = self.held_out if draw.held_out else self.training
+        x = torch.cat([part[torch.randint(len(part), (draw.size,), generator=draw.generator)] for part in parts])
+        return x, torch.arange(len(parts)).repeat_interleave(draw.size)
 
     @property
     def batch_size(self) -> int:
@@ -197,34 +189,17 @@ class Pool:
 class SampleStore(Store):
     """For models that offer finished samples and nothing else: the terminal head learns to tell them apart, and no other head does.
 
-    The options are those of :class:`Pool`. There is no default backbone: pass ``network=`` to ``sculpt.fit``.
+    There is no default backbone: pass ``network=`` to ``sculpt.fit``.
+
+    Args:
+        models: the base models.
+        pool: options of :class:`Pool`.
     """
 
     weights: Mapping[str, float] = {"terminal": 1.0}
 
-    def __init__(
-        self,
-        models: Sequence[BaseModel],
-        *,
-        samples: int | None = None,
-        data: Sequence[Tensor] | None = None,
-        sample_steps: int | None = None,
-        held_out: float = 0.1,
-        checkpoint: str | Path | None = None,
-        seed: int = 0,
-        progress: bool = True,
-    ):
-        self.model = models[0]
-        self.pool = Pool(
-            models,
-            samples=samples,
-            data=data,
-            sample_steps=sample_steps,
-            held_out=held_out,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-        )
+    def __init__(self, models: Sequence[BaseModel], **pool: Any):
+        self.model, self.pool = models[0], Pool(models, **pool)
 
     @property
     def batch_size(self) -> int:
@@ -236,25 +211,13 @@ class SampleStore(Store):
             f"(b, {', '.join(map(str, self.model.shape))}) to features (b, width) with an attribute width."
         )
 
-    def draw(self, size: int, generator: torch.Generator, *, step: int = 0, held_out: bool = False) -> Batch:
-        x, y = self.pool.draw(size, generator, held_out)
-        return Batch(x, y, (), torch.empty(0, dtype=torch.long))
+    def draw(self, draw: Draw) -> Batch:
+        return Batch(*self.pool.draw(draw), (), torch.empty(0, dtype=torch.long))
 
-    def losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        size: int,
-        generator: torch.Generator,
-        *,
-        step: int = 0,
-        held_out: bool = False,
-        follow: bool = False,
-        log_odds_range: float = 0.0,
-    ) -> dict[str, Tensor]:
-        batch = self.draw(size, generator, step=step, held_out=held_out).to(next(classifier.parameters()).device)
+    def losses(self, classifier: Classifier, teacher: Classifier, draw: Draw) -> dict[str, Tensor]:
+        batch = self.draw(draw).to(next(classifier.parameters()).device)
         with torch.no_grad():
-            taught = teacher.terminal(batch.x) if follow else None
+            taught = teacher.terminal(batch.x) if draw.follow else None
         return {"terminal": terminal_cross_entropy(classifier, batch, taught)}
 
 

@@ -102,7 +102,9 @@ class Denoiser(Steppable):
 
     def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
         if not (corrector is None or isinstance(corrector, Corrector)):
-            raise TypeError(f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}.")
+            raise TypeError(
+                f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}."
+            )
         return TrackedChain(formula, models, settings, corrector)
 
     def guided(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sculpt.classifier.store import Batch, Pool, Store, draw_log_odds
+from sculpt.classifier.store import Batch, Draw, Pool, Store
 from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
 from sculpt.diffusion.clock import like, noise_range, spread
 from sculpt.model import Steppable, randn
@@ -48,40 +48,24 @@ class DiffusionStore(Store):
 
     Args:
         models: the base models.
-        samples: how many to draw of each; by default 50,000 small ones or 5,000 large ones, in bounded memory.
-        data: samples of one's own instead, one tensor per model.
-        sample_steps: of drawing them.
-        held_out: the share that nothing is trained on.
+        data: samples of one's own, one tensor per model.
+        sample_steps: of drawing them instead.
         path: whether gradients are trained; by default for samples of more than 64 numbers.
-        checkpoint: a folder to keep drawn samples in.
-        seed: of drawing them.
-        progress: show a bar.
+        pool: other options of :class:`~sculpt.classifier.store.Pool`.
     """
 
     def __init__(
         self,
         models: Sequence[Denoiser],
         *,
-        samples: int | None = None,
         data: Sequence[Tensor] | None = None,
         sample_steps: int = 64,
-        held_out: float = 0.1,
         path: bool | None = None,
-        checkpoint: str | Path | None = None,
-        seed: int = 0,
-        progress: bool = True,
+        **pool: Any,
     ):
         self.models, self.device, (self.s_min, self.s_max) = models, models[0].device, noise_range(models)
-        self.pool = Pool(
-            models,
-            samples=samples,
-            data=None if data is None else [x.float() for x in data],
-            sample_steps=sample_steps,
-            held_out=held_out,
-            checkpoint=checkpoint,
-            seed=seed,
-            progress=progress,
-        )
+        data = None if data is None else [x.float() for x in data]
+        self.pool = Pool(models, data=data, sample_steps=sample_steps, **pool)
         large = math.prod(models[0].shape) > 64
         self.path = large and all(isinstance(model, Steppable) for model in models) if path is None else path
         self.weights: Mapping[str, float] = {**Store.weights, **({"path": 0.3, "scores": 0.3} if self.path else {})}
@@ -105,15 +89,15 @@ class DiffusionStore(Store):
             "Pass network=, a module (z, s=None) -> (b, width) with an attribute width; s=None means a finished sample."
         )
 
-    def draw(self, size: int, generator: torch.Generator, *, step: int = 0, held_out: bool = False) -> Batch:
+    def draw(self, draw: Draw) -> Batch:
         # Over the path that the samplers step along, so no level on the way is unseen.
-        return self._noised(size, generator, held_out, lambda u: spread(u, self.s_min, self.s_max, self.std))
+        return self._noised(draw, lambda u: spread(u, self.s_min, self.s_max, self.std))
 
-    def _noised(self, size: int, generator: torch.Generator, held_out: bool, levels: Levels) -> Batch:
+    def _noised(self, draw: Draw, levels: Levels) -> Batch:
         """Samples of all models and a noised state of each, stratified over the noise levels."""
-        x, y = self.pool.draw(size, generator, held_out)
-        s = levels(_stratified(len(x), generator))
-        z = x + like(s, x) * randn(x.shape, generator, x)
+        x, y = self.pool.draw(draw)
+        s = levels(_stratified(len(x), draw.generator))
+        z = x + like(s, x) * randn(x.shape, draw.generator, x)
         return Batch(x, y, (z, s), torch.arange(len(x)))
 
     def refresh(self, teacher: Classifier, generator: torch.Generator) -> None:
@@ -128,64 +112,41 @@ class DiffusionStore(Store):
                     log_p = torch.cat([teacher.terminal(part.to(self.device)).float() for part in x.split(256)])
                 self.candidates[held_out].append((x.to(self.device), log_p))
 
-    def losses(
-        self,
-        classifier: Classifier,
-        teacher: Classifier,
-        size: int,
-        generator: torch.Generator,
-        *,
-        step: int = 0,
-        held_out: bool = False,
-        follow: bool = False,
-        log_odds_range: float = 0.0,
-    ) -> dict[str, Tensor]:
-        which: Any = {"step": step, "held_out": held_out, "follow": follow, "log_odds_range": log_odds_range}
-        losses = super().losses(classifier, teacher, size, generator, **which)
+    def losses(self, classifier: Classifier, teacher: Classifier, draw: Draw) -> dict[str, Tensor]:
+        losses = super().losses(classifier, teacher, draw)
         if not self.path:
             return losses
         # What a sample will be is decided below the spread of the data.
         lowest, whole = min(self.std, self.s_max), math.log(self.s_max / min(self.std, self.s_max))
-        common = max(1, size // 2), generator, held_out, lambda u: lowest * (u * whole).exp()
-        path = whole * self._path(classifier, *common, log_odds_range)
-        return losses | {"path": path, "scores": self._scores(classifier, *common)}
+        half, levels = replace(draw, size=max(1, draw.size // 2)), lambda u: lowest * (u * whole).exp()
+        path = whole * self._path(classifier, half, levels)
+        return losses | {"path": path, "scores": self._scores(classifier, half, levels)}
 
-    def _path(
-        self, classifier: Classifier, size: int, generator: torch.Generator, held_out: bool, levels: Levels, reach: float
-    ) -> Tensor:
-        """The divergence of the guided path from the composition's, for label sets of any size and odds; ``size`` states per model."""
+    def _path(self, classifier: Classifier, draw: Draw, levels: Levels) -> Tensor:
+        """The divergence of the guided path from the composition's, for label sets of any size and odds."""
         sets, m = classifier.set_head, classifier.m
-        parts = [self._targets(i, classifier, size, generator, held_out, levels, reach) for i in range(m)]
+        parts = [self._targets(i, classifier, draw, levels) for i in range(m)]
         z, s, column, log_odds, target, weight = (torch.cat(part) for part in zip(*parts, strict=True))
-        rows, y = torch.arange(len(z), device=z.device), torch.arange(m, device=z.device).repeat_interleave(size)
+        rows, y = torch.arange(len(z), device=z.device), torch.arange(m, device=z.device).repeat_interleave(draw.size)
 
         def steering(features: Tensor) -> Tensor:
             log_h = sets.with_smaller(sets(features, log_odds if classifier.odds else None)[:, 0])
             return log_h[rows, y, column]
 
-        return (weight * self._change(classifier, z, s, steering, target, not held_out)).mean()
+        return (weight * self._change(classifier, z, s, steering, target, not draw.held_out)).mean()
 
-    def _targets(
-        self,
-        i: int,
-        classifier: Classifier,
-        size: int,
-        generator: torch.Generator,
-        held_out: bool,
-        levels: Levels,
-        reach: float,
-    ) -> tuple[Tensor, ...]:
+    def _targets(self, i: int, classifier: Classifier, draw: Draw, levels: Levels) -> tuple[Tensor, ...]:
         r"""States of model i with their levels, label sets and odds; where the gradient should point, and how much that counts.
 
         A composition may want one of a hundred samples, so every other state comes from an x that it wants. Given z, any of the
         candidates may have been x, with probability b once the composition has weighed them: the target is their mean. States off
         the path would get weight zero and no gradient; :math:`\sum b (1 - b)` gives them some where several candidates are plausible.
         """
-        model, (x, log_p), device = self.models[i], self.candidates[held_out][i], self.device
-        sets = classifier.set_head
+        model, (x, log_p), device = self.models[i], self.candidates[draw.held_out][i], self.device
+        sets, size, generator = classifier.set_head, draw.size, draw.generator
         column = torch.randint(len(sets.counts), (size,), generator=generator).to(device)
-        drawn = draw_log_odds(size, classifier, reach, generator)
-        log_odds = torch.zeros(size, classifier.m, device=device) if drawn is None else drawn.to(device)
+        odds = draw.log_odds(size, classifier)
+        log_odds = torch.zeros(size, classifier.m, device=device) if odds is None else odds.to(device)
         s = levels(_stratified(size, generator)).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             f = sets.log_f(torch.log_softmax(log_p + log_odds[:, None], dim=-1))
@@ -202,11 +163,11 @@ class DiffusionStore(Store):
             weight = weight + (b * (1 - b)).sum(1)
         return z, s, column, log_odds, target, weight
 
-    def _scores(self, classifier: Classifier, size: int, generator: torch.Generator, held_out: bool, levels: Levels) -> Tensor:
+    def _scores(self, classifier: Classifier, draw: Draw, levels: Levels) -> Tensor:
         """How far the gradient of the label's marginal is from the difference of two models' scores, as a share of its square."""
-        batch = self._noised(size, generator, held_out, levels).to(self.device)
+        batch = self._noised(draw, levels).to(self.device)
         (z, s), y, target = batch.states, batch.y, torch.empty_like(batch.x)
-        shift = int(torch.randint(1, classifier.m, (), generator=generator))
+        shift = int(torch.randint(1, classifier.m, (), generator=draw.generator))
         with torch.no_grad():
             for i, model in enumerate(self.models):
                 own, other = y == i, self.models[(i + shift) % classifier.m]
@@ -217,7 +178,7 @@ class DiffusionStore(Store):
             return (log_p.gather(1, y[:, None]) - log_p.gather(1, (y[:, None] + shift) % classifier.m))[:, 0]
 
         square = (target**2).flatten(1).sum(1) / s.float() ** 2
-        return ((self._change(classifier, z, s, ratio, target, not held_out) + square) / (1 + square)).mean()
+        return ((self._change(classifier, z, s, ratio, target, not draw.held_out) + square) / (1 + square)).mean()
 
     def _change(
         self,

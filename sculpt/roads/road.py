@@ -33,6 +33,14 @@ class Road(abc.ABC):
         the road or its selection keeps under their names; functions count by their names."""
         return {"road": type(self).__name__} | _options(self) | ({} if self.selection is None else _options(self.selection))
 
+    def __repr__(self) -> str:
+        kept = vars(self) | ({} if self.selection is None else vars(self.selection))
+        options = [
+            (name, kept[name], p.default) for name, p in inspect.signature(type(self)).parameters.items() if name in kept
+        ]
+        said = [f"{name}={_named(value)}" for name, value, usual in options if value is not usual and value != usual]
+        return f"{type(self).__name__}({', '.join(said)})"
+
     @abc.abstractmethod
     def check(self, composition: Composition) -> None:
         """Raise a ``ValueError`` that says why where this composition cannot be sampled so."""
@@ -56,3 +64,7 @@ def _identity(value: Any) -> Any:
     if isinstance(value, Guide):  # an exact one has no weights
         return [type(value).__qualname__, *(value.keys or ())]
     return value.__qualname__ if isinstance(value, FunctionType) else {"class": type(value).__qualname__} | _options(value)
+
+
+def _named(value: Any) -> str:
+    return repr(value) if isinstance(value, bool | int | float | str) else getattr(value, "name", type(value).__name__)

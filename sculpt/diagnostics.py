@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -88,8 +88,9 @@ class Diagnostics:
     def verdict(self) -> Verdict:
         """May the samples be trusted as draws from the target?"""
         if self.parts:
-            worst = max((part.verdict for part in self.parts), key=lambda verdict: LEVELS.index(verdict.level))
-            return Verdict(worst.level, f"the least trusted of {len(self.parts)} runs: {worst.reason}")
+            runs = list(self.runs())
+            worst = max((run.verdict for run in runs), key=lambda verdict: LEVELS.index(verdict.level))
+            return worst if len(runs) == 1 else Verdict(worst.level, f"the least trusted of {len(runs)} runs: {worst.reason}")
         if self.referee:
             return Verdict("exact", f"for the base samplers and {self.referee}; {self.acceptance:.2g} of the draws were kept.")
         if not (self.particles and self.ess):
@@ -122,6 +123,13 @@ class Diagnostics:
             return Verdict("strained", f"{few}. More particles would help.")
         return Verdict("sound", f"{few}, least effective share {least:.0%}.")
 
+    def runs(self) -> Iterator[Diagnostics]:
+        """The runs that these samples were put together from, or this one."""
+        for part in self.parts:
+            yield from part.runs()
+        if not self.parts:
+            yield self
+
     def rows(self) -> list[tuple[str, str]]:
         """What is printed, without the verdict."""
         rows = [("road", self.road), ("formula", self.formula), ("steps", str(self.steps or ""))]
@@ -135,7 +143,7 @@ class Diagnostics:
             rows.append(("log Z", f"{self.log_z:.3f}{error}"))
         if self.acceptance is not None:
             rows.append(("acceptance", f"{self.acceptance:.3g}"))
-        rows += [("runs", str(len(self.parts) or ""))] + [("note", note) for note in self.notes]
+        rows += [("runs", str(sum(1 for _ in self.runs())) if self.parts else "")] + [("note", note) for note in self.notes]
         return [(name, value) for name, value in rows if value]
 
     def __str__(self) -> str:
@@ -144,14 +152,13 @@ class Diagnostics:
     @classmethod
     def join(cls, parts: Sequence[Diagnostics]) -> Diagnostics:
         """Of several runs together. Where all of them estimate one Z, so does their mean."""
-        runs = [run for part in parts for run in (part.parts or [part])]
-        first = runs[0]
-        same = {name: value for name, value in vars(first).items() if all(vars(run)[name] == value for run in runs)}
-        joined = cls(same.get("road", "several"), same.get("formula", ""), same.get("steps", 0), parts=runs)
-        estimates = [(run.particles, run.log_z, run.log_z_error) for run in runs]
+        first = vars(parts[0])
+        same = {name: first[name] for name in ("road", "formula", "steps") if all(vars(p)[name] == first[name] for p in parts)}
+        joined = cls(same.get("road", "several"), same.get("formula", ""), same.get("steps", 0), parts=list(parts))
+        estimates = [(part.particles, part.log_z, part.log_z_error) for part in parts]
         if "formula" in same and all(None not in estimate for estimate in estimates):
             n, log_z, error = (torch.tensor(column, dtype=torch.float64) for column in zip(*estimates, strict=True))
             share = torch.softmax(n.log() + log_z, 0)
-            joined.log_z = float((n.log() + log_z).logsumexp(0) - n.sum().log())
+            joined.particles, joined.log_z = int(n.sum()), float((n.log() + log_z).logsumexp(0) - n.sum().log())
             joined.log_z_error = float((share * error).square().sum().sqrt())
         return joined

@@ -7,9 +7,11 @@ be steered), or, for chains that write their samples action by action, :class:`s
 from __future__ import annotations
 
 import abc
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,26 @@ if TYPE_CHECKING:
     from sculpt.roads import Road
 
 __all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "operand_names", "randn", "same_model"]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _named(sample: Callable[P, R]) -> Callable[P, R]:
+    """Say where an option belongs that is not among these."""
+    known = [name for name in inspect.signature(sample).parameters if name != "self"]
+
+    @functools.wraps(sample)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        if unknown := sorted(set(options) - set(known)):
+            raise TypeError(
+                f"{', '.join(unknown)}: not an option of {sample.__name__}, which takes {', '.join(known)}. What belongs to a road goes into "
+                f"the road: model.{sample.__name__}(n, sculpt.Guided(classifier, correct=True))."
+            )
+        return sample(*args, **options)
+
+    return call
 
 
 class BaseModel(abc.ABC):
@@ -102,6 +124,7 @@ class BaseModel(abc.ABC):
 
     # Sampling
 
+    @_named
     def run(
         self,
         n: int,
@@ -122,6 +145,7 @@ class BaseModel(abc.ABC):
             settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver")
         return self.stream(n, road, settings)
 
+    @_named
     def sample(
         self,
         n: int,

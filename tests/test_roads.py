@@ -95,15 +95,15 @@ def made(road, *arguments, **options):
         ),
         (lambda: made(Rejection, GUIDE, max_draws=0), ValueError, "max_draws has to be at least 1, got 0"),
         # options of another road
-        (lambda: Guided(GUIDE, corrector=MALA()), TypeError, "unexpected keyword argument 'corrector'"),
-        (lambda: Guided(GUIDE, max_draws=5), TypeError, "unexpected keyword argument 'max_draws'"),
-        (lambda: Tracked(anchor=1), TypeError, "unexpected keyword argument 'anchor'"),
-        (lambda: Tracked(correct=True), TypeError, "unexpected keyword argument 'correct'"),
+        (lambda: Guided(GUIDE, corrector=MALA()), TypeError, "corrector: not an option of"),
+        (lambda: Guided(GUIDE, max_draws=5), TypeError, "max_draws: not an option of"),
+        (lambda: Tracked(anchor=1), TypeError, "anchor: not an option of"),
+        (lambda: Tracked(correct=True), TypeError, "correct: not an option of"),
         (lambda: Tracked(GUIDE), TypeError, "positional argument"),
-        (lambda: Rejection(GUIDE, particles=10), TypeError, "unexpected keyword argument 'particles'"),
-        (lambda: (P & Q).sample(4, particles=10), TypeError, "unexpected keyword argument 'particles'"),
-        (lambda: (P & Q).sample(4, GUIDE, correct=True), TypeError, "unexpected keyword argument 'correct'"),
-        (lambda: (P & Q).run(4, stpes=3), TypeError, "unexpected keyword argument 'stpes'"),
+        (lambda: Rejection(GUIDE, particles=10), TypeError, "particles: not an option of"),
+        (lambda: (P & Q).sample(4, particles=10), TypeError, "particles: not an option of"),
+        (lambda: (P & Q).sample(4, GUIDE, correct=True), TypeError, "correct: not an option of"),
+        (lambda: (P & Q).run(4, stpes=3), TypeError, "stpes: not an option of"),
     ],
 )
 def test_wrong_options_fail_where_the_road_is_made(make, error, message):
@@ -373,10 +373,8 @@ def test_a_run_of_rejection_tells_how_many_are_kept():
     assert len(kept) > 1 and {(progress.steps, progress.n) for progress in kept} == {(None, 200)}
     counts = [progress.ended for progress in kept]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] < 200
-    draws = [progress.step for progress in kept]
-    assert draws == sorted(draws) and draws[-1] < int(last.samples.diagnostics.notes[0].split()[0])
-    assert [progress.step for progress in way if progress.title == "sampling p"] == [*range(STEPS + 1)] * len(kept)
-    assert last.ended == last.n == len(last.samples) == 200
+    # One bar for all of it, and a chance to leave after every step of the anchor.
+    assert len(kept) == len(way) > 2 * STEPS
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -503,8 +501,8 @@ def test_rejection_normalises_an_inner_composition_once_too():
     densities = lambda x: torch.stack([mixture.log_prob(x) for mixture in RINGS], -1)  # noqa: E731
     composition = sculpt.posterior([(P & Q) - R, sculpt.harmonic_mean(P, Q)], (0, 1))
     *way, last = composition.run(300, Rejection(densities), steps=12, generator=generator())
-    samples, pilots = last.samples, [progress for progress in way if progress.n == PILOT and progress.step == 0]
-    assert len([progress for progress in pilots if progress.title.startswith("rejection")]) == 2
+    samples = last.samples
+    assert {progress.title for progress in way if progress.n == PILOT} == {"rejection from p ⊗ q", "rejection from p"}
     notes = [note.partition(": ")[0] for note in samples.diagnostics.notes[1:]]
     assert sorted(notes) == ["log Z of (p ⊗ q) ◑ r", "log Z of p ⊗ q"]
     assert all(float(note.partition(" ± ")[2]) > 0 for note in samples.diagnostics.notes[1:])

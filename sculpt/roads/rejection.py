@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -110,6 +110,7 @@ def _check_covered(composition: BaseModel) -> None:
             _check_covered(model)
 
 
+T = TypeVar("T")
 Drawn = Generator[Progress, None, tuple[Tensor, float, float, int]]
 
 
@@ -191,13 +192,12 @@ class _Referee:
             return in_order(x, choice), 0.0, 0.0, n
         kept, total, drawn, expected, label = [], 0, 0, 0.0, self.posterior.labels[0]
         generator, model = self.settings.generator, self.composition.models[label]
-        title = f"rejection from {model}"
         while total < n:
             # Enough for what is missing at the acceptance seen so far, a little more than too little.
             rate = (total + 1) / (drawn + 4)
             size = int(min(max(64, 1.1 * (n - total) / rate), MOST, self.road.max_draws))
-            yield Progress(title, drawn, None, total, n)
-            x = yield from self.propose(label, size)
+            now = Progress(f"rejection from {model}", 0, None, total, n)
+            x = yield from _under(now, self.propose(label, size))
             ell = yield from self.operand_densities(self.ell(x))
             log_p = self.posterior.value(ell) - ell[:, label]
             log_p = torch.where(log_p.isnan(), -math.inf, log_p)  # where the anchor itself has no density
@@ -212,3 +212,13 @@ class _Referee:
                 )
         log_z = math.log(expected / drawn) + self.composition.log_scale(label)
         return torch.cat(kept), log_z, math.sqrt((1 - total / drawn) / total), drawn
+
+
+def _under(now: Progress, run: Generator[Progress, None, T]) -> Generator[Progress, None, T]:
+    """Another run, told as where this one is."""
+    while True:
+        yield now
+        try:
+            next(run)
+        except StopIteration as end:
+            return end.value

@@ -27,6 +27,12 @@ class Road(abc.ABC):
     selection: Selection | None = None
     """The population whose weights select the samples; ``None`` where samples have no weights."""
 
+    def __new__(cls, *_: Any, **options: Any) -> Road:
+        own = inspect.signature(cls).parameters
+        if unknown := sorted(set(options) - set(own)):
+            raise TypeError(f"{', '.join(unknown)}: not an option of {cls.__name__}, which takes {', '.join(own)}.")
+        return super().__new__(cls)
+
     @property
     def identity(self) -> dict[str, Any]:
         """The road and its options as JSON values, to tell whether two runs take one road. Options are the constructor's arguments that

@@ -121,8 +121,7 @@ class Tracked(Road):
 
     def _pick(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         """A mixture needs no weights: a model is picked for every sample."""
-        notes: list[str] = []
-        x, steps = [], 0
+        x, steps, notes, inner = [], 0, [], []
         choice = picks(composition, n, settings.generator)
         for i, model in enumerate(composition.models):
             if k := int((choice == i).sum()):
@@ -133,10 +132,12 @@ class Tracked(Road):
                         part = progress.samples
                 x.append(part.x)
                 steps = max(steps, part.diagnostics.steps)
-                notes += [f"{model}: {part.verdict}"] if model.models else []
+                if model.models:
+                    notes.append(f"{model}: {part.verdict}")
+                    inner.append(part.diagnostics)
         seed = None if settings.generator is None else settings.generator.initial_seed()
         said = {"road": "a model picked per sample", "formula": str(composition), "steps": steps, "seed": seed, "notes": notes}
-        diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0)
+        diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
         yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
 

@@ -449,13 +449,15 @@ def test_chains_of_actions_compose_where_they_have_the_same_actions_and_states()
     class Loaded(Dice):
         rules = "loaded"
 
-    p, scheduler = Dice("p"), DDPMScheduler()
+    p, elsewhere, scheduler = Dice("p"), Dice("q"), DDPMScheduler()
+    elsewhere.device = torch.device("meta")
     assert len((p & Dice("q")).sample(10, generator=seeded())) == 10
     others = {
         "number of actions 7 on one side, 5 on the other": Dice("q", faces=4),
         r"state shape \(2,\) on one side, \(3,\)": Dice("q", shape=(3,)),
         "rules Dice on one side, loaded on the other": Loaded("q"),
         "rules Dice on one side": arbitrary(Stairs(), 1)[0],
+        "device cpu on one side, meta on the other": elsewhere,
         "p writes its samples action by action and q does not": sculpt.Diffusion(lambda x, t: x, scheduler, (2,), name="q"),
     }
     for message, other in others.items():

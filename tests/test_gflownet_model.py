@@ -197,6 +197,37 @@ def test_the_key_follows_weights_backward_policy_and_condition():
     assert key != GFlowNet(env, policy).key
 
 
+def test_the_key_follows_the_environments_rules_and_arguments():
+    class Eager(Stairs):
+        known_as = "gflownet_models:Stairs"
+
+        def make_states_class(self):
+            class States(super().make_states_class()):
+                def _compute_forward_masks(self):
+                    return super()._compute_forward_masks() | (self.tensor == 2) & (torch.arange(4) == 3)
+
+            return States
+
+    class Named(Stairs):
+        known_as, arguments = "gflownet_models:Stairs", {"name": "other"}
+
+    class Moved(Stairs):
+        known_as = "gflownet_models:Stairs"
+
+    network = NetworkPolicy(GridNetwork(1, 9, 4, width=4), 4)
+    key, eager, named, moved = (GFlowNet(env(), network).key for env in (Stairs, Eager, Named, Moved))
+    assert len({key, eager, named}) == 3 and key == moved
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_a_step_leaves_the_states_that_it_was_given(name):
+    (model,) = arbitrary(ENVIRONMENTS[name](), 1)
+    graph = exact.dag(model)
+    states, before = graph.states[graph.source].clone(), graph.states[graph.source]
+    after = model.step(states, graph.action)
+    assert torch.equal(states, before) and torch.equal(graph.index(after), graph.target)
+
+
 # Checkpoints
 
 

@@ -64,6 +64,7 @@ def test_gradients_of_torchgfns_loss_reach_classifier_and_base_network():
     p, q = (GFlowNet(env, network_policy(env, seed), name=str(seed)) for seed in range(2))
     classifier = random_classifier([p, q])
     gflownet = TBGFlowNet(pf=(p & q).as_estimator(classifier), pb=uniform_backward(env))
+    assert set(classifier.parameters()) <= set(gflownet.pf_pb_parameters())
     trajectories = gflownet.sample_trajectories(env, n=20, save_logprobs=False)
     gflownet.loss(env, trajectories, recalculate_all_logprobs=True).backward()
     for network in (p.policy, classifier.set_head, classifier.terminal_head):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import abc
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,58 +20,9 @@ from torch import Tensor
 from sculpt.diagnostics import Diagnostics
 from sculpt.particles import Population, systematic
 from sculpt.samples import Samples
+from sculpt.state import State, in_parts
 
-__all__ = ["Chain", "Progress", "Selection", "Settings", "State", "check_count", "in_parts", "run", "watch"]
-
-S = TypeVar("S", bound="State")
-
-
-class State:
-    """What a chain knows of its particles. A subclass is a dataclass of tensors, particles first; tuples of tensors, States and ``None`` may be among them.
-
-    It is indexed and concatenated as a whole, so whatever a chain carries along is selected with its particle.
-    """
-
-    def __post_init__(self) -> None:
-        lengths = {name: n for name, value in vars(self).items() for n in _lengths(value)}
-        if len(set(lengths.values())) > 1:
-            said = ", ".join(f"{name} {n}" for name, n in lengths.items())
-            raise ValueError(
-                f"The parts of a {type(self).__name__} disagree in length: {said}. Every tensor of a State has the particles along its "
-                "first axis."
-            )
-
-    def __len__(self) -> int:
-        return next(n for value in vars(self).values() for n in _lengths(value))
-
-    def __getitem__(self: S, index: Any) -> S:
-        return self._map(lambda part: part[index])
-
-    @staticmethod
-    def cat(states: Sequence[S]) -> S:
-        """The particles of several states, one after another."""
-        return states[0]._map(lambda *parts: torch.cat(parts), *states[1:])
-
-    def _map(self: S, function: Callable[..., Tensor], *others: State) -> S:
-        return type(self)(
-            *(_over(function, *parts) for parts in zip(*(vars(state).values() for state in (self, *others)), strict=True))
-        )
-
-
-def _over(function: Callable[..., Tensor], value: Any, *others: Any) -> Any:
-    if isinstance(value, State):
-        return value._map(function, *others)
-    if isinstance(value, tuple):
-        return tuple(_over(function, *parts) for parts in zip(value, *others, strict=True))
-    return None if value is None else function(value, *others)
-
-
-def _lengths(value: Any) -> Iterator[int]:
-    if isinstance(value, tuple):
-        for part in value:
-            yield from _lengths(part)
-    elif value is not None:
-        yield len(value)
+__all__ = ["Chain", "Progress", "Selection", "Settings", "check_count", "check_whole", "run", "watch"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +33,15 @@ class Settings:
     solver: Any = None
     batch_size: int | None = None
     generator: torch.Generator | None = None
+    seed: int | None = field(init=False, default=None)
+    """of the generator, where it is still at its beginning: the same seed then gives the same samples"""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size has to be at least 1, got {self.batch_size}.")
+        check_whole("batch_size", self.batch_size)
+        check_whole("steps", self.steps, least=0)
+        if (g := self.generator) is not None:
+            fresh = torch.Generator(g.device).manual_seed(g.initial_seed())
+            object.__setattr__(self, "seed", g.initial_seed() if torch.equal(fresh.get_state(), g.get_state()) else None)
 
     def refuse(self, what: str, *names: str) -> None:
         """Raise where one of these is set and the model has no use for it."""
@@ -102,23 +58,35 @@ class Selection:
     resample: bool = True
 
     def __post_init__(self) -> None:
-        if self.particles is not None and self.particles < 1:
-            raise ValueError(f"particles has to be at least 1, got {self.particles}.")
+        check_whole("particles", self.particles)
+        if not isinstance(self.resample, bool):
+            raise TypeError(f"resample is True or False, got {self.resample!r}.")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(
                 f"threshold is the effective share under which particles are selected, between 0 (never) and 1; got {self.threshold}."
             )
 
+    def check(self, n: int) -> None:
+        """Raise where so many samples cannot come out of the population."""
+        if self.particles is not None and self.particles < n:
+            raise ValueError(
+                f"A population of particles={self.particles} cannot give n={n} samples. Pass particles of at least n."
+            )
+
+    def size(self, chain: Chain, n: int) -> int:
+        """How many particles n samples take."""
+        self.check(n)
+        return chain.particles(n) if self.particles is None else self.particles
+
 
 class Chain(abc.ABC):
-    """A process that samples. Weights are increments of their logarithm; ``None`` stands for a chain or a step without.
+    """A process that samples. A step gives increments of log-weights; a chain without weights gives ``None``.
 
     A chain serves one run. What it keeps of its particles belongs into their State.
     """
 
     road: str
     """How the diagnostics call it."""
-    formula: str
     device: torch.device
     batch_size: int
     """How many particles at a time go through a network."""
@@ -129,9 +97,9 @@ class Chain(abc.ABC):
     threshold: float = 0.5
     """The effective share under which particles are selected, unless the caller says otherwise."""
     log_scale: float | None = None
-    """Of a chain that is steered from an anchor: log Z as the target is written, minus log Z as the share of the anchor's samples."""
+    """Log Z of the target as written, minus log Z for the anchor's samples. Only chains that are steered from an anchor have it."""
     doubt: str = ""
-    """What the particles themselves cannot see, and the verdict has to say."""
+    """A known error that the weights do not show. The verdict says it."""
 
     @abc.abstractmethod
     def start(self, n: int, generator: torch.Generator | None) -> tuple[State, Float[Tensor, "n"] | None]:
@@ -154,7 +122,7 @@ class Chain(abc.ABC):
         """The finished samples, and the last increments."""
 
     def particles(self, n: int) -> int:
-        """The population for n samples where the caller does not say: never so few that weights mean nothing."""
+        """The population for n samples where the caller does not say. Weights mean little among a few particles."""
         return max(n, 2048)
 
     def notes(self, x: Tensor, generator: torch.Generator | None) -> list[str]:
@@ -180,20 +148,27 @@ class Progress:
 def run(
     chain: Chain,
     n: int,
-    selection: Selection | None,
-    result: Callable[[Tensor, Tensor | None, Diagnostics], Samples],
-    generator: torch.Generator | None,
+    formula: str,
+    settings: Settings,
+    result: Callable[[Tensor, Tensor | None, Diagnostics], Samples] = Samples,
+    selection: Selection | None = None,
 ) -> Iterator[Progress]:
     """Sample a chain, yielding after every step; the last progress has the samples.
 
-    Without a selection every particle is a sample, and weights are there to look at.
+    Args:
+        chain: fresh; it serves this run.
+        n: how many samples.
+        formula: what they are samples of.
+        settings: of the caller; the generator is what counts here.
+        result: makes what the caller gets of samples, log-weights and diagnostics.
+        selection: of a population with weights. Without one every particle is a sample, and weights are there to look at.
     """
-    N = n if selection is None else _population_size(chain, n, selection.particles)
+    generator = settings.generator
+    N = n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
     population = Population(N, threshold=threshold, generator=generator, device=chain.device)
-    seed = None if generator is None else generator.initial_seed()
-    diagnostics = Diagnostics(chain.road, chain.formula, seed=seed, doubt=chain.doubt)
-    title, step = f"sampling {chain.formula}", 0
+    diagnostics = Diagnostics(chain.road, formula, seed=settings.seed, doubt=chain.doubt)
+    title, step = f"sampling {formula}", 0
     yield Progress(title, 0, chain.length, 0, N)
     with torch.no_grad():  # never around a yield: gradients would be off in the caller too
         state, increment = chain.start(N, generator)
@@ -278,26 +253,6 @@ def _select(population: Population, x: Tensor, n: int, resample: bool) -> tuple[
     return x[index[order]], None
 
 
-def _population_size(chain: Chain, n: int, particles: int | None) -> int:
-    if particles is not None and particles < n:
-        raise ValueError(f"A population of particles={particles} cannot give n={n} samples. Pass particles of at least n.")
-    return chain.particles(n) if particles is None else particles
-
-
-def in_parts(function: Callable[..., Any], batch_size: int, *values: Any) -> Any:
-    """A function of tensors or States over a population, in parts that fit; what it gives, one of them or a tuple, is joined again."""
-    n = len(values[0])
-    if n <= batch_size:
-        return function(*values)
-    parts = [function(*(value[i : i + batch_size] for value in values)) for i in range(0, n, batch_size)]
-    return tuple(map(_join, zip(*parts, strict=True))) if isinstance(parts[0], tuple) else _join(parts)
-
-
-def _join(parts: Sequence[Any]) -> Any:
-    first = parts[0]
-    return State.cat(parts) if isinstance(first, State) else None if first is None else torch.cat(list(parts))
-
-
 def watch(progress: Iterator[Progress], show: bool = True) -> Samples:
     """Run to the end, with a bar for what takes longer than two seconds, and return the samples."""
     from tqdm.auto import tqdm
@@ -323,9 +278,19 @@ def watch(progress: Iterator[Progress], show: bool = True) -> Samples:
     return now.samples
 
 
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise where a number that was given is not a whole one, or too small."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} has to be a whole number, got {value!r:.60}.")
+    if value < least:
+        raise ValueError(f"{name} has to be at least {least}, got {value}.")
+
+
 def check_count(n: Any) -> None:
     """Raise where n is no number of samples."""
     if isinstance(n, bool) or not isinstance(n, numbers.Integral):
-        raise TypeError(f"The number of samples is a whole number, got n={n!r}.")
+        raise TypeError(f"The number of samples is a whole number, got n={n!r:.60}.")
     if n < 1:
         raise ValueError(f"The number of samples has to be at least 1, got n={n}.")

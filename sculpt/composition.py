@@ -43,6 +43,7 @@ class Composition(BaseModel):
         self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
     ):
         self.formula, self.models, self.operator, self.chain = formula, tuple(models), operator, tuple(chain)
+        self._known_key: tuple[list[str], str] = ([], "")
         for model in self.models:
             _check_model(model)
         check_composable(self.models)
@@ -60,8 +61,12 @@ class Composition(BaseModel):
 
     @property
     def key(self) -> str:
-        """A hash of the formula and the models' keys."""
-        return hashlib.sha256(repr((self.formula.identity, [model.key for model in self.models])).encode()).hexdigest()
+        """A hash of the formula and the models' keys, computed again only after a model underneath has changed."""
+        leaves = [leaf.key for leaf in self.leaves]
+        if self._known_key[0] != leaves:
+            said = repr((self.formula.identity, [model.key for model in self.models]))
+            self._known_key = leaves, hashlib.sha256(said.encode()).hexdigest()
+        return self._known_key[1]
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +106,11 @@ class Composition(BaseModel):
                 f"A composition is bound to a classifier, guided(classifier) or guided(Guided(classifier, ...)); got {road}."
             )
         return road.bind(self)
+
+    @property
+    def picks_models(self) -> bool:
+        """Whether samples of it are samples of its models, and need no weights."""
+        return self.is_one_model or isinstance(self.formula, Mixture)
 
     @property
     def is_one_model(self) -> bool:

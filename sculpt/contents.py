@@ -34,4 +34,6 @@ def find(name: str, kind: type[T]) -> type[T]:
         cls = getattr(importlib.import_module(CLASSES[short]), short)
         if issubclass(cls, kind):
             return cls  # type: ignore[no-any-return]
-    raise ValueError(f"{name!r} is not a {kind.__name__} of this sculpt; it knows {', '.join(CLASSES)}. Update sculpt.")
+    raise ValueError(
+        f"{name!r} is not a {kind.__name__} of this sculpt; it reads classes of its own table only. Update sculpt, or read the file with the class that wrote it."
+    )

@@ -49,16 +49,16 @@ class Diagnostics:
         steps: how many the run took.
         particles: the size of its population.
         ess: the effective sample size after every weighting.
-        log_z: the estimate of the target's log-normaliser, and
-        log_z_error: its standard error.
-        ancestors: how many particles of the start have descendants with weight, and
-        families: how many of them the weight comes from.
-        doubt: what the particles themselves cannot see, and the verdict has to say.
+        log_z: the estimate of the target's log-normaliser.
+        log_z_error: the standard error of ``log_z``.
+        ancestors: how many particles of the start have descendants with weight.
+        families: how many particles of the start the weight comes from.
+        doubt: a known error that the weights do not show.
         acceptance: the share of the anchor's samples that rejection keeps, or would keep.
         referee: what rejection decided by.
-        seed: of the generator, where there was one.
+        seed: of the generator, where the run was the first to use it: the same seed gives the same samples.
         notes: what else there is to know.
-        parts: of the runs that these samples were put together from.
+        parts: the diagnostics of the runs that these samples come from, where there are several.
     """
 
     road: str
@@ -152,6 +152,9 @@ class Diagnostics:
     @classmethod
     def join(cls, parts: Sequence[Diagnostics]) -> Diagnostics:
         """Of several runs together. Where all of them estimate one Z, so does their mean."""
+        parts = [part for i, part in enumerate(parts) if part not in parts[:i]]  # slices of one run are one run
+        if len(parts) == 1:
+            return parts[0]
         first = vars(parts[0])
         same = {name: first[name] for name in ("road", "formula", "steps") if all(vars(p)[name] == first[name] for p in parts)}
         joined = cls(same.get("road", "several"), same.get("formula", ""), same.get("steps", 0), parts=list(parts))

@@ -65,7 +65,7 @@ class BaseModel(abc.ABC):
     """Of one sample."""
 
     default_steps: int | None = None
-    """How many steps it takes if nobody says; ``None`` where its samples decide and ``steps`` is no option."""
+    """How many steps it takes if nobody says. ``None`` says that its samples decide, and that ``steps`` is no option."""
 
     models: tuple[BaseModel, ...] = ()
     """The operands of a composition; a pretrained model has none."""
@@ -141,6 +141,10 @@ class BaseModel(abc.ABC):
         """
         check_count(n)
         settings = Settings(steps, solver, batch_size, generator)
+        if road is not None and not self.models:
+            raise ValueError(
+                f"{self} is one model, and roads lead to compositions; got {road!r:.200}. Sample it without one, {self}.sample({n})."
+            )
         if self.default_steps is None:
             settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver")
         return self.stream(n, road, settings)
@@ -210,12 +214,14 @@ class Steppable(BaseModel):
     ) -> Steered:
         """A posterior of these models, steered by a classifier; this model is its anchor."""
 
+    def store(self, models: Sequence[BaseModel], **options: Any) -> Any:
+        raise ValueError(
+            f"{type(self).__name__} does not say what a classifier learns from on the way to its samples: define store(models, **options), "
+            "which gives a sculpt.classifier.store.Store. A SampleStore is enough for rejection and overlap, not for guidance."
+        )
+
     def stream(self, n: int, road: Any, settings: Settings) -> Iterator[Progress]:
-        if road is not None:
-            raise ValueError(
-                f"{self} is one model, and roads lead to compositions; got {road}. Sample it without one, {self}.sample({n})."
-            )
-        return run(self.chain(settings), n, None, self.result, settings.generator)
+        return run(self.chain(settings), n, str(self), settings, self.result)
 
 
 class Steered(Steppable):

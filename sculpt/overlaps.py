@@ -26,7 +26,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.chain import in_parts
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.composition import Composition
@@ -34,6 +33,7 @@ from sculpt.diagnostics import LEVELS, Verdict
 from sculpt.formula import Posterior, label_sets
 from sculpt.model import BaseModel, check_composable, same_model
 from sculpt.particles import effective_sample_size
+from sculpt.state import in_parts
 
 __all__ = ["Overlap", "Prediction", "overlap", "predict"]
 

@@ -92,21 +92,26 @@ class Samples:
     # Parts, joins, places
 
     def __getitem__(self: S, index: int | slice | Sequence[int] | Tensor) -> S:
-        """Some of the samples: a number, a slice, a list of numbers, or a mask."""
-        rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
-        log_w = None if self.log_weights is None else torch.log_softmax(self.log_weights[rows.to(self.x.device)], 0)
-        part = dataclasses.replace(self, x=self.x[rows.to(self.x.device)], log_weights=log_w)
+        """Some of the samples: a number, a slice, a list of numbers, or a mask. Their log-weights stay as they are."""
+        if isinstance(index, slice):
+            rows = torch.tensor(range(len(self))[index], dtype=torch.long)
+        else:
+            rows = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index].reshape(-1)
+        at = rows.to(self.x.device)
+        part = dataclasses.replace(self, x=self.x[at], log_weights=None if self.log_weights is None else self.log_weights[at])
         part._keep({name: [values[i] for i in rows.tolist()] for name, values in self._kept().items()})
         return part
 
     @classmethod
     def cat(cls, parts: Sequence[S]) -> S:
         """Samples of several runs, one after another; weighted ones count as much as their run's Z says, where every run has one."""
+        parts = list(parts)
         if not parts:
             raise ValueError("There is nothing to put together: pass a list of samples.")
-        if wrong := [part for part in parts if type(part) is not type(parts[0]) or part.x.shape[1:] != parts[0].x.shape[1:]]:
-            got = [f"{type(part).__name__} of {tuple(part.x.shape[1:])}" for part in (parts[0], wrong[0])]
-            raise ValueError(f"Only samples of one kind and shape go together, got {got[0]} and {got[1]}.")
+        for part in parts:
+            if type(part) is not type(parts[0]) or part.x.shape[1:] != parts[0].x.shape[1:]:
+                got = [f"{type(one).__name__} of {tuple(getattr(one, 'x', one).shape[1:])}" for one in (parts[0], part)]
+                raise ValueError(f"Only samples of one kind and shape go together, got {got[0]} and {got[1]}.")
         log_w = _joined_weights(parts) if any(part.log_weights is not None for part in parts) else None
         diagnostics = Diagnostics.join([part.diagnostics for part in parts])
         whole = type(parts[0])(torch.cat([part.x for part in parts]), log_w, diagnostics, parts[0].decoder)
@@ -141,15 +146,14 @@ class Samples:
                     f"There is no picture of samples of shape {tuple(self.x.shape[1:])}. Write .npz or .safetensors."
                 )
             return replace_file(path, picture)
-        tensors = {"x": self.x.detach().cpu().contiguous()}
-        if self.log_weights is not None:
-            tensors["log_weights"] = self.log_weights.detach().cpu().contiguous()
+        tensors = {"x": self.x} if self.log_weights is None else {"x": self.x, "log_weights": self.log_weights}
+        tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
         about = json.dumps(self._about())
         if path.suffix == ".npz":
             import numpy as np
 
             buffer = io.BytesIO()
-            np.savez_compressed(buffer, about=np.array(about), **{name: value.numpy() for name, value in tensors.items()})
+            np.savez_compressed(buffer, about=np.array(about), **{name: _numpy(value) for name, value in tensors.items()})
             return replace_file(path, buffer.getvalue())
         from safetensors.torch import save
 
@@ -167,10 +171,17 @@ class Samples:
         for name in self.columns:
             getattr(self, name)
 
-    @staticmethod
-    def load(path: str | Path, model: BaseModel | None = None) -> Samples:
-        """Read what :meth:`save` wrote as ``.safetensors``. ``model`` decodes again what only it can decode."""
+    @classmethod
+    def load(cls, path: str | Path, model: BaseModel | None = None) -> Samples:
+        """Read what :meth:`save` wrote as ``.safetensors``.
+
+        Args:
+            path: the file.
+            model: decodes again what only it can decode.
+        """
         path = Path(path)
+        if path.suffix in (".npz", ".png"):
+            raise ValueError(f"{path.name} holds arrays or a picture for others. Samples are read back from .safetensors only.")
         tensors, metadata = read_tensors_and_metadata(path)
         try:
             about = json.loads(metadata["sculpt"])
@@ -183,12 +194,13 @@ class Samples:
                 "version, or sample again."
             )
         try:
-            cls, decoder = find(about["class"], Samples), _DECODERS[about["decoder"]]
+            kind = cls if about["class"] == cls.__name__ else find(about["class"], Samples)
             diagnostics = _diagnostics(about["diagnostics"])
-            samples = cls(tensors["x"], tensors.get("log_weights"), diagnostics, decoder)
-            columns = {name: about["columns"][name] for name in cls.columns}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: what it says of its samples is not complete ({error!r}).") from None
+            samples = kind(tensors["x"], tensors.get("log_weights"), diagnostics, _DECODERS[about["decoder"]])
+            columns = {name: about["columns"][name] for name in kind.columns}
+            str(diagnostics)  # whatever is no number fails here, and not later
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or not from this sculpt: {error!r}.") from None
         if wrong := [
             name for name, values in columns.items() if not (isinstance(values, list) and len(values) == len(samples))
         ]:
@@ -214,7 +226,11 @@ class Samples:
         """
         from sculpt import plots
 
+        if not len(self):
+            return "text", b"no samples"
         shown = self.decode()
+        if isinstance(shown, Tensor) and shown.is_floating_point():
+            shown = shown.float()
         if isinstance(shown, Tensor) and shown.ndim == 4 and shown.shape[1] in (1, 3):
             return "png", plots.png(plots.image_grid(shown[:most], title=self.diagnostics.formula))
         if isinstance(shown, Tensor) and shown.ndim == 2 and shown.shape[1] >= 2 and _in_plane(shown):
@@ -249,10 +265,19 @@ def _in_plane(x: Tensor) -> bool:
 
 
 def _joined_weights(parts: Sequence[Samples]) -> Float[Tensor, "n"]:
-    own = [torch.full((len(p),), -math.log(len(p))) if p.log_weights is None else p.log_weights for p in parts]
-    every = [part.log_z is not None and part.diagnostics.particles is not None for part in parts]
-    z = [part.log_z + math.log(part.diagnostics.particles) if all(every) else math.log(len(part)) for part in parts]  # type: ignore[operator, arg-type]
-    return torch.log_softmax(torch.cat([w.double().to(own[0].device) + z_k for w, z_k in zip(own, z, strict=True)]), 0)
+    """Parts of one run keep their weights to each other. Runs count as much as their Z says, where all of them have one."""
+    parts = [part for part in parts if len(part)]
+    known = all(part.log_z is not None and part.diagnostics.particles is not None for part in parts)
+    log_w = []
+    for part in parts:
+        w = torch.full((len(part),), -math.log(len(part))) if part.log_weights is None else part.log_weights
+        count = math.log(part.diagnostics.particles or 1) + (part.log_z or 0.0) if known else math.log(len(part))
+        log_w.append(w.double().to(parts[0].x.device) + count)
+    return torch.log_softmax(torch.cat(log_w), 0)
+
+
+def _numpy(x: Tensor) -> Any:
+    return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
 
 
 def _diagnostics(said: dict[str, Any]) -> Diagnostics:

@@ -119,7 +119,7 @@ def track(formula, models, n, *, batch_size=None, generator=None, **selection):
 
 
 def drawn(model, chain, n, generator, selection):
-    return watch(run(chain, n, Selection(**selection), model.result, generator), show=False)
+    return watch(run(chain, n, str(model), Settings(generator=generator), model.result, Selection(**selection)), show=False)
 
 
 def unchecked(cls, *arguments, **options):

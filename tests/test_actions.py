@@ -176,6 +176,16 @@ def test_base_models_whose_flows_do_not_balance_say_by_how_much():
         HARMONIC, [GFlowNet(ps[0].env, nearly, name="nearly"), exact_flows[1]], 100, generator=seeded()
     ).diagnostics.notes
     assert "nearly 0.0" in note and "unconverged" not in note
+    first_up = exact.TablePolicy(
+        graph,
+        torch.where(graph.allowed & ((graph.states[:, 1:] == 0) | (torch.arange(3) > 0)), 0.0, -torch.inf)
+        .double()
+        .log_softmax(-1),
+    )
+    (note,) = track(
+        HARMONIC, [exact_flows[0], GFlowNet(ps[0].env, first_up, name="up")], 100, generator=seeded()
+    ).diagnostics.notes
+    assert "up inf" in note and "unconverged" in note  # most paths to a state are none of its own
 
 
 def leaves(env, **supports):

@@ -125,7 +125,9 @@ def test_an_anchor_that_is_a_composition_without_its_classifier_is_refused_with_
     inner = P & Q
     classifier = classifier_of(inner, R)
     for form in ("anchored", "mixture"):
-        with pytest.raises(ValueError, match=r"p ⊗ q cannot be stepped: it is a composition.*inner.guided\(its_classifier\)"):
+        with pytest.raises(
+            ValueError, match=r"p ⊗ q is a composition without a classifier of its own.*inner.guided\(its_classifier\)"
+        ):
             (inner - R).sample(4, Guided(classifier, form=form), progress=False)
 
 

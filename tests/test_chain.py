@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sculpt.chain import Chain, Progress, Selection, Settings, State, in_parts, run, watch
-from sculpt.samples import Samples
+from sculpt.chain import Chain, Progress, Selection, Settings, run, watch
+from sculpt.state import State, in_parts
 
 
 def generator(seed=0):
@@ -84,7 +84,7 @@ def steps(n, generator):
 class Walking(Chain):
     """Particle i makes i % 3 + 1 steps of U(-1, 1) and then stands still. Its weight doubles with each step to the right."""
 
-    road, formula, device, batch_size = "walk", "w", torch.device("cpu"), 1000
+    road, device, batch_size = "walk", torch.device("cpu"), 1000
     weighted, calls = True, 0
 
     def start(self, n, generator):
@@ -108,7 +108,7 @@ class Walking(Chain):
 
 
 def ended(chain, n, selection=None, seed=0):
-    *way, last = run(chain, n, selection, Samples, generator(seed))
+    *way, last = run(chain, n, "w", Settings(generator=generator(seed)), selection=selection)
     return way, last.samples
 
 
@@ -226,7 +226,7 @@ def test_the_same_seed_gives_the_same_samples_and_is_written_down():
 
 def test_a_run_that_is_left_takes_no_further_step():
     chain = Walking()
-    way = run(chain, 10, None, Samples, generator())
+    way = run(chain, 10, "w", Settings(generator=generator()))
     assert next(way) == Progress("sampling w", 0, None, 0, 10) and chain.calls == 0
     next(way)
     next(way)

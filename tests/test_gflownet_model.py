@@ -192,6 +192,7 @@ def test_the_key_follows_weights_backward_policy_and_condition():
     assert key == GFlowNet(grid(), torchgfn_policy(env)).key
     assert key != GFlowNet(env, policy, torchgfn_policy(env, is_backward=True)).key
     assert key != GFlowNet(grid(8), torchgfn_policy(grid(8))).key
+    assert GFlowNet(env, policy, key="mine").key == "mine"
     with torch.no_grad():
         next(policy.parameters()).add_(1.0)
     assert key != GFlowNet(env, policy).key

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sculpt.chain import Chain, Selection, State, run
+from sculpt.chain import Chain, Selection, Settings, run
 from sculpt.particles import Population, effective_sample_size, systematic
 from sculpt.samples import Diagnostics, Samples
+from sculpt.state import State
 
 NAN, INF = float("nan"), float("inf")
 
@@ -243,7 +244,7 @@ class Given(Chain):
 
 
 def ended(x, log_w, n, **selection):
-    *_, last = run(Given(x, log_w), n, Selection(len(x), **selection), Samples, generator())
+    *_, last = run(Given(x, log_w), n, "given", Settings(generator=generator()), selection=Selection(len(x), **selection))
     return last.samples
 
 

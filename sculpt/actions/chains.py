@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sculpt.actions.paths import children_log_pb, disagreement
 from sculpt.actions.states import NEG_INF, distinct, draw
-from sculpt.chain import Chain, Settings, State
+from sculpt.chain import Chain, Settings
 from sculpt.formula import Formula, Nested
+from sculpt.state import State
 
 if TYPE_CHECKING:
     from sculpt.actions.guidance import Guidance
@@ -43,7 +44,7 @@ class ActionChain(Chain):
     """One model alone."""
 
     def __init__(self, model: ActionModel, settings: Settings, road: str = "base model"):
-        self.model, self.road, self.formula, self.device = model, road, str(model), model.device
+        self.model, self.road, self.device = model, road, model.device
         self.exit = model.n_actions - 1
         self.batch_size = settings.batch_size or model.batch_size
 

@@ -22,7 +22,6 @@ from sculpt.actions.states import NEG_INF, distinct
 from sculpt.chain import Selection, Settings, run, watch
 from sculpt.classifier.store import Batch, Draw, Store
 from sculpt.formula import Posterior
-from sculpt.samples import Samples
 from sculpt.training import seed_of_step
 
 if TYPE_CHECKING:
@@ -138,8 +137,9 @@ class TrajectoryStore(Store):
         sets = [labels for k in range(2, m + 1) for labels in itertools.combinations(range(m), k)]
         each = -(-n // len(sets))
         for labels in sets:
-            chain = first.tracked(Posterior(m, labels), self.models, Settings(generator=generator))
-            x.append(watch(run(chain, each, Selection(particles=4 * each), Samples, generator), show=False).x)
+            settings, formula = Settings(generator=generator), Posterior(m, labels)
+            chain = first.tracked(formula, self.models, settings)
+            x.append(watch(run(chain, each, str(formula), settings, selection=Selection(4 * each)), show=False).x)
         return retrace(self.models, torch.cat(x), generator)
 
     def _guided(self, draw: Draw, teacher: Classifier) -> Trajectories:

@@ -136,7 +136,12 @@ class Classifier(Guide, nn.Module):
         self.keys: tuple[str, ...] = tuple(keys)
         self.names = tuple(names or (f"p{i}" for i in range(len(keys))))
         self.network = network
-        width = int(network.width)  # type: ignore[arg-type]
+        width = getattr(network, "width", None)
+        if not isinstance(width, int):
+            raise ValueError(
+                f"The backbone {type(network).__name__} has no width: heads need to know how many features it gives. Set network.width to "
+                "the size of its output's last axis."
+            )
         self.marginal_head = nn.Linear(width, self.m)
         self.terminal_head = nn.Linear(width, self.m)
         self.set_head = SetHead(width, self.m, observations, odds, children)

@@ -25,11 +25,12 @@ from einops import einsum, reduce
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sculpt.chain import Chain, Settings, State, in_parts
+from sculpt.chain import Chain, Settings
 from sculpt.diffusion.clock import like, noise_levels
 from sculpt.diffusion.fade import fade
 from sculpt.formula import Formula
 from sculpt.model import randn
+from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.correctors import Corrector
@@ -92,7 +93,7 @@ class DenoisingChain(NoisyChain):
 
     def __init__(self, model: Denoiser, settings: Settings):
         super().__init__([model], settings, model.default_steps if settings.steps is None else settings.steps)
-        self.model, self.formula, self.road = model, str(model), model.road
+        self.model, self.road = model, model.road
 
     def start(self, n, generator):
         z = self.levels[0].float() * self.noise(n, generator, torch.empty((), device=self.device))
@@ -209,7 +210,7 @@ class TrackedChain(NoisyChain):
     def __init__(self, formula: Formula, models: Sequence[Denoiser], settings: Settings, corrector: Corrector | None = None):
         settings.refuse("tracked densities, which need a kernel of their own", "solver")
         super().__init__(models, settings, TRACKED_STEPS if settings.steps is None else settings.steps)
-        self.formula, self.degree, self.corrector, self.warned = str(formula), formula.degree, corrector, False
+        self.degree, self.corrector, self.warned = formula.degree, corrector, False
         if corrector is not None:
             corrector.reset()
         # The target of each level: what the formula pushes away from is faded in.

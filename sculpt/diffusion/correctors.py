@@ -24,10 +24,10 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sculpt.chain import in_parts
 from sculpt.diffusion.chains import inner
 from sculpt.formula import Formula
 from sculpt.model import randn
+from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser

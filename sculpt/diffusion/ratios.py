@@ -12,10 +12,10 @@ from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.chain import in_parts
 from sculpt.diffusion.chains import analytic_variance, check_finite, kernel_variance
 from sculpt.diffusion.clock import noise_levels
 from sculpt.model import randn
+from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser

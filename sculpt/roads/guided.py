@@ -89,9 +89,14 @@ class Guided(Road):
         posterior, models = self.classifier.align(composition.anchored(self.anchor), composition.models)
         for model in [models[posterior.labels[0]]] if self.form == "anchored" else models:
             if not isinstance(model, Steppable):
+                if model.models:
+                    raise ValueError(
+                        f"{model} is a composition without a classifier of its own, which cannot be stepped. Anchor on a base model "
+                        "(anchor=), or bind the inner classifier: inner.guided(its_classifier)."
+                    )
                 raise ValueError(
-                    f"{model} cannot be stepped: it is a composition without a classifier of its own, or a model that offers samples "
-                    "only. Anchor on a base model (anchor=), or bind the inner classifier: inner.guided(its_classifier)."
+                    f"{model} offers finished samples only, so there is no way to them that could be steered. Take "
+                    "sculpt.Rejection(classifier)."
                 )
         anchor = models[posterior.labels[0]]
         assert isinstance(anchor, Steppable)
@@ -100,7 +105,6 @@ class Guided(Road):
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         guided = self.bind(composition)
         chain = guided.corrected(settings, self.correct == "densities") if self.correct else guided.chain(settings)
-        chain.formula = str(composition)
         if chain.log_scale is not None:
             chain.log_scale = composition.log_scale(composition.anchored(self.anchor).labels[0])
-        return run(chain, n, self.selection, composition.result, settings.generator)
+        return run(chain, n, str(composition), settings, composition.result, self.selection)

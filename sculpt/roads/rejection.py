@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.chain import Progress, Settings, in_parts
+from sculpt.chain import Progress, Settings, check_whole
 from sculpt.classifier.guide import Guide
 from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Mixture, Posterior
 from sculpt.model import BaseModel, same_model
 from sculpt.roads.road import Road
 from sculpt.roads.tracked import in_order, picks
+from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.composition import Composition
@@ -52,8 +53,7 @@ class Rejection(Road):
             raise TypeError(
                 f"Rejection takes a classifier, or a function from samples to log-densities; got {classifier!r:.200}."
             )
-        if max_draws < 1:
-            raise ValueError(f"max_draws has to be at least 1, got {max_draws}.")
+        check_whole("max_draws", max_draws)
         self.classifier, self.anchor, self.max_draws = classifier, anchor, max_draws
 
     def check(self, composition: Composition) -> None:
@@ -87,8 +87,8 @@ class Rejection(Road):
             log_z_error=error,
             acceptance=len(x) / drawn,
             referee=self._decides,
-            seed=None if settings.generator is None else settings.generator.initial_seed(),
-            notes=[f"{drawn} draws of the anchor", *(note for _, note in referee.known.values())],
+            seed=settings.seed,
+            notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())],
         )
         yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
 
@@ -173,45 +173,49 @@ class _Referee:
             self.known[key] = log_z, f"log Z of {self.composition}: {log_z:.3f} ± {error:.2g}"
         return own - self.known[key][0]
 
-    def propose(self, label: int, n: int) -> Generator[Progress, None, Tensor]:
+    def propose(self, label: int, n: int) -> Generator[Progress, None, tuple[Tensor, int]]:
+        """n samples of an operand, and how many draws of the base models they took."""
         operand = self.operands[label]
         if isinstance(operand, _Referee):
-            return (yield from operand.draw(n))[0][:n]
+            x, *_, drawn = yield from operand.draw(n)
+            return x[:n], drawn
         for progress in self.composition.models[label].stream(n, None, self.settings):
             if progress.samples is None:
                 yield progress
-        return progress.samples.x
+        return progress.samples.x, n
 
     def draw(self, n: int) -> Drawn:
-        """At least n samples, log Z of the composition as it is written with its error, and how many draws of the anchor it took."""
+        """At least n samples, log Z of the composition as it is written with its error, and how many draws of the base models it took."""
         if self.posterior is None:
             choice = picks(self.composition, n, self.settings.generator)
-            x = []
+            parts = []
             for i in choice.unique().tolist():
-                x.append((yield from self.propose(i, int((choice == i).sum()))))
-            return in_order(x, choice), 0.0, 0.0, n
-        kept, total, drawn, expected, label = [], 0, 0, 0.0, self.posterior.labels[0]
+                parts.append((yield from self.propose(i, int((choice == i).sum()))))
+            x, drawn = zip(*parts, strict=True)
+            return in_order(list(x), choice), 0.0, 0.0, sum(drawn)
+        kept, total, drawn, below, expected, label = [], 0, 0, 0, 0.0, self.posterior.labels[0]
         generator, model = self.settings.generator, self.composition.models[label]
         while total < n:
             # Enough for what is missing at the acceptance seen so far, a little more than too little.
             rate = (total + 1) / (drawn + 4)
             size = int(min(max(64, 1.1 * (n - total) / rate), MOST, self.road.max_draws))
             now = Progress(f"rejection from {model}", 0, None, total, n)
-            x = yield from _under(now, self.propose(label, size))
+            x, own = yield from _under(now, self.propose(label, size))
             ell = yield from self.operand_densities(self.ell(x))
             log_p = self.posterior.value(ell) - ell[:, label]
             log_p = torch.where(log_p.isnan(), -math.inf, log_p)  # where the anchor itself has no density
             u = torch.rand(len(x), generator=generator, dtype=torch.float64, device=generator.device if generator else x.device)
             accepted = x[u.to(x.device).log() < log_p]
             kept.append(accepted)
-            total, drawn, expected = total + len(accepted), drawn + len(x), expected + float(log_p.exp().sum())
+            total, drawn, below = total + len(accepted), drawn + len(x), below + own
+            expected += float(log_p.exp().sum())
             if total < n and drawn >= self.road.max_draws:
                 raise RuntimeError(
                     f"Rejection kept {total} of {drawn} draws from {model}, {n} were asked for. The base models hardly overlap where the "
                     "composition lies; ask for fewer samples, raise max_draws, or see sculpt.overlap."
                 )
         log_z = math.log(expected / drawn) + self.composition.log_scale(label)
-        return torch.cat(kept), log_z, math.sqrt((1 - total / drawn) / total), drawn
+        return torch.cat(kept), log_z, math.sqrt((1 - total / drawn) / total), below
 
 
 def _under(now: Progress, run: Generator[Progress, None, T]) -> Generator[Progress, None, T]:

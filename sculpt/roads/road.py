@@ -28,9 +28,11 @@ class Road(abc.ABC):
     """The population whose weights select the samples; ``None`` where samples have no weights."""
 
     def __new__(cls, *_: Any, **options: Any) -> Road:
-        own = inspect.signature(cls).parameters
-        if unknown := sorted(set(options) - set(own)):
-            raise TypeError(f"{', '.join(unknown)}: not an option of {cls.__name__}, which takes {', '.join(own)}.")
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        takes_any = cls.__init__ is object.__init__ or any(p.kind is p.VAR_KEYWORD for p in own)
+        if not takes_any and (unknown := sorted(set(options) - {p.name for p in own})):
+            takes = ", ".join(p.name for p in own)
+            raise TypeError(f"{', '.join(unknown)}: not an option of {cls.__name__}, which takes {takes}.")
         return super().__new__(cls)
 
     @property
@@ -44,7 +46,7 @@ class Road(abc.ABC):
         options = [
             (name, kept[name], p.default) for name, p in inspect.signature(type(self)).parameters.items() if name in kept
         ]
-        said = [f"{name}={_named(value)}" for name, value, usual in options if value is not usual and value != usual]
+        said = [f"{name}={_said(value)}" for name, value, usual in options if value is not usual and value != usual]
         return f"{type(self).__name__}({', '.join(said)})"
 
     @abc.abstractmethod
@@ -72,5 +74,5 @@ def _identity(value: Any) -> Any:
     return value.__qualname__ if isinstance(value, FunctionType) else {"class": type(value).__qualname__} | _options(value)
 
 
-def _named(value: Any) -> str:
+def _said(value: Any) -> str:
     return repr(value) if isinstance(value, bool | int | float | str) else getattr(value, "name", type(value).__name__)

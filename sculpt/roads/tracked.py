@@ -49,7 +49,7 @@ class Tracked(Road):
                 f"particles, threshold, corrector and resample belong to a population with weights, and {composition} is sampled without: "
                 "its models are picked. Leave them out."
             )
-        if composition.is_one_model or isinstance(composition.formula, Mixture):
+        if composition.picks_models:
             if not (self.selection.resample or composition.is_one_model):
                 raise ValueError(f"resample=False: {composition} is a mixture, whose samples carry no weights. Leave it out.")
             for model in filter(_weighted, composition.models):
@@ -61,9 +61,10 @@ class Tracked(Road):
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         self.check(composition)
+        self.selection.check(n)
         if composition.is_one_model:
             return self._alone(composition, n, settings)
-        return (self._pick if isinstance(composition.formula, Mixture) else self._track)(composition, n, settings)
+        return (self._pick if composition.picks_models else self._track)(composition, n, settings)
 
     def _part(self, model: BaseModel, n: int, settings: Settings) -> Iterator[Progress]:
         """Samples of an operand. One without a population has no use for a population's options."""
@@ -77,17 +78,16 @@ class Tracked(Road):
             yield progress
 
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
-        known: dict[str, tuple[float, str]] = {}
+        known: dict[str, tuple[Formula, float, str]] = {}
         formula = yield from self._over_leaves(composition, settings, known)
         chain = composition.leaves[0].tracked(formula, composition.leaves, settings, self.corrector)  # type: ignore[attr-defined]
-        chain.formula = str(composition)
-        for progress in run(chain, n, self.selection, composition.result, settings.generator):
+        for progress in run(chain, n, str(composition), settings, composition.result, self.selection):
             if progress.samples is not None:
-                progress.samples.diagnostics.notes += [note for _, note in known.values()]
+                progress.samples.diagnostics.notes += [note for *_, note in known.values() if note]
             yield progress
 
     def _over_leaves(
-        self, composition: Composition, settings: Settings, known: dict[str, tuple[float, str]]
+        self, composition: Composition, settings: Settings, known: dict[str, tuple[Formula, float, str]]
     ) -> Generator[Progress, None, Formula]:
         """The formula over the pretrained models. Every inner composition is normalised by one run of its own, from the inside out."""
         if not any(model.models for model in composition.models):
@@ -96,11 +96,11 @@ class Tracked(Road):
         for model in composition.models:
             inner, z = Mixture([1.0]), 0.0
             if model.models:
-                inner = yield from self._over_leaves(model, settings, known)
-                if not isinstance(model.formula, Mixture) and not model.is_one_model:
-                    if model.key not in known:
-                        known[model.key] = yield from self._normaliser(model, inner, settings)
-                    z = known[model.key][0]
+                if model.key not in known:
+                    inner = yield from self._over_leaves(model, settings, known)
+                    found = (0.0, "") if model.picks_models else (yield from self._normaliser(model, inner, settings))
+                    known[model.key] = inner, *found
+                inner, z, _ = known[model.key]
             parts.append(inner)
             indices.append([next(i for i, leaf in enumerate(leaves) if same_model(leaf, own)) for own in model.leaves])
             log_z.append(z)
@@ -110,9 +110,8 @@ class Tracked(Road):
         self, model: Composition, formula: Formula, settings: Settings
     ) -> Generator[Progress, None, tuple[float, str]]:
         chain = model.leaves[0].tracked(formula, model.leaves, settings, self.corrector)
-        chain.formula = str(model)
         selection = Selection(self.selection.particles, self.selection.threshold)
-        for progress in run(chain, 1, selection, Samples, settings.generator):
+        for progress in run(chain, 1, str(model), settings, Samples, selection):
             if progress.samples is None:
                 yield progress
             else:
@@ -135,8 +134,13 @@ class Tracked(Road):
                 if model.models:
                     notes.append(f"{model}: {part.verdict}")
                     inner.append(part.diagnostics)
-        seed = None if settings.generator is None else settings.generator.initial_seed()
-        said = {"road": "a model picked per sample", "formula": str(composition), "steps": steps, "seed": seed, "notes": notes}
+        said = {
+            "road": "a model picked per sample",
+            "formula": str(composition),
+            "steps": steps,
+            "seed": settings.seed,
+            "notes": notes,
+        }
         diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
         yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
@@ -146,8 +150,7 @@ def _weighted(model: BaseModel) -> bool:
     """Whether sampling this takes a population with weights, anywhere in it."""
     if not model.models:
         return False
-    picked = isinstance(model.formula, Mixture) or model.is_one_model  # type: ignore[attr-defined]
-    return any(map(_weighted, model.models)) if picked else True
+    return any(map(_weighted, model.models)) if model.picks_models else True  # type: ignore[attr-defined]
 
 
 def picks(composition: BaseModel, n: int, generator: torch.Generator | None) -> torch.Tensor:

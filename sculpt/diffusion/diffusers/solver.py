@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sculpt.chain import Chain, Settings, State, in_parts
+from sculpt.chain import Chain, Settings
 from sculpt.diffusion.chains import check_finite
 from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.model import randn
+from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser
@@ -36,7 +37,7 @@ class SolverChain(Chain):
     whole = True
 
     def __init__(self, model: Denoiser, settings: Settings):
-        self.model, self.formula, self.road, self.device = model, str(model), model.road, model.device
+        self.model, self.road, self.device = model, model.road, model.device
         self.scheduler = _copied(settings.solver, model)
         steps = model.default_steps if settings.steps is None else settings.steps
         if steps < 1:

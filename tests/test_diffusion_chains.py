@@ -14,7 +14,6 @@ from sculpt.chain import Selection, Settings, run
 from sculpt.diffusion import chains
 from sculpt.diffusion.chains import GuidedChain, TrackedChain, analytic_variance, kernel_variance
 from sculpt.formula import Posterior, PowerMean, Product
-from sculpt.samples import Samples
 
 RINGS = three_rings()
 P, Q, _ = (exact_model(mixture, name=name) for mixture, name in zip(RINGS, "pqr", strict=True))
@@ -117,7 +116,7 @@ def test_what_a_particle_remembers_is_selected_with_it(monkeypatch):
 
     monkeypatch.setattr(GuidedChain, "_walk", spy)
     chain = guided_chain(8, corrected=True)
-    list(run(chain, 60, Selection(60, threshold=1.0), Samples, generator(3)))
+    list(run(chain, 60, "g", Settings(generator=generator(3)), selection=Selection(60, threshold=1.0)))
     multiplied = 0
     for earlier, out, state in zip(came, went, came[1:], strict=False):
         # Every particle that steps on is one that the last step left, with all that belongs to it.

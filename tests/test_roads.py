@@ -357,6 +357,12 @@ def test_a_run_of_a_nested_composition_tells_of_every_inner_run():
     assert {(progress.steps, progress.n) for progress in way} == {(STEPS, 40)}
 
 
+def test_what_a_bound_composition_cannot_do_is_refused():
+    for bind in (P & Q).guided, (P & Q).as_unet:
+        with pytest.raises(ValueError, match="corrects a population of particles.*Leave correct out here"):
+            bind(Guided(GUIDE, correct=True))
+
+
 def test_a_run_of_a_mixture_tells_of_every_part():
     *way, last = ((P & Q) | R).run(50, Tracked(particles=60), steps=STEPS, generator=generator(4))
     for title in ("sampling p ⊗ q", "sampling r"):

@@ -266,6 +266,8 @@ class DiffusionComposition(Composition):
     def as_unet(self, road: Guided | Guide, scheduler: Any | None = None) -> DenoiserUNet:
         """The guided composition as a diffusers UNet, for a scheduler's own loop or a pipeline.
 
+        Gradients flow through it. Run a loop of your own under ``torch.no_grad()``, as pipelines do.
+
         Args:
             road: a classifier, or ``Guided(classifier, ...)``.
             scheduler: the one that the loop steps with; by default the anchor's own.

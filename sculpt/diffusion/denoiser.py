@@ -216,11 +216,12 @@ class GuidedDenoiser(Denoiser, Steered):
 
     def log_h(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
         r""":math:`\log h(z)` of the anchored form, or :math:`\log p(y_1 \dots y_n \mid z)`, and its gradient."""
+        differentiable = torch.is_grad_enabled() and z.requires_grad
         with torch.enable_grad():
-            z = z.detach().requires_grad_(True)
+            z = z if differentiable else z.detach().requires_grad_(True)
             value = self._log_h(z, s.expand(len(z)))
-            (gradient,) = torch.autograd.grad(value.sum(), z)
-        return value.detach(), gradient
+            (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=differentiable)
+        return value if differentiable else value.detach(), gradient
 
     def _log_h(self, z: Tensor, s: Tensor) -> Tensor:
         labels, odds = self.posterior.labels, self.posterior.odds
@@ -242,11 +243,7 @@ class GuidedDenoiser(Denoiser, Steered):
 
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         s = level(s, z.device)
-        if not (torch.is_grad_enabled() and z.requires_grad):
-            return self.base(z, s) + self.guidance(z, s)[1]
-        log_h = self._log_h(z, s.expand(len(z)))
-        (gradient,) = torch.autograd.grad(log_h.sum(), z, create_graph=True)
-        return self.base(z, s) + like(self.strength * s**2, z) * gradient.to(z.dtype)
+        return self.base(z, s) + self.guidance(z, s)[1]
 
     def as_unet(self, scheduler: Any | None = None) -> DenoiserUNet:
         """The composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""

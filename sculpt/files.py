@@ -1,90 +1,239 @@
-"""Checkpoint folders: a JSON description and a safetensors file, replaced atomically, never unpickled."""
+"""Files that survive: one commit point for a file or a folder, and nothing that is read before it is checked. Never unpickled.
+
+A file is written beside its place and put there by one replacement. The files of a folder are written into a folder inside of it,
+``.saved`` once it is whole: that renaming is the commit. What is in there then moves to its place, and whoever reads or saves next
+moves what a killed process left in it. So a folder holds the old files or the new ones, whenever its writer was stopped.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+import stat
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["load_folder", "read_json", "read_tensors", "read_tensors_and_metadata", "replace_file", "save_folder"]
+from sculpt.entries import Entries, read_json
+from sculpt.weights import Weights
+
+__all__ = ["load_folder", "open_folder", "remove_debris", "replace_file", "replacing", "save_folder", "settled"]
 
 FORMAT = 1
+SAVED = ".saved"
+"""The folder of files that are saved, and may not be in their places yet."""
+DAY = 86_400
+
+_HOST = re.sub(r"\W", "-", socket.gethostname())[:40] or "host"
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)\.(?P<process>\d+)\.[0-9a-f]{12}\.part")
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write all of it or nothing: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:12]}")  # of this process, thread and call
+    temporary = _beside(path)
     try:
-        temporary.write_bytes(content)
+        with temporary.open("xb") as file:
+            file.write(content)
+            _to_disk(file)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
-def save_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """``config.json`` (with ``kind``) and ``model.safetensors``.
+@contextlib.contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """A folder to write files and folders into: when the block ends, all of them are in ``folder``, or none where it failed.
 
-    The config carries the weights' hash and goes last: a reader sees the old pair, the new pair or an error, never a mixture.
+    Files and folders of the same names go; what else the folder has stays.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_debris(folder)
+    stage = _beside(folder / SAVED)
+    try:
+        stage.mkdir()
+        yield stage
+        for path in stage.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    _to_disk(file)
+        with _locked(folder):
+            _finish(folder)  # what a killed process left
+            os.rename(stage, folder / SAVED)
+            _finish(folder)
+    except BaseException:
+        _remove(stage)
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def settled(folder: str | Path) -> Iterator[Path]:
+    """The folder with everything in its place, while nobody of this machine saves into it."""
+    folder = Path(folder)
+    remove_debris(folder)
+    while True:
+        if _pending(folder):
+            try:
+                with _locked(folder):
+                    _finish(folder)
+            except OSError as error:
+                raise ValueError(
+                    f"{folder} was saved by a process that was stopped before all files were in their places, and they cannot be put "
+                    f"there now ({error}). Read it once where you may write."
+                ) from None
+        with _locked(folder, shared=True):
+            if not _pending(folder):
+                yield folder
+                return
+
+
+def _pending(folder: Path) -> bool:
+    # A link could lead out of the folder.
+    return (folder / SAVED).is_dir() and not (folder / SAVED).is_symlink()
+
+
+def _finish(folder: Path) -> None:
+    """Move what is saved to its place. It may be stopped anywhere and started again."""
+    if not _pending(folder):
+        return
+    for new in sorted((folder / SAVED).iterdir()):
+        place = folder / new.name
+        if place.is_dir() or (new.is_dir() and place.exists()):  # no renaming replaces a folder that is not empty
+            old = _beside(place)
+            os.rename(place, old)
+            os.replace(new, place)
+            _remove(old)
+        else:
+            os.replace(new, place)
+    (folder / SAVED).rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """One at a time, of all threads and processes; file systems without locks go without."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _to_disk(file: BinaryIO) -> None:
+    """A replacement that reaches the disk before the content would be half a file after a power cut."""
+    file.flush()
+    with contextlib.suppress(OSError):  # some file systems cannot
+        os.fsync(file.fileno())
+
+
+# What writers leave behind
+
+
+def _beside(path: Path) -> Path:
+    """A name of this machine, process, thread and call."""
+    return path.with_name(f".{path.name[:80]}.{_HOST}.{os.getpid()}.{uuid.uuid4().hex[:12]}.part")
+
+
+def remove_debris(folder: str | Path) -> None:
+    """Remove what killed processes of this machine were about to write, and whatever of that kind is older than a day."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if (match := _TEMPORARY.fullmatch(entry.name)) is None:
+                continue
+            gone = match["host"] == _HOST and not _runs(int(match["process"]))
+            if gone or time.time() - entry.stat(follow_symlinks=False).st_mtime > DAY:
+                _remove(Path(entry.path))
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # there a signal of number 0 is not harmless
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """A file, a link or a folder, as far as it can be removed."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+# Checkpoints of two files
+
+
+def save_folder(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """``config.json`` (with ``kind``, and the hash of the weights) and ``model.safetensors``, both or neither."""
+    with replacing(folder) as new:
+        write_folder(new, config, tensors)
+
+
+def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The same inside of a folder that is being replaced."""
     weights = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     config = {"format": FORMAT, **config, "sha256": hashlib.sha256(weights).hexdigest()}
-    replace_file(folder / "model.safetensors", weights)
-    replace_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_folder(folder: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What ``save_folder`` wrote, after checking that it is whole and of this kind."""
+@contextlib.contextmanager
+def open_folder(folder: str | Path, kind: str) -> Iterator[tuple[Entries, Weights]]:
+    """What ``save_folder`` wrote: the config, of this kind and format, and weights that are not read yet."""
+    with settled(_existing(folder, kind)) as folder:
+        config = Entries(read_json(folder / "config.json", f"a {kind} of sculpt"), str(folder / "config.json"))
+        found = config.get("kind")
+        if found != kind:
+            got = found or config.get("_class_name") or "another kind of checkpoint"
+            raise ValueError(
+                f"{folder} holds a {got!s:.80}, expected a {kind} of sculpt. sculpt.load picks the right class by itself."
+            )
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{folder} has format {config.get('format')!s:.80}, this sculpt reads format {FORMAT}. Update sculpt."
+            )
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise ValueError(f"{folder} is no {kind} of sculpt: model.safetensors is missing. Copy or download it again.")
+        yield config, Weights(path, sha256=config.text("sha256", most=64))
+
+
+def load_folder(folder: str | Path, kind: str) -> tuple[Entries, dict[str, Tensor]]:
+    """The config and all weights at once, for kinds whose reader checks the weights itself."""
+    with open_folder(folder, kind) as (config, weights):
+        return config, weights.read()
+
+
+def _existing(folder: str | Path, kind: str) -> Path:
     folder = Path(folder)
-    config = read_json(folder / "config.json", f"a {kind} of sculpt")
-    if config.get("kind") != kind:
-        got = config.get("kind") or config.get("_class_name") or "another kind of checkpoint"
-        raise ValueError(f"{folder} holds a {got}, expected a {kind} of sculpt. sculpt.load picks the right class by itself.")
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{folder} has format {config.get('format')}, this sculpt reads format {FORMAT}. Update sculpt.")
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no {kind} of sculpt: model.safetensors is missing. Copy or download it again.")
-    weights = path.read_bytes()
-    if hashlib.sha256(weights).hexdigest() != config["sha256"]:
-        raise ValueError(
-            f"{path} is not the file that its config.json names (sha256): truncated or mixed up. Copy or download it again."
-        )
-    return config, load(weights)
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} is no {what}: {path.name} is missing.") from None
-    except ValueError:
-        raise ValueError(f"{path} is not readable JSON: truncated or damaged. Copy or download it again.") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file, or an error that says what is wrong with it."""
-    try:
-        return load(path.read_bytes())
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a readable safetensors file: truncated or damaged ({error}). Copy or download it again."
-        ) from None
-
-
-def read_tensors_and_metadata(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file with what its header says, or an error that says what is wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"There is no file {str(path)!r}. Check the path.")
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as file:
-        return tensors, file.metadata() or {}
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r} with a {kind} of sculpt. Check the path.")
+    return folder

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
-from sculpt.files import read_json
+from sculpt.entries import read_json
 from sculpt.model import BaseModel
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor
 from sculpt import preview
 from sculpt.contents import VERSION, find
 from sculpt.diagnostics import Diagnostics, Verdict
-from sculpt.files import read_tensors_and_metadata, replace_file
+from sculpt.files import replace_file
+from sculpt.weights import Weights
 
 if TYPE_CHECKING:
     from sculpt.model import BaseModel
@@ -182,7 +183,8 @@ class Samples:
         path = Path(path)
         if path.suffix in (".npz", ".png"):
             raise ValueError(f"{path.name} holds arrays or a picture for others. Samples are read back from .safetensors only.")
-        tensors, metadata = read_tensors_and_metadata(path)
+        weights = Weights(path)
+        tensors, metadata = weights.read(), weights.metadata
         try:
             about = json.loads(metadata["sculpt"])
             form, by = about["format"], about["version"]

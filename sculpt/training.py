@@ -26,7 +26,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sculpt.files import read_tensors_and_metadata, replace_file
+from sculpt.files import replace_file
+from sculpt.weights import Weights
 
 __all__ = ["Kept", "Training", "clock_of", "constant", "cosine", "mean", "read_state", "seed_of_step"]
 
@@ -232,7 +233,8 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, 
         folder: of the training.
     """
     path = _path(Path(folder))
-    tensors, metadata = read_tensors_and_metadata(path)
+    weights = Weights(path)
+    tensors, metadata = weights.read(), weights.metadata
     try:
         note = json.loads(metadata["training"])
         if note["format"] != FORMAT:

@@ -9,7 +9,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sculpt.diffusion.denoiser import Denoiser
-from sculpt.files import read_json, read_tensors, replace_file
+from sculpt.entries import read_json
+from sculpt.files import replace_file
+from sculpt.weights import read_tensors
 
 CHUNK, STEPS = 250, 32
 

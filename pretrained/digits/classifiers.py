@@ -24,7 +24,7 @@ import sculpt
 from sculpt.classifier.fit import Descent
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.diffusers.encoder import UNetEncoder
-from sculpt.files import read_json
+from sculpt.entries import read_json
 from sculpt.training import clock_of
 
 HERE = Path(__file__).parent

@@ -66,7 +66,7 @@ class Judge(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path) -> "Judge":
         config, weights = load_folder(folder, "digit-judge")
-        judge = cls(config["channels"])
+        judge = cls(config.list("channels", 10))
         judge.load_state_dict(weights)
         return judge.eval().requires_grad_(False)
 

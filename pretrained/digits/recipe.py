@@ -34,7 +34,7 @@ from sculpt import plots
 from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import Schedule, schedule_of
-from sculpt.files import read_json
+from sculpt.entries import read_json
 from sculpt.model import randn
 from sculpt.training import Row, Training, cosine, read_state
 

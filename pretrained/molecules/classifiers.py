@@ -23,7 +23,7 @@ from recipes import table
 import sculpt
 from sculpt.actions.paths import path_ratios
 from sculpt.classifier.fit import Descent
-from sculpt.files import read_json
+from sculpt.entries import read_json
 from sculpt.formula import label_sets
 
 HERE = Path(__file__).parent

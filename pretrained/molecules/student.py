@@ -26,12 +26,13 @@ import recipes
 from recipes import table
 
 import sculpt
-from sculpt.files import read_tensors, replace_file, save_folder
+from sculpt.files import replace_file, save_folder
 from sculpt.molecules import SEH, FragmentNetwork, FragmentTrees, Vocabulary
 from sculpt.molecules.network import BETA_MAX
 from sculpt.molecules.proxy import Proxy, graph
 from sculpt.molecules.seh import STUDENT
 from sculpt.training import Row, Training, cosine
+from sculpt.weights import read_tensors
 
 HERE = Path(__file__).parent
 WIDTH, ROUNDS, EDGES = 48, 12, 16  # the proxy has 64, 12 and 128

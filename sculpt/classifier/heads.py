@@ -210,6 +210,7 @@ class Classifier(Guide, nn.Module):
             device: where it should live.
         """
         config, weights = load_folder(folder, kind="classifier")
+        config = config.found
         network = _backbone(config["network"], folder) if network is None else network
         classifier = cls(
             network, config["keys"], config["observations"], config["odds"], children=config["children"], names=config["names"]

@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sculpt.classifier.losses import cross_entropies, terminal_cross_entropy
-from sculpt.files import read_tensors, replace_file
+from sculpt.files import replace_file
+from sculpt.weights import read_tensors
 
 if TYPE_CHECKING:
     from sculpt.classifier.heads import Classifier

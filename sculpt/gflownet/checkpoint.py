@@ -66,6 +66,7 @@ class Given:
 def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, Any]:
     """The arguments of a GFlowNet, from what :func:`save` wrote."""
     config, weights = load_folder(folder, kind="gflownet")
+    config = config.found
     if sorted(condition) != sorted(config["condition"]):
         raise ValueError(
             f"The policy in {folder} is conditional on {config['condition'] or 'nothing'}, got values for {sorted(condition) or 'nothing'}. "

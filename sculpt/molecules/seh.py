@@ -20,9 +20,11 @@ from rdkit import Chem
 from safetensors.torch import save
 from torch import Tensor
 
-from sculpt.files import load_folder, read_json, read_tensors, replace_file
+from sculpt.entries import read_json
+from sculpt.files import load_folder, replace_file
 from sculpt.molecules.proxy import Proxy, graph
 from sculpt.molecules.rewards import MoleculesLike, Reward
+from sculpt.weights import read_tensors
 
 __all__ = ["SEH", "STUDENT"]
 
@@ -51,7 +53,7 @@ class SEH(Reward):
                     f"{self.path} holds a student of the published values only, got root={root!r}. Leave root out."
                 )
             config, arrays = load_folder(self.path, "seh_student")
-            self.network = Proxy(arrays, "trained", config["rounds"]).to(device)
+            self.network = Proxy(arrays, "trained", config.whole("rounds", 1, 100)).to(device)
         elif self.path.is_file():
             self.network = Proxy(check_weights(read_tensors(self.path), str(self.path)), root).to(device)
         else:

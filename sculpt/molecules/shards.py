@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sculpt.classifier.guide import Guide
-from sculpt.files import read_json
+from sculpt.entries import read_json
 from sculpt.identity import digest
 from sculpt.model import BaseModel
 from sculpt.molecules.results import Molecules, needs, origin, write_parquet

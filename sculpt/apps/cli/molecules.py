@@ -202,7 +202,7 @@ def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dic
             target["beta"] = float(number)
         except ValueError:
             raise ValueError(f"--beta {text}: expected a number, or NAME=NUMBER, e.g. --beta 32 --beta seh=96.") from None
-    from sculpt.files import read_json
+    from sculpt.entries import read_json
 
     takes = {
         name: "beta" in read_json(folder / "config.json", "policy").get("condition", ()) for name, folder in folders.items()
@@ -243,7 +243,7 @@ def _classifier(
 ) -> tuple[Guide | None, str]:
     """The classifier that was asked for, or one beside the models that was fitted for just these; and where it is."""
     import sculpt
-    from sculpt.files import read_json
+    from sculpt.entries import read_json
 
     if given is not None:
         return sculpt.load(given, device=_device(options)), options.classifier

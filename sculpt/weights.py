@@ -1,0 +1,125 @@
+"""Tensors in safetensors files: names and shapes first, numbers when they are known to fit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from sculpt.entries import Entries, open_plain, parse_json
+
+__all__ = ["Shape", "Weights", "read_tensors"]
+
+Shape = tuple[int, ...]
+
+MOST_HEADER = 2**24
+"""bytes of the names and shapes"""
+BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+class Weights:
+    """A safetensors file whose header was read and whose numbers were not. A file that takes its place meanwhile is not looked at.
+
+    Args:
+        path: the file.
+        sha256: of the whole file, where it is known.
+    """
+
+    def __init__(self, path: Path, sha256: str | None = None):
+        self.path, self.sha256 = path, sha256
+        if not path.exists():
+            raise ValueError(f"There is no file {str(path)!r}. Check the path.")
+        self._file = open_plain(path)
+        header = Entries(self._header(), str(path))
+        self.metadata: dict[str, str] = {}
+        if "__metadata__" in header:
+            self.metadata = {name: header.inside("__metadata__").text(name, MOST_HEADER) for name in header.get("__metadata__")}
+        self.shapes: dict[str, Shape] = {name: self._shape(header, name) for name in header.found if name != "__metadata__"}
+
+    def _header(self) -> dict[str, Any]:
+        length, size = int.from_bytes(self._file.read(8), "little"), os.fstat(self._file.fileno()).st_size
+        if not 0 < length <= min(size - 8, MOST_HEADER):
+            raise self._damaged(f"it has {size:,} bytes and its header {length:,}")
+        try:
+            return parse_json(self._file.read(length).decode(), str(self.path))
+        except ValueError:
+            raise self._damaged("its header is no JSON object") from None
+
+    def _shape(self, header: Entries, name: str) -> Shape:
+        """Of one tensor, whose bytes are all in the file."""
+        entry = header.inside(name)
+        shape = tuple(entry.each("shape", int, "whole numbers", most=32))
+        begin, end = (*entry.each("data_offsets", int, "whole numbers", most=2), 0, 0)[:2]
+        bits = BITS.get(entry.text("dtype", 100))
+        if bits is None or min((*shape, 0)) < 0 or math.prod(shape) * bits != 8 * (end - begin):
+            raise self._damaged(f"{name:.80} has {end - begin} bytes for {entry.text('dtype')} of shape {shape!s:.80}")
+        return shape
+
+    def _damaged(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.path} is not a readable safetensors file: truncated or damaged ({why:.200}). Copy or download it again."
+        )
+
+    @cached_property
+    def numel(self) -> int:
+        """How many numbers there are."""
+        return sum(map(math.prod, self.shapes.values()))
+
+    def expect(self, shapes: Mapping[str, Shape], what: str) -> None:
+        """Raise where the tensors are not just these."""
+        for name in [*shapes, *self.shapes]:
+            if self.shapes.get(name) != shapes.get(name):
+                got, expected = self.shapes.get(name, "missing"), shapes.get(name, "no such tensor")
+                raise ValueError(
+                    f"{self.path} does not hold {what}: {name} is {got}, expected {expected}. Copy or download it again."
+                )
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors."""
+        with self._file as file:
+            file.seek(0)
+            content = file.read()
+        if self.sha256 is not None and hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(
+                f"{self.path} is not the file that its config.json names (sha256): truncated or mixed up. Copy or download it again."
+            )
+        try:
+            return load(content)
+        except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+            raise self._damaged(str(error)) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file, or an error that says what is wrong with it."""
+    return Weights(path).read()

@@ -41,6 +41,10 @@ from sculpt.samples import Samples as Samples
 from sculpt.diagnostics import Diagnostics as Diagnostics
 from sculpt.diagnostics import Verdict as Verdict
 
+# large jobs: shards that survive a kill
+from sculpt.library import generate as generate
+from sculpt.library import Library as Library
+
 # looking at them
 from sculpt.overlaps import overlap as overlap
 from sculpt.apps.explorer import explore as explore

@@ -8,18 +8,18 @@ moves what a killed process left in it. So a folder holds the old files or the n
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -27,29 +27,42 @@ from torch import Tensor
 from sculpt.entries import Entries, read_json
 from sculpt.weights import Weights
 
-__all__ = ["load_folder", "open_folder", "remove_debris", "replace_file", "replacing", "save_folder", "settled"]
+__all__ = ["create_file", "load_folder", "open_folder", "remove_debris", "replace_file", "replacing", "save_folder", "settled"]
 
 FORMAT = 1
 SAVED = ".saved"
 """The folder of files that are saved, and may not be in their places yet."""
 DAY = 86_400
 
-_HOST = re.sub(r"\W", "-", socket.gethostname())[:40] or "host"
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)\.(?P<process>\d+)\.[0-9a-f]{12}\.part")
+_HOST = re.sub(r"[^0-9A-Za-z-]", "-", socket.gethostname())[:40] or "host"
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write all of it or nothing: a reader sees the old file or the new one."""
+    with _written(path, content) as new:
+        os.replace(new, path)
+
+
+def create_file(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet, all of it or nothing; where several do so at once, one of them is first and stays."""
+    with _written(path, content) as new:
+        try:
+            os.link(new, path)  # a link replaces nothing
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(new, path)
+
+
+@contextlib.contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            _to_disk(file)
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
+    remove_debris(path.parent)
+    with _beside(path, Path.touch) as new:
+        new.write_bytes(content)
+        _to_disk(new)
+        yield new
 
 
 @contextlib.contextmanager
@@ -62,20 +75,20 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
-    stage = _beside(folder / SAVED)
     try:
-        stage.mkdir()
-        yield stage
-        for path in stage.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    _to_disk(file)
-        with _locked(folder):
-            _finish(folder)  # what a killed process left
-            os.rename(stage, folder / SAVED)
-            _finish(folder)
+        with _beside(folder / SAVED, Path.mkdir) as stage:
+            new = stage / folder.resolve().name  # of its own: who writes may lock it
+            new.mkdir()
+            yield new
+            for path in (*new.rglob("*"), new):
+                if path.is_file() or path.is_dir():
+                    _to_disk(path)
+            with _locked(folder):
+                _finish(folder)  # what a killed process left
+                os.rename(new, folder / SAVED)
+                _to_disk(folder)  # before the first file moves
+                _finish(folder)
     except BaseException:
-        _remove(stage)
         if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -114,8 +127,8 @@ def _finish(folder: Path) -> None:
         return
     for new in sorted((folder / SAVED).iterdir()):
         place = folder / new.name
-        if place.is_dir() or (new.is_dir() and place.exists()):  # no renaming replaces a folder that is not empty
-            old = _beside(place)
+        if place.is_dir() or (new.is_dir() and os.path.lexists(place)):  # no renaming replaces a folder that is not empty
+            old = _name_beside(place)
             os.rename(place, old)
             os.replace(new, place)
             _remove(old)
@@ -125,64 +138,76 @@ def _finish(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, shared: bool = False) -> Iterator[None]:
-    """One at a time, of all threads and processes; file systems without locks go without."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
+def _locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """One at a time, of all threads and processes of this machine, and whether it is so: some systems and file systems have no locks."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # a child of this process may have got the handle too
+        except (ImportError, OSError):
+            yield False
+        else:
+            yield True
+
+
+def _to_disk(path: Path) -> None:
+    """A replacement that reaches the disk before the content would be half a file after a power cut."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened, nor a file written through a handle that reads
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a full disk may be noticed here only
+            raise
     finally:
         os.close(handle)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    """A replacement that reaches the disk before the content would be half a file after a power cut."""
-    file.flush()
-    with contextlib.suppress(OSError):  # some file systems cannot
-        os.fsync(file.fileno())
 
 
 # What writers leave behind
 
 
-def _beside(path: Path) -> Path:
-    """A name of this machine, process, thread and call."""
-    return path.with_name(f".{path.name[:80]}.{_HOST}.{os.getpid()}.{uuid.uuid4().hex[:12]}.part")
+@contextlib.contextmanager
+def _beside(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new file or folder beside a path, locked while its writer lives. It is gone in the end, if it has not moved."""
+    new = _name_beside(path)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove, new)
+        with _locked(path.parent, shared=True):  # whoever looks for debris comes before it or after its lock
+            make(new)
+            stack.enter_context(_locked(new))
+        yield new
+
+
+def _name_beside(path: Path) -> Path:
+    """A name of this machine and call, not too long for any file system."""
+    return path.with_name(f".{path.name[:20]}.{_HOST}.{uuid.uuid4().hex[:12]}.part")
 
 
 def remove_debris(folder: str | Path) -> None:
     """Remove what killed processes of this machine were about to write, and whatever of that kind is older than a day."""
     with contextlib.suppress(OSError):
-        for entry in os.scandir(folder):
-            if (match := _TEMPORARY.fullmatch(entry.name)) is None:
-                continue
-            gone = match["host"] == _HOST and not _runs(int(match["process"]))
-            if gone or time.time() - entry.stat(follow_symlinks=False).st_mtime > DAY:
-                _remove(Path(entry.path))
-
-
-def _runs(process: int) -> bool:
-    if os.name != "posix":  # there a signal of number 0 is not harmless
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True
+        found = [(entry, match) for entry in os.scandir(folder) if (match := _TEMPORARY.fullmatch(entry.name))]
+        if not found:
+            return
+        with _locked(Path(folder), wait=False) as alone:
+            for entry, match in found:
+                with contextlib.suppress(OSError):
+                    old = time.time() - entry.stat(follow_symlinks=False).st_mtime > DAY
+                    # A lock ends with its process; other machines may not see it.
+                    with _locked(Path(entry.path), wait=False) as left:
+                        if old or (alone and left and match["host"] == _HOST):
+                            _remove(Path(entry.path))
 
 
 def _remove(path: Path) -> None:
     """A file, a link or a folder, as far as it can be removed."""
     with contextlib.suppress(OSError):
-        if stat.S_ISDIR(os.lstat(path).st_mode):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()

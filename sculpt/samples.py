@@ -8,7 +8,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -31,6 +31,8 @@ __all__ = ["Samples", "check_name", "pixels"]
 S = TypeVar("S", bound="Samples")
 
 FORMAT = 1
+FEW = 32
+"""How many coordinates a table has columns for."""
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -68,6 +70,8 @@ class Samples:
 
     columns: ClassVar[tuple[str, ...]] = ()
     """What else there is for each sample, such as SMILES: cached lists that go wherever the samples go."""
+    keeps_x: ClassVar[bool] = True
+    """Whether a shard of a :class:`~sculpt.library.Library` has x beside its table."""
 
     def __post_init__(self) -> None:
         if self.log_weights is not None and len(self.log_weights) != len(self.x):
@@ -86,6 +90,33 @@ class Samples:
     def decode(self) -> Any:
         """What a person looks at: images in [0, 1] for pixel models, decoded latents, molecules."""
         return self.x if self.decoder is None else self.decoder(self.x)
+
+    # Rows of a table
+
+    @classmethod
+    def described(cls) -> dict[str, Any]:
+        """What decides the columns of :meth:`rows`, for the manifest of a library."""
+        return {}
+
+    def rows(self) -> dict[str, Any]:
+        """Columns by name: the samples' coordinates where these are few, and ``weight``, which sums to one."""
+        n, x = len(self), self.x.cpu()
+        few = x.ndim == 2 and x.shape[1] <= FEW
+        columns = {f"x{i}": _numpy(x[:, i]) for i in range(x.shape[1])} if few else {}
+        w = torch.full((n,), 1 / max(n, 1), dtype=torch.float64) if self.log_weights is None else torch.softmax(self.log_weights.cpu().double(), 0)
+        return columns | {"weight": w.numpy()}
+
+    @classmethod
+    def summed(cls, tables: Iterable[dict[str, Any]], n: int) -> Any:
+        """What the tables of a library of n samples come to, where there is something to sum up."""
+        raise ValueError(f"{cls.__name__} have no scores to sum up. Read the library's tables(), or its samples(k).")
+
+    def origin(self) -> dict[str, Any]:
+        """Where the samples come from, for the metadata of their file."""
+        d, verdict = self.diagnostics, self.verdict
+        said = {"formula": d.formula, "road": d.road, "verdict": str(verdict), "level": verdict.level}
+        z = {"log_z": d.log_z, "log_z_error": d.log_z_error, "particles": d.particles}
+        return said | z | {"selected": d.families is not None}
 
     def __len__(self) -> int:
         return len(self.x)

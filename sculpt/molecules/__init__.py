@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from sculpt.molecules.results import Molecules
     from sculpt.molecules.rewards import QED, SA
     from sculpt.molecules.seh import SEH
-    from sculpt.molecules.shards import Library, generate
     from sculpt.molecules.trees import FragmentTrees
 
 _CONTENTS = {
@@ -22,11 +21,9 @@ _CONTENTS = {
     "QED": "rewards",
     "FragmentNetwork": "network",
     "Molecules": "results",
-    "generate": "shards",
-    "Library": "shards",
 }
 
-__all__ = ["FragmentNetwork", "FragmentTrees", "Library", "Molecules", "QED", "SA", "SEH", "Vocabulary", "generate"]
+__all__ = ["FragmentNetwork", "FragmentTrees", "Molecules", "QED", "SA", "SEH", "Vocabulary"]
 
 
 def __getattr__(name: str) -> Any:

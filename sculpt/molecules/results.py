@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib
 import io
-import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +16,17 @@ from rdkit import Chem
 
 from sculpt.files import replace_file
 from sculpt.molecules.pictures import Picture, flat
-from sculpt.molecules.scores import Rewards, Scorer, Summary, Table, at_hand, reward_functions, score, title
-from sculpt.samples import Diagnostics, Samples, check_name
+from sculpt.molecules.scores import Rewards, Scorer, Summary, at_hand, reward_functions, score, title
+from sculpt.samples import Samples, check_name
+from sculpt.tables import Table, needs, write_parquet
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Molecules", "check_output", "needs", "origin", "write_parquet"]
+__all__ = ["Molecules", "check_output"]
+
+
+PROBES = ["CC(=O)Nc1ccc(O)cc1", "CCOC(=O)C1CCNCC1", "c1ccc(-c2nc3ccccc3s2)cc1"]
 
 
 class Molecules(Samples):
@@ -34,6 +37,7 @@ class Molecules(Samples):
     """
 
     columns = ("smiles",)
+    keeps_x = False
 
     @functools.cached_property
     def smiles(self) -> list[str]:
@@ -57,6 +61,15 @@ class Molecules(Samples):
                 self._scores[name] = (missing[name], values)
         table = self._distinct | {name: self._scores[name][1] for name in functions}
         return {name: values.copy() for name, values in table.items()}
+
+    @classmethod
+    def described(cls, rewards: Rewards = None) -> dict[str, Any]:
+        """The rewards' scores of a few molecules, so that no two versions of a reward meet in one folder."""
+        return {name: values.tolist() for name, values in score(PROBES, reward_functions(rewards), progress=False).items()}
+
+    def rows(self, rewards: Rewards = None) -> Table:
+        """The same as :meth:`table`, without a bar."""
+        return self.table(rewards, progress=False)
 
     @functools.cached_property
     def _distinct(self) -> Table:
@@ -85,6 +98,14 @@ class Molecules(Samples):
         """
         summary = Summary()
         summary.add(self.table(rewards))
+        return summary
+
+    @classmethod
+    def summed(cls, tables: Iterable[Table], n: int) -> Summary:
+        summary = Summary()
+        for table in tables:
+            own = {name: values for name, values in table.items() if name not in ("log_weight", "log_z", "shard", "seed")}
+            summary.add(own | {"weight": table["weight"] * n / table["count"].sum()})
         return summary
 
     # Tables and files
@@ -135,7 +156,7 @@ class Molecules(Samples):
             path: the file.
             rewards: which scores to add.
         """
-        write_parquet(Path(path), self.table(rewards), origin(self.diagnostics))
+        write_parquet(Path(path), self.table(rewards), self.origin())
 
     def to_sdf(self, path: str | Path, rewards: Rewards = None) -> None:
         """A structure file with coordinates in the plane, and with count, weight and rewards as properties.
@@ -198,31 +219,3 @@ def check_output(path: Path) -> None:
     check_name(path, (".parquet", ".csv", ".sdf", ".smi", ".png", ".svg", ".safetensors", ".npz"))
     if path.suffix == ".parquet":
         needs("pyarrow", "a .parquet file", "Or write .csv, which needs nothing.")
-
-
-def needs(module: str, what: str, otherwise: str = "") -> Any:
-    """An optional dependency, or an error that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        why = f"pip install {module}, or install sculpt as 'sculpt[molecules]'."
-    except ImportError as error:  # it is there, and does not go with the others
-        why = f"the one that is installed does not work ({error})."
-    raise ImportError(f"{what} needs {module}: {why} {otherwise}".strip())
-
-
-def write_parquet(path: Path, table: Table, about: dict[str, Any]) -> None:
-    """Write a table with a description in its metadata, all of it or nothing."""
-    pyarrow = needs("pyarrow", "a .parquet file")
-    parquet = needs("pyarrow.parquet", "a .parquet file")
-    columns = pyarrow.table({name: pyarrow.array(values, from_pandas=False) for name, values in table.items()})
-    buffer = io.BytesIO()
-    parquet.write_table(columns.replace_schema_metadata({"sculpt": json.dumps(about)}), buffer)
-    replace_file(path, buffer.getvalue())
-
-
-def origin(diagnostics: Diagnostics) -> dict[str, Any]:
-    """Where molecules come from, for the metadata of their file."""
-    verdict = diagnostics.verdict
-    said = {"formula": diagnostics.formula, "road": diagnostics.road, "verdict": str(verdict), "level": verdict.level}
-    return said | {"log_z": diagnostics.log_z, "log_z_error": diagnostics.log_z_error}

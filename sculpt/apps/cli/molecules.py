@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,10 @@ from sculpt.apps.cli.options import (
     add_device,
     classifier_folder,
     count,
-    device,
     make_road,
     named_paths,
 )
+from sculpt.apps.cli.shards import add_shards, own_device, row, sharded, write_shards
 from sculpt.apps.demos.common import PRETRAINED
 from sculpt.apps.formulas import TextFormula
 
@@ -86,10 +85,9 @@ def add(commands: Any) -> None:
     add_classifier(parser, "molecules", " (default: the shipped one that fits, if any)")
     parser.add_argument("--no-classifier", action="store_true", help="track densities even where a classifier fits")
     parser.add_argument("--rewards", default="seh,sa,qed", metavar="NAMES", help="the scores to write (default: seh,sa,qed)")
-    parser.add_argument("--shards", action="store_true", help="write shards whatever the output's name looks like")
-    parser.add_argument("--shard", type=count, default=10_000, metavar="SIZE", help="molecules a shard (default: 10000)")
+    add_shards(parser, "molecules")
     add_device(parser, "molecules")
-    parser.set_defaults(run=_run, stopped=_stopped)
+    parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -105,10 +103,11 @@ def _run(options: argparse.Namespace) -> None:
     folders = _folders(formula.names, options.model)
     conditions = _conditions(options.beta, folders)
 
-    from sculpt.molecules.results import check_output, needs
+    from sculpt.molecules.results import check_output
     from sculpt.molecules.scores import reward_functions
+    from sculpt.tables import needs
 
-    if _sharded(options):
+    if sharded(options):
         needs("pyarrow", "A folder of shards")
     else:
         check_output(Path(options.output))
@@ -129,7 +128,7 @@ def _models(options: argparse.Namespace, folders: dict[str, Path], conditions: d
 
     models = {}
     for name, folder in folders.items():
-        models[name] = sculpt.load(folder, device=_device(options), **conditions[name])
+        models[name] = sculpt.load(folder, device=own_device(options), **conditions[name])
         if not issubclass(models[name].samples_class, Molecules):
             raise ValueError(f"{name}: {folder} makes no molecules. Use sculpt sample.")
     return models
@@ -148,43 +147,15 @@ def _road(options: argparse.Namespace, composition: Composition, classifier: Gui
 
 def _write(options: argparse.Namespace, model: BaseModel, road: Road | None, rewards: list[str], whence: str) -> None:
     """Sample into one file or into shards, and tell how good it is."""
-    if not _sharded(options):
-        import torch
-
-        generator = torch.Generator().manual_seed(options.seed)
-        samples: Any = model.sample(options.n, road, batch_size=options.batch_size, generator=generator)
-        samples.save(options.output, rewards)
-        print(f"{samples.diagnostics}\n{_row('classifier', whence)}{samples.summary(rewards)}\nwrote {options.output}")
+    if sharded(options):
+        write_shards(options, model, road, whence, rewards=rewards)
         return
-    from sculpt.molecules import generate
+    import torch
 
-    settings = {"shard": options.shard, "seed": options.seed, "rewards": rewards, "batch_size": options.batch_size}
-    library = generate(model, options.n, options.output, road, **settings)
-    if missing := library.missing:  # other processes are still at it
-        print(f"this process is done; {len(missing)} of {library.shards} shards are not there yet")
-        return
-    print(f"{_row('formula', str(model))}{_row('classifier', whence)}{_row('verdicts', library.verdict)}{library.summary()}")
-    print(f"wrote {options.output}: {library.shards} shards, {len(library):,} molecules")
-
-
-def _row(name: str, value: str) -> str:
-    return f"{name:>16}  {value}\n" if value else ""
-
-
-def _sharded(options: argparse.Namespace) -> bool:
-    return options.shards or options.output.endswith(("/", "\\")) or Path(options.output).is_dir()
-
-
-def _stopped(options: argparse.Namespace) -> str:
-    if _sharded(options):
-        return f"The same command continues: {options.output} keeps the shards that are done."
-    return "Nothing was written."
-
-
-def _device(options: argparse.Namespace) -> str:
-    """One GPU for each process of a launcher."""
-    chosen = device(options)
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if chosen == "cuda" else chosen
+    generator = torch.Generator().manual_seed(options.seed)
+    samples: Any = model.sample(options.n, road, batch_size=options.batch_size, generator=generator)
+    samples.save(options.output, rewards)
+    print(f"{samples.diagnostics}\n{row('classifier', whence)}{samples.summary(rewards)}\nwrote {options.output}")
 
 
 def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -246,13 +217,13 @@ def _classifier(
     from sculpt.entries import read_json
 
     if given is not None:
-        return sculpt.load(given, device=_device(options)), options.classifier
+        return sculpt.load(given, device=own_device(options)), options.classifier
     keys = sorted(leaf.key for leaf in composition.leaves)
     for shelf in () if options.no_classifier else dict.fromkeys(folder.resolve().parent for folder in folders):
         for path in sorted(shelf.glob("*/config.json")):
             config = read_json(path, "checkpoint")
             if config.get("kind") == "classifier" and sorted(config.get("keys", ())) == keys:
-                classifier = sculpt.load(path.parent, device=_device(options))
+                classifier = sculpt.load(path.parent, device=own_device(options))
                 try:
                     sculpt.Guided(classifier).check(composition)
                 except ValueError:  # a formula that no classifier steers, or more labels than this one knows

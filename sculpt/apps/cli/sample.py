@@ -12,11 +12,11 @@ from sculpt.apps.cli.options import (
     add_models,
     classifier_folder,
     count,
-    device,
     load_models,
     make_road,
     named_paths,
 )
+from sculpt.apps.cli.shards import add_shards, own_device, sharded, write_shards
 from sculpt.apps.formulas import TextFormula
 
 __all__ = ["add"]
@@ -46,12 +46,15 @@ what is written, by the name of -o
   .npz                          the same arrays for NumPy
   .png                          a picture
   .parquet .csv .sdf .smi .svg  molecules
+  folder/                       shards for any number of samples, with an index in parquet: a killed run continues when it is
+                                started again, and torchrun (or accelerate launch) shares the work. sculpt.Library reads them
 
 examples
   sculpt sample "a & b" --model a=cats --model b=outdoors --classifier cats-outdoors -n 64 -o both.png
   sculpt sample "a - b" --model a=pretrained/grid/circle1 --model b=pretrained/grid/circle2 -n 5000 -o only.npz
   sculpt sample "cat & dog" --model cat=owner/name --model dog=owner/name \\
       --with cat.prompt="a cat" --with dog.prompt="a dog" --classifier pets -o pets.png
+  torchrun --nproc-per-node 8 -m sculpt sample "a & b" --model a=cats --model b=outdoors --classifier cats-outdoors -n 100000 -o both/
 """
 
 
@@ -67,12 +70,13 @@ def add(commands: Any) -> None:
     parser.add_argument("formula", help='over the models\' names, e.g. "a & b"')
     add_models(parser)
     parser.add_argument("-n", type=count, default=16, help="how many samples (default: 16)")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="its name says what is written: see below")
+    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="its name says what is written: see below")
     add_classifier(parser, "samples")
     parser.add_argument("--anchor", metavar="NAME", help="which observed model's chain is steered (default: the first)")
     parser.add_argument("--strength", type=float, help="what the guidance of a diffusion model is multiplied with (default: 1)")
     parser.add_argument("--reject", action="store_true", help="rejection with the classifier's terminal head")
     parser.add_argument("--steps", type=count, help="noise levels of a diffusion model (default: 32 guided, 128 tracked)")
+    add_shards(parser, "samples")
     parser.set_defaults(run=_run)
 
 
@@ -81,23 +85,31 @@ def _run(options: argparse.Namespace) -> None:
 
     import sculpt
     from sculpt.samples import Samples, check_name
+    from sculpt.tables import needs
 
     # What is quickly checked comes first: nothing is loaded for a slip of the pen.
     output, paths = Path(options.output), named_paths(options.model)
-    check_name(output, (*ENDINGS, *OF_MOLECULES))
+    if sharded(options):
+        needs("pyarrow", "A folder of shards")
+    else:
+        check_name(output, (*ENDINGS, *OF_MOLECULES))
     formula = TextFormula(options.formula, paths)
     _check_road(options, formula, list(paths))
     folder = classifier_folder(options.classifier) if options.classifier else None
     models = load_models(options)
     composition = formula.compose(models)
-    if composition.samples_class is Samples:
+    if composition.samples_class is Samples and not sharded(options):
         check_name(output, ENDINGS)
     if options.reject and folder is None and not composition.knows_density:
         raise ValueError(f"--reject: {composition} does not know its densities. Pass --classifier FOLDER, from sculpt fit.")
-    classifier = None if folder is None else sculpt.load(folder, device=device(options))
+    classifier = None if folder is None else sculpt.load(folder, device=own_device(options))
+    road = None if formula.is_one_model else make_road(options, classifier, models.get(options.anchor))
+    if sharded(options):
+        write_shards(options, composition, road)
+        return
     samples = composition.sample(
         options.n,
-        None if formula.is_one_model else make_road(options, classifier, models.get(options.anchor)),
+        road,
         steps=options.steps,
         batch_size=options.batch_size,
         generator=torch.Generator().manual_seed(options.seed),

@@ -1,6 +1,7 @@
 """Folders of shards: what is in them does not depend on kills, on processes, or on how often one starts over."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,13 +10,18 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers_models import exact_model, scheduler_of, three_rings
+from gflownet_models import ENVIRONMENTS, perfect
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
+from sculpt import Library, generate
 from sculpt.apps import cli
-from sculpt.molecules import Library, generate
+from sculpt.gflownet import exact
+from sculpt.launch import place
 from sculpt.roads import Guided, Rejection, Tracked
 
 ROOT = Path(__file__).parent.parent
@@ -50,16 +56,18 @@ def test_all_molecules_are_there_once(both, whole):
     import pandas
 
     library, frame = Library(whole), pandas.read_parquet(whole)
-    assert list(frame.columns) == ["smiles", "count", "sa"]
+    assert list(frame.columns) == ["smiles", "count", "sa", "log_weight", "log_z", "shard", "seed"]
     assert sorted(contents(whole)) == ["_manifest.json", *(f"part-{k:05}.parquet" for k in range(4))]
     assert int(frame["count"].sum()) == len(library) == 35
     assert [int(table["count"].sum()) for table in library.tables()] == [10, 10, 10, 5]
     assert library.missing == []
     summary = library.summary()
     assert summary.distinct == frame["smiles"].nunique() and summary.n == 35
-    assert summary.means["sa"] == pytest.approx(float((frame["sa"] * frame["count"]).sum() / 35))
+    w = frame["count"] * frame["log_z"].map(math.exp)  # a population counts as much as its Z says
+    assert summary.means["sa"] == pytest.approx(float((frame["sa"] * w).sum() / w.sum()))
+    assert sum(table["weight"].sum() for table in library.tables()) == pytest.approx(1)
     assert "(4 of 4 shards)" in library.verdict
-    assert "35 of 35 molecules of p ⊗ q" in repr(library)
+    assert "35 samples of p ⊗ q, 4 of 4 shards" in repr(library)
 
 
 def test_shards_are_not_copies_of_each_other(whole):
@@ -134,8 +142,8 @@ def test_a_shard_of_another_place_is_not_taken_for_this_one(both, whole, tmp_pat
         ({"road": Tracked(particles=30)}, "road"),
         ({"road": Tracked(particles=20, threshold=0.4)}, "road"),
         ({"batch_size": 5}, "batch_size"),
-        ({"rewards": ["qed"]}, "rewards"),
-        ({"rewards": {"sa": lambda molecules: [0.5] * len(molecules)}}, "rewards"),
+        ({"rewards": ["qed"]}, "rows"),
+        ({"rewards": {"sa": lambda molecules: [0.5] * len(molecules)}}, "rows"),
         ({"model": "q"}, "formula, models, key"),
         ({"beta": 96.0}, "models, key"),
         ({"road": "classifier"}, "road"),
@@ -230,11 +238,11 @@ def test_the_verdict_counts_levels(both, whole, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((0,), {}, "n=0 and shard=10: both have to be at least 1"),
-        ((5,), {"shard": 0}, "shard=0"),
+        ((0,), {}, "at least 1, got n=0"),
+        ((5,), {"shard": 0}, "shard has to be at least 1, got 0"),
+        ((10**9,), {"shard": 1}, "more than 1,000,000 files"),
         ((5,), {"rewards": ["logp"]}, "no reward 'logp'"),
         ((5,), {"share": (2, 2)}, r"process 2 of 2: processes are numbered from 0 to 1"),
-        ((5,), {"road": Tracked(resample=False)}, "resample=False: shards hold equally weighted molecules"),
         ((35,), {"road": Tracked(particles=5)}, "particles=5 cannot give n=10 samples"),
         ((5,), {"batch_size": 0}, "batch_size has to be at least 1"),
     ],
@@ -245,17 +253,160 @@ def test_bad_input_is_refused(both, tmp_path, arguments, options, message):
     assert not list(tmp_path.glob("library/part-*"))
 
 
-def test_what_makes_no_molecules_or_cannot_be_guided_is_refused(both, tmp_path):
-    from gflownet_models import ENVIRONMENTS, perfect
-
-    with pytest.raises(ValueError, match="p0 makes no molecules"):
-        generate(perfect(ENVIRONMENTS["grid-2d"](), 1)[0], 5, tmp_path, **SETTINGS)
+def test_what_cannot_be_guided_is_refused(both, tmp_path):
     classifier = molecule_classifier(*both.models)
     with pytest.raises(ValueError, match="p is one model, and roads lead to compositions"):
         generate(both.models[0], 5, tmp_path, classifier, progress=False)
     with pytest.raises(ValueError, match="A classifier steers posteriors"):
         generate(both.models[0] | both.models[1], 5, tmp_path, classifier, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+# Any family -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cells():
+    return perfect(ENVIRONMENTS["grid-2d"](), 2)
+
+
+def plane(road=None):
+    p, q = (exact_model(mixture, name=name) for mixture, name in zip(three_rings(), "pq", strict=False))
+    return p & q, {"steps": 4, "road": road}
+
+
+FAMILIES = {
+    "diffusion": lambda cells: plane(),
+    "grid": lambda cells: (cells[0] & cells[1], {}),
+    "one model": lambda cells: (cells[0], {}),
+    "weighted": lambda cells: (cells[0] & cells[1], {"road": Tracked(particles=30, resample=False)}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_any_family_are_read_back_shard_by_shard(cells, tmp_path, family):
+    import pandas
+
+    model, options = FAMILIES[family](cells)
+    library = generate(model, 25, tmp_path, shard=10, progress=False, **options)
+    frame, whole = pandas.read_parquet(tmp_path), sculpt.Samples.cat(list(library))
+    assert len(library) == len(frame) == len(whole) == (90 if family == "weighted" else 25)
+    assert torch.equal(torch.tensor(frame[["x0", "x1"]].to_numpy()).to(whole.x), whole.x)
+    tables = list(library.tables())
+    weight = torch.cat([torch.tensor(table["weight"]) for table in tables])
+    assert float(weight.sum()) == pytest.approx(1)
+    assert sorted(set(frame["seed"])) == sorted(library.seed(k) for k in range(3))
+    # The rows' weights are those of the samples put together, where there are any.
+    log_w = weight.log() if whole.log_weights is None else whole.log_weights
+    assert torch.allclose(weight, torch.softmax(log_w, 0), atol=1e-6)
+    if library.log_z is not None:
+        assert library.log_z == pytest.approx(whole.log_z, abs=1e-6)
+    alone = model.sample(10, options.get("road"), steps=options.get("steps"), progress=False, generator=torch.Generator().manual_seed(library.seed(1)))  # fmt: skip
+    assert torch.equal(library.samples(1).x, alone.x)
+
+
+def test_images_are_in_shards_of_their_own_size(tmp_path):
+    model = sculpt.Diffusion(lambda x, t: x, scheduler_of("linear"), (3, 64, 64), name="p")
+    library = generate(model, 3, tmp_path, steps=2, progress=False)
+    assert library.settings["shard"] == 2**27 // (4 * 3 * 64 * 64)
+    (samples,) = library
+    assert samples.decode().shape == (3, 3, 64, 64) and "x0" not in next(library.tables())
+
+
+def test_shards_weighed_by_their_z_are_right_where_each_of_them_is_not(cells, tmp_path):
+    p, q = cells
+    composition, graph = sculpt.product([p, q], [2, 1]), exact.dag(p)
+    target = exact.target(composition.formula, [exact.terminal_distribution(model) for model in cells])
+    library = generate(composition, 4_000, tmp_path, Tracked(particles=10), shard=10, progress=False)
+    tables = list(library.tables())
+    x = torch.cat([torch.tensor(np.stack([table["x0"], table["x1"]], 1)) for table in tables])
+    row = (graph.states[:, None] == x[None].to(graph.states)).all(-1).double().argmax(0)
+    found = {name: torch.zeros(len(target), dtype=torch.float64) for name in ("weighed", "alike")}
+    weight = torch.cat([torch.tensor(table["weight"]) for table in tables])
+    found["weighed"].index_add_(0, row, weight)
+    found["alike"].index_add_(0, row, torch.full_like(weight, 1 / len(weight)))
+    off = {name: exact.l1(share, target) for name, share in found.items()}
+    assert off["weighed"] < 0.5 * off["alike"]
+
+
+def test_a_shard_whose_samples_are_damaged_is_made_again(cells, tmp_path):
+    model = cells[0] & cells[1]
+    library = generate(model, 20, tmp_path, shard=10, progress=False)
+    path = tmp_path / "_samples" / "00001.safetensors"
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        assert library.missing == [1]
+        with pytest.raises(ValueError, match="no samples of shard 1: it is not there yet"):
+            library.samples(1)
+        generate(model, 20, tmp_path, shard=10, progress=False)
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"00001.safetensors is damaged. Delete it"):
+        library.samples(1)
+    with pytest.raises(ValueError, match="Samples have no scores to sum up"):
+        library.summary()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"n": "many"}, "n is 'many', expected a whole number"),
+        ({"n": 10**30}, "n is "),
+        ({"shard": 0}, "shard is 0"),
+        ({"n": 10**9, "shard": 1}, "at most 1,000,000"),
+        ({"format": 1}, "format is 1, expected one of 2"),
+        ({"samples": "os.system"}, "'os.system' is not a Samples of this sculpt"),
+        ({"kind": None}, "kind is None"),
+    ],
+)
+def test_a_manifest_is_checked(whole, tmp_path, change, said):
+    path = tmp_path / "_manifest.json"
+    path.write_text(json.dumps(json.loads((whole / "_manifest.json").read_text()) | change))
+    with pytest.raises(ValueError, match=said):
+        print(Library(tmp_path).missing, Library(tmp_path).summary())
+
+
+# Launchers --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"RANK": "1", "WORLD_SIZE": "3"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "3"},
+        {"PMI_RANK": "1", "PMI_SIZE": "3"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "8"},
+    ],
+)
+def test_launchers_say_which_process_this_is(monkeypatch, told):
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert place() == (1, 3) and place((0, 2)) == (0, 2)
+
+
+def test_a_batch_script_by_itself_is_one_process(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert place() == (0, 1)
+
+
+def test_a_launcher_that_speaks_nonsense_is_quoted(monkeypatch):
+    monkeypatch.setenv("RANK", "one")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="RANK='one' and WORLD_SIZE='3', expected whole numbers"):
+        place()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("--num_processes=4", True), ("--num-processes 4", True), ("--num_processes=1", False)]
+)
+def test_a_launch_that_ends_up_as_one_process_says_so(asked, said):
+    # accelerate launch on a machine without GPUs starts one process, and tells it nothing but settings.
+    child = "import os, subprocess, sys; os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'; subprocess.run([sys.executable, '-c', 'from sculpt.launch import place; print(place())'])"
+    ended = subprocess.run([sys.executable, "-c", child, "launch", *asked.split()], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.strip() == "(0, 1)"
+    assert ("4 processes were asked for and this is the only one" in ended.stderr) == said
 
 
 # The command ------------------------------------------------------------------------------------------------------------------------
@@ -274,7 +425,7 @@ def test_a_folder_as_output_is_filled_with_shards(command, tmp_path, capsys):
     for output in (f"{tmp_path}/library/", str(tmp_path / "library")):  # the second time it is there, and nothing is left to do
         assert cli.main([*command, "-o", output]) == 0
         out = capsys.readouterr().out
-        for text in ("4 shards, 35 molecules", "(4 of 4 shards)", "≥ 0.6", "p[beta=32] ⊗ q[beta=32]", "distinct"):
+        for text in ("4 shards, 35 samples", "(4 of 4 shards)", "≥ 0.6", "p[beta=32] ⊗ q[beta=32]", "distinct"):
             assert text in out
     assert cli.main([*command, "-o", str(tmp_path / "other"), "--shards"]) == 0
     assert contents(tmp_path / "other") == contents(tmp_path / "library")
@@ -312,4 +463,4 @@ def test_the_manifest_is_there_for_people_too(whole):
     manifest = json.loads((whole / "_manifest.json").read_text())
     assert manifest["formula"] == "p ⊗ q" and [name for name, _ in manifest["models"]] == ["p", "q"]
     assert (manifest["n"], manifest["shard"], manifest["seed"]) == (35, 10, 0)
-    assert sculpt.molecules.generate is generate
+    assert sculpt.generate is generate

@@ -234,9 +234,9 @@ class Library:
                 return None
             about.whole("samples", 1)
             about.choice("level", LEVELS)
+            about.optional("particles", about.whole, least=1)
             if about.flag("selected") or about.get("log_z") is not None:
                 about.number("log_z")
-                about.whole("particles", 1)
             if "sha256" in about and self._tensors(k).stat().st_size != about.get("bytes"):
                 return None
         except (OSError, pyarrow.ArrowException, KeyError, TypeError, ValueError):
@@ -271,7 +271,7 @@ class Library:
         there = self._there().values()
         if not there or any(about["log_z"] is None for about in there):
             return None
-        n, log_z = torch.tensor([(about["particles"], about["log_z"]) for about in there], dtype=torch.float64).T
+        n, log_z = torch.tensor([(about["particles"] or about["samples"], about["log_z"]) for about in there], dtype=torch.float64).T
         return float((n.log() + log_z).logsumexp(0) - n.sum().log())
 
     def samples(self, k: int, model: BaseModel | None = None) -> Samples:

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers_models import exact_model, scheduler_of, three_rings
-from gflownet_models import ENVIRONMENTS, perfect
+from gflownet_models import ENVIRONMENTS, network_policy, perfect
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt import Library, generate
+from sculpt import GFlowNet, Library, generate
 from sculpt.apps import cli
 from sculpt.gflownet import exact
 from sculpt.launch import place
@@ -441,6 +441,24 @@ def test_an_interrupted_command_says_how_to_go_on(command, tmp_path, monkeypatch
     monkeypatch.setattr("sculpt.model.BaseModel.sample", interrupt)
     assert cli.main([*command, "-o", f"{tmp_path}/library/"]) == 130
     assert "The same command continues" in capsys.readouterr().err
+
+
+def test_any_command_that_samples_fills_folders(tmp_path, capsys):
+    for i in range(2):
+        GFlowNet(ENVIRONMENTS["grid-2d"](), network_policy(ENVIRONMENTS["grid-2d"](), i), name=f"p{i}").save_pretrained(
+            tmp_path / f"p{i}"
+        )
+    models = [f"--model={name}={tmp_path / folder}" for name, folder in (("a", "p0"), ("b", "p1"))]
+    command = ["sample", "a & b", *models, "-n", "25", "--shard", "10", "--particles", "30"]
+    for output in (f"{tmp_path}/both/", str(tmp_path / "both")):
+        assert cli.main([*command, "-o", output]) == 0
+        out = capsys.readouterr().out
+        for text in ("p0 ⊗ p1", "(3 of 3 shards)", "log Z", "3 shards, 25 samples"):
+            assert text in out
+    assert len(sculpt.Samples.cat(list(Library(tmp_path / "both")))) == 25
+    assert cli.main([*command, "-o", str(tmp_path / "other"), "--shards"]) == 0
+    assert contents(tmp_path / "other" / "_samples") == contents(tmp_path / "both" / "_samples")
+    assert cli.main([*command, "-o", str(tmp_path / "both"), "--seed", "1"]) == 2
 
 
 @pytest.mark.slow

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from sculpt.entries import read_json
+from sculpt.files import settled
 from sculpt.training import Row, Training, mean
 
 
@@ -109,3 +111,9 @@ def written_cost(runs: Sequence[dict]) -> str:
 def write_runs(folder: Path, runs: Sequence[dict]) -> None:
     """What ``--more`` and the card want to know of the trainings so far."""
     (folder / "training.json").write_text(json.dumps({"kind": "training", "runs": runs}, indent=1) + "\n")
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """The trainings so far of what is in a folder."""
+    with settled(folder):
+        return read_json(folder / "training.json", "trained model")["runs"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,17 @@ from torch.nn.modules import module as hooks
 
 from sculpt.weights import Weights
 
-__all__ = ["build", "draw", "frugal"]
+__all__ = ["build", "check", "draw", "fill", "frugal"]
 
 M = TypeVar("M", bound=nn.Module)
 
 SPARE = 2**24
 """numbers in buffers that are made anew and not stored"""
+TIMES = 4
+"""by how much more than the weights have may be drawn: a part of it is thrown away again, such as a UNet's way up"""
+
+
+_WATCH: ContextVar[Mapping[str, Callable[[nn.Module, str, Any], None]] | None] = ContextVar("watch", default=None)
 
 
 class Extravagant(Exception):
@@ -28,44 +33,49 @@ class Extravagant(Exception):
 
 @contextlib.contextmanager
 def frugal(weights: Weights) -> Iterator[None]:
-    """Modules that are made meanwhile, in this thread, may have as many parameters as the weights have; more raise."""
-    thread, left = threading.get_ident(), {"tensors": len(weights.shapes), "numbers": weights.numel, "spare": SPARE}
-    largest = max((math.prod(shape) for shape in weights.shapes.values()), default=0)
-    left["modules"] = 16 * len(weights.shapes) + 64
+    """Modules that are made meanwhile, in this thread, may have a few times what the weights have; more raise."""
+    left = {"tensors": TIMES * len(weights.shapes), "numbers": TIMES * weights.numel}
+    largest = TIMES * max((math.prod(shape) for shape in weights.shapes.values()), default=0)
+    left |= {"modules": 16 * len(weights.shapes) + 64, "spare numbers": SPARE}
 
     def spend(what: str, much: int) -> None:
         left[what] -= much
         if left[what] < 0:
-            raise Extravagant(f"more {what} than the weights have")
+            raise Extravagant(f"far more {what} than the weights have")
 
-    def parameter(module: nn.Module, name: str, value: Tensor | None) -> None:
-        if value is None or threading.get_ident() != thread:
-            return
+    def parameter(module: nn.Module, name: str, value: Tensor) -> None:
         spend("tensors", 1)
         spend("numbers", value.numel())
         if value.numel() > largest:
             raise Extravagant(
-                f"{type(module).__name__} has a {name} of shape {tuple(value.shape)}, larger than any of the weights"
+                f"{type(module).__name__} has a {name} of shape {tuple(value.shape)}, far larger than any of the weights"
             )
 
-    def buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
-        if value is not None and threading.get_ident() == thread:
-            spend("spare", value.numel())
+    def buffer(module: nn.Module, name: str, value: Tensor) -> None:
+        spend("spare numbers", value.numel())
 
-    def child(module: nn.Module, name: str, value: nn.Module | None) -> None:
-        if threading.get_ident() == thread:
-            spend("modules", 1)
+    def child(module: nn.Module, name: str, value: nn.Module) -> None:
+        spend("modules", 1)
 
-    registered = [
-        hooks.register_module_parameter_registration_hook(parameter),
-        hooks.register_module_buffer_registration_hook(buffer),
-        hooks.register_module_module_registration_hook(child),
-    ]
+    before = _WATCH.set({"parameter": parameter, "buffer": buffer, "module": child})
     try:
         yield
     finally:
-        for hook in registered:
-            hook.remove()
+        _WATCH.reset(before)
+
+
+def _watched(what: str) -> Callable[[nn.Module, str, Any], None]:
+    def hook(module: nn.Module, name: str, value: Any) -> None:
+        if value is not None and (watch := _WATCH.get()) is not None:
+            watch[what](module, name, value)
+
+    return hook
+
+
+# Once and for all: hooks that come and go break whoever makes a module in another thread meanwhile.
+hooks.register_module_parameter_registration_hook(_watched("parameter"))
+hooks.register_module_buffer_registration_hook(_watched("buffer"))
+hooks.register_module_module_registration_hook(_watched("module"))
 
 
 def draw(make: Callable[[], M], weights: Weights, what: str) -> M:
@@ -85,6 +95,19 @@ def draw(make: Callable[[], M], weights: Weights, what: str) -> M:
         ) from None
 
 
+def check(network: nn.Module, weights: Weights, what: str, prefix: str = "") -> None:
+    """Raise where the weights' shapes are not those of a network; only tensors whose names begin with the prefix are looked at."""
+    own = {f"{prefix}{name}": tuple(value.shape) for name, value in network.state_dict().items()}
+    stored = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
+    for name in [*own, *stored]:
+        if own.get(name) != stored.get(name):
+            got, expected = stored.get(name, "missing"), own.get(name, "no such tensor")
+            raise ValueError(
+                f"The weights in {weights.path} do not fit {what}: {name:.200} is {got!s:.200}, expected {expected!s:.200}. "
+                "Copy or download the folder again."
+            )
+
+
 def build(make: Callable[[], M], weights: Weights, what: str, prefix: str = "") -> M:
     """The network, once its blueprint has the shapes of the weights.
 
@@ -94,13 +117,29 @@ def build(make: Callable[[], M], weights: Weights, what: str, prefix: str = "") 
         what: it is, for messages.
         prefix: of its tensors in the file; others are not looked at.
     """
-    blueprint = {f"{prefix}{name}": tuple(value.shape) for name, value in draw(make, weights, what).state_dict().items()}
-    stored = {name: shape for name, shape in weights.shapes.items() if name.startswith(prefix)}
-    for name in [*blueprint, *stored]:
-        if blueprint.get(name) != stored.get(name):
-            got, expected = stored.get(name, "missing"), blueprint.get(name, "no such tensor")
-            raise ValueError(
-                f"The weights in {weights.path} do not fit {what} that config.json describes: {name} is {got}, expected {expected}. "
-                "Copy or download both files again."
-            )
+    check(draw(make, weights, what), weights, f"{what} that config.json describes", prefix)
     return make()
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], weights: Weights, prefix: str = "") -> None:
+    """Load what was read into a network that was checked. A parameter that is not a finite number makes no samples.
+
+    Args:
+        network: with these shapes.
+        tensors: of the file, all of them.
+        weights: the file, for messages.
+        prefix: of the network's tensors among them.
+    """
+    parameters = {name for name, _ in network.named_parameters()}
+    for name, own in network.state_dict().items():
+        value = tensors[f"{prefix}{name}"]
+        if (value.is_floating_point(), value.is_complex()) != (own.is_floating_point(), own.is_complex()):
+            raise ValueError(
+                f"{weights.path}: {prefix}{name} holds {value.dtype}, expected {own.dtype}. Copy or download the folder again."
+            )
+        if name in parameters and not value.to(own.dtype).isfinite().all():
+            raise ValueError(
+                f"{weights.path}: {prefix}{name} holds numbers that are not finite. Its training went wrong, or the file is damaged: "
+                "train it again, or copy or download it again."
+            )
+    network.load_state_dict({name: tensors[f"{prefix}{name}"] for name in network.state_dict()})

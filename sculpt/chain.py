@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,10 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
 from sculpt.particles import Population, systematic
 from sculpt.samples import Samples
-from sculpt.state import State, in_parts
+from sculpt.state import State, finite, in_parts
 
 __all__ = ["Chain", "Progress", "Selection", "Settings", "check_count", "check_whole", "run", "watch"]
 
@@ -37,9 +37,11 @@ class Settings:
     """of the generator, where it is still at its beginning: the same seed then gives the same samples"""
 
     def __post_init__(self) -> None:
-        check_whole("batch_size", self.batch_size)
-        check_whole("steps", self.steps, least=0)
+        object.__setattr__(self, "batch_size", check_whole("batch_size", self.batch_size))
+        object.__setattr__(self, "steps", check_whole("steps", self.steps, least=0))
         if (g := self.generator) is not None:
+            if not isinstance(g, torch.Generator):
+                raise TypeError(f"generator is a torch.Generator, e.g. torch.Generator().manual_seed(0); got {g!r:.60}.")
             fresh = torch.Generator(g.device).manual_seed(g.initial_seed())
             object.__setattr__(self, "seed", g.initial_seed() if torch.equal(fresh.get_state(), g.get_state()) else None)
 
@@ -58,10 +60,13 @@ class Selection:
     resample: bool = True
 
     def __post_init__(self) -> None:
-        check_whole("particles", self.particles)
+        object.__setattr__(self, "particles", check_whole("particles", self.particles))
         if not isinstance(self.resample, bool):
-            raise TypeError(f"resample is True or False, got {self.resample!r}.")
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise TypeError(f"resample is True or False, got {self.resample!r:.60}.")
+        if self.threshold is None:
+            return
+        object.__setattr__(self, "threshold", real("threshold", self.threshold))
+        if not 0 <= self.threshold <= 1:
             raise ValueError(
                 f"threshold is the effective share under which particles are selected, between 0 (never) and 1; got {self.threshold}."
             )
@@ -166,7 +171,7 @@ def run(
     generator = settings.generator
     N = n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
-    population = Population(N, threshold=threshold, generator=generator, device=chain.device)
+    population = Population(N, threshold=threshold, generator=generator, device=chain.device, of=formula)
     diagnostics = Diagnostics(chain.road, formula, seed=settings.seed, doubt=chain.doubt)
     title, step = f"sampling {formula}", 0
     yield Progress(title, 0, chain.length, 0, N)
@@ -186,6 +191,9 @@ def run(
             increment = flock.advance(chain, population.log_w, generator)
     with torch.no_grad():
         x, increment = chain.end(flock.everyone(), population.log_w, generator)
+    if selection is not None and (lost := ~finite(x)).any():
+        increment = torch.where(lost, math.nan, 0.0 if increment is None else increment)
+        x = torch.where(lost.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
     if increment is not None:
         population.reweight(increment)
     if population.lost:
@@ -276,21 +284,3 @@ def watch(progress: Iterator[Progress], show: bool = True) -> Samples:
     if now is None or now.samples is None:
         raise RuntimeError("A run ended without samples: the last progress of a run has to carry them.")
     return now.samples
-
-
-def check_whole(name: str, value: Any, least: int = 1) -> None:
-    """Raise where a number that was given is not a whole one, or too small."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} has to be a whole number, got {value!r:.60}.")
-    if value < least:
-        raise ValueError(f"{name} has to be at least {least}, got {value}.")
-
-
-def check_count(n: Any) -> None:
-    """Raise where n is no number of samples."""
-    if isinstance(n, bool) or not isinstance(n, numbers.Integral):
-        raise TypeError(f"The number of samples is a whole number, got n={n!r:.60}.")
-    if n < 1:
-        raise ValueError(f"The number of samples has to be at least 1, got n={n}.")

@@ -21,12 +21,16 @@ import torch
 from torch import Tensor
 
 from sculpt.chain import Progress, Settings
+from sculpt.checks import each, number, real, several, whole
 from sculpt.classifier.guide import Guide
 from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product
-from sculpt.model import BaseModel, Steered, check_composable, operand_names, same_model
+from sculpt.model import BaseModel, Steered, check_composable, check_model, operand_names, same_model
 from sculpt.roads import Guided, as_road
 
 __all__ = ["Composition", "mixture", "harmonic_mean", "contrast", "posterior", "product", "power_mean"]
+
+LEAST, MOST = 1e-6, 1e5
+"""Powers lie between these, or are zero. Larger ones multiply a network's own rounding, about a millionth of a nat, beyond any use."""
 
 
 class Composition(BaseModel):
@@ -45,14 +49,17 @@ class Composition(BaseModel):
         self.formula, self.models, self.operator, self.chain = formula, tuple(models), operator, tuple(chain)
         self._known_key: tuple[list[str], str] = ([], "")
         for model in self.models:
-            _check_model(model)
+            check_model(model)
         check_composable(self.models)
         first = self.leaves[0]
         self.shape, self.default_steps, self.samples_class = first.shape, first.default_steps, first.samples_class
         self.name = formula.write(operand_names(models))
 
+    def __str__(self) -> str:
+        return self.name
+
     def __repr__(self) -> str:
-        return str(self)
+        return self.name
 
     @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:
@@ -130,9 +137,10 @@ class Composition(BaseModel):
         labels = formula.labels
         if anchor is None:
             return formula
-        label = (
-            anchor if isinstance(anchor, int) else next((i for i, p in enumerate(self.models) if same_model(p, anchor)), anchor)
-        )
+        if isinstance(anchor, BaseModel):
+            label = next((i for i, p in enumerate(self.models) if same_model(p, anchor)), None)
+        else:
+            label = whole("anchor", anchor, least=0)
         if label not in labels:
             raise ValueError(f"anchor={anchor} is not an observed label; {self} observes {labels}.")
         k = labels.index(label)
@@ -154,8 +162,8 @@ def mixture(*models: BaseModel, weights: Sequence[float] | None = None) -> Compo
         models: two or more.
         weights: one number per model, of which only the ratios matter; equal by default.
     """
-    _check_one_each(models, weights, "weights")
-    weights = Mixture(weights or [1.0] * len(models)).weights  # checked as given, before those of equal models add up
+    models, given = _one_each(models, weights, "weights")
+    weights = Mixture(given or [1.0] * len(models)).weights  # checked as given, before those of equal models add up
     distinct, index = _distinct(models)
     return _composed(Mixture(_gather(weights, index)), distinct)
 
@@ -172,12 +180,11 @@ def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | 
         raise TypeError(
             f"Got the model {odds} where odds belong. More than two models: p & q & r, or sculpt.posterior(models, labels)."
         )
-    if isinstance(odds, int | float):
-        odds = _alpha(odds, len(models))
-    _check_one_each(models, odds, "odds")
-    Posterior(len(models), labels, odds)  # labels and odds are checked against what was given, not against what is left
+    models = each("models", models, "base models")
+    models, given = _one_each(models, odds if odds is None or several(odds) else _alpha(odds, len(models)), "odds")
+    labels = Posterior(len(models), labels, given).labels  # checked against what was given, not against what is left
     distinct, index = _distinct(models)
-    merged = None if odds is None and len(distinct) == len(models) else _gather(odds or [1.0] * len(models), index)
+    merged = None if given is None and len(distinct) == len(models) else _gather(given or [1.0] * len(models), index)
     return _composed(Posterior(len(distinct), [index[i] for i in labels], merged), distinct)
 
 
@@ -210,9 +217,15 @@ def product(models: Sequence[BaseModel], powers: Sequence[float]) -> Composition
         models: one or more.
         powers: one number :math:`\gamma` per model; their sum has to be positive.
     """
-    _check_one_each(models, powers, "powers")
+    models, given = _one_each(models, each("powers", powers), "powers")
     distinct, index = _distinct(models)
-    return _composed(Product(_gather(powers, index)), distinct)
+    formula = Product(_gather([real("a power", g) for g in given], index))
+    if not all(g == 0 or LEAST <= abs(g) <= MOST for g in (*formula.powers, formula.degree)):
+        raise ValueError(
+            f"Powers and their sum lie between {LEAST:g} and {MOST:g} in size, got {formula.powers} with the sum {formula.degree:g}. "
+            "A model to the power 0 is ignored."
+        )
+    return _composed(formula, distinct)
 
 
 def power_mean(models: Sequence[BaseModel], exponent: float, weights: Sequence[float] | None = None) -> Composition:
@@ -223,8 +236,8 @@ def power_mean(models: Sequence[BaseModel], exponent: float, weights: Sequence[f
         exponent: r.
         weights: one number :math:`\omega` per model, of which only the ratios matter; equal by default.
     """
-    _check_one_each(models, weights, "weights")
-    weights = PowerMean(exponent, weights or [1.0] * len(models)).weights  # checked as given
+    models, given = _one_each(models, weights, "weights")
+    weights = PowerMean(exponent, given or [1.0] * len(models)).weights  # checked as given
     distinct, index = _distinct(models)
     return _composed(PowerMean(exponent, _gather(weights, index)), distinct)
 
@@ -256,7 +269,7 @@ def _composed(
 def _distinct(models: Sequence[BaseModel]) -> tuple[list[BaseModel], list[int]]:
     """The different models, and for each of the given ones its index among them."""
     for model in models:
-        _check_model(model)
+        check_model(model)
     distinct: list[BaseModel] = []
     index = []
     for model in models:
@@ -267,22 +280,16 @@ def _distinct(models: Sequence[BaseModel]) -> tuple[list[BaseModel], list[int]]:
     return distinct, index
 
 
-def _check_model(model: Any) -> None:
-    if not isinstance(model, BaseModel):
-        raise TypeError(
-            f"Only base models compose, got {model!r}. Load one with sculpt.load, or wrap a network of yours in a base model."
-        )
-
-
 def _gather(numbers: Sequence[float], index: Sequence[int]) -> list[float]:
     """Weights, odds or powers of equal models add up: the target stays what was written."""
     total = [0.0] * (1 + max(index))
-    for number, i in zip(numbers, index, strict=True):
-        total[i] += number
+    for value, i in zip(numbers, index, strict=True):
+        total[i] += value
     return total
 
 
-def _alpha(alpha: float, m: int) -> tuple[float, float]:
+def _alpha(alpha: Any, m: int) -> tuple[float, float]:
+    alpha = number("odds", alpha)
     if m != 2:
         raise ValueError(f"One number is the odds of two models, got odds={alpha} for {m}. Pass {m} positive numbers.")
     if not 0 < alpha < 1:
@@ -290,8 +297,11 @@ def _alpha(alpha: float, m: int) -> tuple[float, float]:
     return alpha, 1 - alpha
 
 
-def _check_one_each(models: Sequence[BaseModel], numbers: Sequence[float] | None, what: str) -> None:
+def _one_each(models: Any, numbers: Any, what: str) -> tuple[list[BaseModel], list[float] | None]:
+    """The models, and a number for each where there are any."""
+    models, given = each("models", models, "base models"), None if numbers is None else each(what, numbers)
     if not models:
         raise ValueError("A composition needs at least one base model, got none.")
-    if numbers is not None and len(numbers) != len(models):
-        raise ValueError(f"Got {len(numbers)} {what} for {len(models)} base models. Pass one number per model.")
+    if given is not None and len(given) != len(models):
+        raise ValueError(f"Got {len(given)} {what} for {len(models)} base models. Pass one number per model.")
+    return models, None if given is None else [number(f"one of the {what}", value) for value in given]

@@ -1,11 +1,15 @@
-"""The table of contents: where the public names are, and which classes a file may name."""
+"""The table of contents: where the public names are, and which classes a file may name, with which arguments."""
 
 from __future__ import annotations
 
 import importlib
-from typing import TypeVar
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-__all__ = ["CLASSES", "VERSION", "find"]
+from sculpt.entries import Entries
+
+__all__ = ["CLASSES", "VERSION", "arguments", "find"]
 
 VERSION = "0.2.0"
 
@@ -26,6 +30,19 @@ CLASSES = {
 }
 """Class -> the module that has it. A file that names another one is refused: nothing is imported by what a file says."""
 
+_READERS: dict[str, Callable[[Entries, str], Any]] = {
+    "int": Entries.whole,
+    "float": Entries.number,
+    "bool": Entries.flag,
+    "str": Entries.text,
+    "int | None": lambda entries, name: entries.optional(name, entries.whole),
+    "Sequence[int]": lambda entries, name: entries.each(name, int, "whole numbers", most=1000),
+    "dict[str, Any]": lambda entries, name: entries.inside(name).found,
+    "Iterable[Sequence[Any]]": Entries.list,
+    "str | Iterable[Sequence[Any]] | None": Entries.list,  # a text would be a path
+}
+"""The annotation of a constructor's argument -> how a file's entry is read. Arguments of other kinds do not come from files."""
+
 
 def find(name: str, kind: type[T]) -> type[T]:
     """The class of this name, with or without the module that it was in once; it has to be of this kind."""
@@ -35,5 +52,18 @@ def find(name: str, kind: type[T]) -> type[T]:
         if issubclass(cls, kind):
             return cls  # type: ignore[no-any-return]
     raise ValueError(
-        f"{name!r} is not a {kind.__name__} of this sculpt; it reads classes of its own table only. Update sculpt, or read the file with the class that wrote it."
+        f"{name!r:.200} is not a {kind.__name__} of this sculpt; it reads classes of its own table only. Update sculpt, or read the file with the class that wrote it."
     )
+
+
+def arguments(cls: type, entries: Entries) -> dict[str, Any]:
+    """A class's arguments from a file, each of the type that its constructor says."""
+    known = {name: taken for name, taken in inspect.signature(cls).parameters.items() if taken.annotation in _READERS}
+    for name in entries.found:
+        if name not in known:
+            raise entries.refuse(name, f"no such argument: {cls.__name__} takes {', '.join(known)}")
+    return {
+        name: _READERS[taken.annotation](entries, name)
+        for name, taken in known.items()
+        if name in entries or taken.default is inspect.Parameter.empty
+    }

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from sculpt.entries import Entries
 
 if TYPE_CHECKING:
     from sculpt.particles import Population
 
-__all__ = ["LEVELS", "Diagnostics", "Verdict"]
+__all__ = ["LEVELS", "Diagnostics", "Verdict", "printable"]
 
 LEVELS = ("exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered")
 Level = Literal["exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered"]
+
+LONG, MANY = 1_000_000, 100_000
+"""Characters of a text, and runs or notes, in a file."""
+COUNT = 2**53
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """A text in one line that any terminal can show, and no more than so many characters of it."""
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass(frozen=True)
@@ -144,10 +157,10 @@ class Diagnostics:
         if self.acceptance is not None:
             rows.append(("acceptance", f"{self.acceptance:.3g}"))
         rows += [("runs", str(sum(1 for _ in self.runs())) if self.parts else "")] + [("note", note) for note in self.notes]
-        return [(name, value) for name, value in rows if value]
+        return [(name, printable(value)) for name, value in rows if value]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:>16}  {value}" for name, value in [*self.rows(), ("verdict", str(self.verdict))])
+        return "\n".join(f"{name:>16}  {value}" for name, value in [*self.rows(), ("verdict", printable(str(self.verdict)))])
 
     @classmethod
     def join(cls, parts: Sequence[Diagnostics]) -> Diagnostics:
@@ -155,6 +168,8 @@ class Diagnostics:
         parts = [part for i, part in enumerate(parts) if part not in parts[:i]]  # slices of one run are one run
         if len(parts) == 1:
             return parts[0]
+        parts = [run for part in parts for run in (part.parts if part._is_joined else [part])]
+        parts = [part for i, part in enumerate(parts) if part not in parts[:i]]
         first = vars(parts[0])
         same = {name: first[name] for name in ("road", "formula", "steps") if all(vars(p)[name] == first[name] for p in parts)}
         joined = cls(same.get("road", "several"), same.get("formula", ""), same.get("steps", 0), parts=list(parts))
@@ -165,3 +180,50 @@ class Diagnostics:
             joined.particles, joined.log_z = int(n.sum()), float((n.log() + log_z).logsumexp(0) - n.sum().log())
             joined.log_z_error = float((share * error).square().sum().sqrt())
         return joined
+
+    @property
+    def _is_joined(self) -> bool:
+        """Whether these are several runs of one thing, or of things that are put side by side; a mixture's parts are parts of it."""
+        return bool(self.parts) and (not self.formula or all(part.formula == self.formula for part in self.parts))
+
+    @classmethod
+    def read(cls, said: Entries) -> Diagnostics:
+        """What ``dataclasses.asdict`` made of one, from a file: each entry of its kind, and no others."""
+        may_lack = {each.name for each in fields(cls) if each.default is None}
+        found: dict[str, Any] = {}
+        for name in dict.fromkeys(("road", *said.found)):
+            if name not in _READ and name != "parts":
+                raise said.refuse(name, "no such entry")
+            if name != "parts" and not (name in may_lack and said.get(name) is None):
+                found[name] = _READ[name](said, name)
+        if found.get("referee") and "acceptance" not in found:
+            raise said.refuse("acceptance", "a number, where something was rejected")
+        parts = said.each("parts", dict, "objects", MANY) if "parts" in said else []
+        return cls(**found, parts=[cls.read(Entries(part, f"{said.where}: a part")) for part in parts])
+
+
+def _real(said: Entries, name: str) -> float:
+    """A number, which may be infinite or NaN: nothing is decided by it."""
+    value = said.get(name)
+    return value if isinstance(value, float) and math.isnan(value) else said.number(name)
+
+
+def _sizes(said: Entries, name: str) -> list[float]:
+    values = said.each(name, (int, float), "numbers")
+    if not all(0 <= value <= COUNT for value in values):
+        raise said.refuse(name, "numbers of particles")
+    return values
+
+
+_READ = {
+    **dict.fromkeys(("road", "formula", "doubt", "referee"), lambda said, name: said.text(name, LONG)),
+    **dict.fromkeys(("steps", "ancestors"), lambda said, name: said.whole(name, most=COUNT)),
+    **dict.fromkeys(("log_z", "log_z_error"), _real),
+    "particles": lambda said, name: said.whole(name, least=1, most=COUNT),
+    "families": lambda said, name: said.number(name, 0, COUNT),
+    "acceptance": lambda said, name: said.number(name, 0, 2),
+    "seed": lambda said, name: said.whole(name, -(2**64), 2**64),
+    "ess": _sizes,
+    "notes": lambda said, name: said.texts(name, MANY),
+}
+"""How each entry is read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,15 +17,26 @@ MOST_BYTES = 2**24
 """of a JSON file"""
 LARGEST = 2**31 - 1
 """of an integer, where nothing else is said"""
+MOST_OBJECTS, MOST_LISTS = 50_000, 300_000
+"""in it: reading as many takes a third of a second"""
+DEEPEST = 64
+"""of objects and lists in each other"""
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_plain(path: Path, most: int | None = None) -> BinaryIO:
     """A plain file of no more than so many bytes; what could be read without end, or waits for a writer, is refused."""
-    file = open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")  # noqa: SIM115, closed by whoever reads it
-    found = os.fstat(file.fileno())
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Check it, or copy or download it again.") from None
+    found = os.fstat(handle)
     if stat.S_ISREG(found.st_mode) and (most is None or found.st_size <= most):
-        return file
-    file.close()
+        return os.fdopen(handle, "rb")  # closed by whoever reads it
+    os.close(handle)
     if stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} has {found.st_size:,} bytes, expected at most {most:,}. Copy or download it again.")
     raise ValueError(f"{path} is no plain file. Copy or download it again.")
@@ -39,10 +51,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         with open_plain(path, MOST_BYTES) as file:
-            text = file.read().decode()
+            text = file.read(MOST_BYTES).decode()
     except FileNotFoundError:
         raise ValueError(f"{path.parent} is no {what}: {path.name} is missing.") from None
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         raise ValueError(f"{path} is not readable JSON: truncated or damaged. Copy or download it again.") from None
     return parse_json(text, str(path))
 
@@ -58,6 +70,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
             raise ValueError(f"{where} has an entry {twice:.80} twice. Copy or download it again.")
         return found
 
+    if text.count("{") > MOST_OBJECTS or text.count("[") > MOST_LISTS:
+        raise ValueError(f"{where} has more objects and lists than sculpt reads. Copy or download it again.")
     try:
         found = json.loads(text, object_pairs_hook=once)
     except (json.JSONDecodeError, RecursionError):
@@ -70,7 +84,23 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} is not readable JSON: it holds {_short(found)}, expected an object. Copy or download it again."
         )
+    if _depth(found) > DEEPEST:
+        raise ValueError(f"{where} is nested deeper than {DEEPEST} levels. Copy or download it again.")
+    if _HALF.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where} has half a character (a surrogate) in a text. Copy or download it again.") from None
     return found
+
+
+def _depth(found: Any) -> int:
+    """How deep it is nested, no further than matters."""
+    level, depth = [found], 0
+    while level and depth <= DEEPEST:
+        below = [each.values() if isinstance(each, dict) else each for each in level]
+        level, depth = [child for each in below for child in each if isinstance(child, (dict, list))], depth + 1
+    return depth
 
 
 class Entries:

@@ -18,6 +18,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ SAVED = ".saved"
 DAY = 86_400
 
 _HOST = re.sub(r"[^0-9A-Za-z-]", "-", socket.gethostname())[:40] or "host"
+_READING: ContextVar[frozenset[str]] = ContextVar("reading", default=frozenset())
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
 
 
@@ -72,6 +74,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     Files and folders of the same names go; what else the folder has stays.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, expected a folder to save into. Pass another path.")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     remove_debris(folder)
@@ -83,11 +87,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
             for path in (*new.rglob("*"), new):
                 if path.is_file() or path.is_dir():
                     _to_disk(path)
-            with _locked(folder):
-                _finish(folder)  # what a killed process left
-                os.rename(new, folder / SAVED)
-                _to_disk(folder)  # before the first file moves
-                _finish(folder)
+            _commit(new, folder)
+            _finish(folder)
     except BaseException:
         if is_new:
             with contextlib.suppress(OSError):
@@ -98,13 +99,15 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def settled(folder: str | Path) -> Iterator[Path]:
     """The folder with everything in its place, while nobody of this machine saves into it."""
-    folder = Path(folder)
+    folder, place = Path(folder), os.path.realpath(folder)
+    if place in _READING.get():  # by the caller: whoever saves waits for it
+        yield folder
+        return
     remove_debris(folder)
     while True:
         if _pending(folder):
             try:
-                with _locked(folder):
-                    _finish(folder)
+                _finish(folder)
             except OSError as error:
                 raise ValueError(
                     f"{folder} was saved by a process that was stopped before all files were in their places, and they cannot be put "
@@ -112,7 +115,11 @@ def settled(folder: str | Path) -> Iterator[Path]:
                 ) from None
         with _locked(folder, shared=True):
             if not _pending(folder):
-                yield folder
+                before = _READING.set(_READING.get() | {place})
+                try:
+                    yield folder
+                finally:
+                    _READING.reset(before)
                 return
 
 
@@ -121,10 +128,34 @@ def _pending(folder: Path) -> bool:
     return (folder / SAVED).is_dir() and not (folder / SAVED).is_symlink()
 
 
+def _commit(new: Path, folder: Path) -> None:
+    """Save beside whoever reads. From then on nobody begins to read before it is finished, so readers do not keep a writer waiting."""
+    while True:
+        try:
+            with _locked(folder, shared=True):
+                return os.rename(new, folder / SAVED)
+        except NotADirectoryError:
+            (folder / SAVED).unlink(missing_ok=True)  # a file or a link of this name was saved by nobody
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            _finish(folder)  # what somebody else has saved
+
+
 def _finish(folder: Path) -> None:
-    """Move what is saved to its place. It may be stopped anywhere and started again."""
-    if not _pending(folder):
-        return
+    """Move what is saved to its place, as soon as nobody reads. It may be stopped anywhere and started again."""
+    while _pending(folder):
+        try:
+            with _locked(folder, wait=False):
+                if _pending(folder):
+                    _move(folder)
+        except BlockingIOError:
+            time.sleep(0.01)
+
+
+def _move(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # the commit goes to the disk before the first file moves
+        _to_disk(folder)
     for new in sorted((folder / SAVED).iterdir()):
         place = folder / new.name
         if place.is_dir() or (new.is_dir() and os.path.lexists(place)):  # no renaming replaces a folder that is not empty
@@ -139,7 +170,10 @@ def _finish(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """One at a time, of all threads and processes of this machine, and whether it is so: some systems and file systems have no locks."""
+    """One at a time, of all threads and processes of this machine, and whether it is so: some systems and file systems have no locks.
+
+    Who does not wait gets a ``BlockingIOError`` where somebody else is at it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             import fcntl
@@ -148,6 +182,8 @@ def _locked(path: Path, shared: bool = False, wait: bool = True) -> Iterator[boo
             stack.callback(os.close, handle)
             fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
             stack.callback(fcntl.flock, handle, fcntl.LOCK_UN)  # a child of this process may have got the handle too
+        except BlockingIOError:
+            raise
         except (ImportError, OSError):
             yield False
         else:

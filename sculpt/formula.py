@@ -7,6 +7,7 @@ Hessian :math:`H = \partial^2 \Phi`, in log space: log-densities of any size, mi
 
 import abc
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +15,14 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from sculpt.checks import each, number, real, whole
+
 __all__ = ["Formula", "Mixture", "Posterior", "Product", "PowerMean", "Nested", "label_sets"]
 
 NEG_INF = float("-inf")
+
+LARGEST = 1e30
+"""The largest exponent of a power mean: single precision holds it."""
 
 
 def label_sets(m: int, n: int) -> list[tuple[int, ...]]:
@@ -102,10 +108,10 @@ class Posterior(Formula):
 
     def __init__(self, m: int, labels: Sequence[int], odds: Sequence[float] | None = None):
         self.m = m
-        self.labels = tuple(labels)
+        self.labels = tuple(whole("a label", i, least=-m) for i in each("labels", labels, "indices of base models"))
         if not self.labels:
             raise ValueError("A posterior needs at least one label, got none. Pass labels=(0, 1) to observe y1=0 and y2=1.")
-        if wrong := [i for i in self.labels if not (isinstance(i, int) and 0 <= i < m)]:
+        if wrong := [i for i in self.labels if not 0 <= i < m]:
             raise ValueError(f"Labels are indices of base models, 0 to {m - 1}; got {wrong} in {self.labels}.")
         self.odds = _normalised([1.0] * m if odds is None else odds, "odds")
         if len(self.odds) != m:
@@ -156,10 +162,8 @@ class Product(Formula):
     """
 
     def __init__(self, powers: Sequence[float]):
-        self.powers = tuple(float(g) for g in powers)
+        self.powers = tuple(real("a power", g) for g in each("powers", powers))
         self.m = len(self.powers)
-        if not all(abs(g) < float("inf") for g in self.powers):
-            raise ValueError(f"Powers have to be finite numbers, got {self.powers}.")
         if not self.degree > 0:
             raise ValueError(
                 f"The powers {self.powers} sum to {self.degree:g}; a density needs a positive sum, or it spreads without end. "
@@ -197,29 +201,31 @@ class PowerMean(Formula):
     degree = 1.0
 
     def __init__(self, exponent: float, weights: Sequence[float]):
-        self.exponent = float(exponent)
-        if not abs(self.exponent) < float("inf"):
-            raise ValueError(f"The exponent of a power mean has to be a finite number, got {exponent}.")
+        self.exponent = real("the exponent of a power mean", exponent)
+        if abs(self.exponent) > LARGEST:
+            raise ValueError(f"The exponent of a power mean has to be at most {LARGEST:g} in size, got {exponent}.")
         self.weights = _normalised(weights, "weights")
         self.m = len(self.weights)
 
-    def _scaled(self, ell):
-        return _log(self.weights, ell) + self.exponent * ell
+    def _shifted(self, ell):
+        """The dominant term, what is taken off of all, and the terms relative to it: large r overflow nowhere."""
+        top = ell.amax(-1) if self.exponent > 0 else ell.amin(-1)
+        shift = torch.where(top.isfinite(), top, 0.0)
+        return top, shift, self.exponent * (ell - shift[..., None])
 
     def value(self, ell):
         if self.exponent == 0:
             return Product(self.weights).value(ell)
-        top = ell.amax(-1) if self.exponent > 0 else ell.amin(-1)
-        shift = torch.where(top.isfinite(), top, 0.0)
-        # Relative to the dominant term, and by expm1 because the weights sum to one: small r lose no digits in the division.
-        excess = torch.expm1(self.exponent * (ell - shift[..., None]))
+        top, shift, scaled = self._shifted(ell)
+        # By expm1 because the weights sum to one: small r lose no digits in the division.
+        excess = torch.expm1(scaled)
         mean = shift + torch.log1p((_log(self.weights, ell).exp() * excess).sum(-1)) / self.exponent
         return torch.where(top == NEG_INF, NEG_INF, mean)
 
     def gradient(self, ell):
         if self.exponent == 0:
             return Product(self.weights).gradient(ell)
-        return _softmax(self._scaled(ell))
+        return _softmax(_log(self.weights, ell) + self._shifted(ell)[-1])
 
     def hessian(self, ell):
         return self.exponent * _covariance(self.gradient(ell))
@@ -299,10 +305,12 @@ def _identity(value):
 
 def _normalised(weights: Sequence[float], what: str) -> tuple[float, ...]:
     """Positive numbers scaled to sum to one; only their ratios matter."""
-    weights = tuple(float(w) for w in weights)
-    if not weights or not all(0 < w < float("inf") for w in weights):
-        raise ValueError(f"{what} have to be positive numbers, one per base model; got {weights}.")
-    return tuple(w / sum(weights) for w in weights)
+    given = tuple(number(f"one of the {what}", w) for w in each(what, weights))
+    total = sum(given)
+    # A ratio of more than 300 digits leaves no share.
+    if not given or not 0 < total < math.inf or not all(w / total > 0 for w in given):
+        raise ValueError(f"{what} have to be positive numbers, one per base model; got {given}.")
+    return tuple(w / total for w in given)
 
 
 def _log(weights: Sequence[float], ell: Tensor) -> Tensor:

@@ -85,25 +85,13 @@ def generate(
     rank, world = place(share)
     needs("pyarrow", "A folder of shards")
     road = as_road(road) if model.models or road is not None else None
+    how = {"steps": steps, "batch_size": batch_size}
     # What would be refused in the first step of a shard is refused now.
-    next(model.run(min(n, shard), road, steps=steps, batch_size=batch_size, generator=torch.Generator()))
+    next(model.run(min(n, shard), road, generator=torch.Generator(), **how))
     library = Library(folder)
+    sizes = {"n": n, "shard": shard, "seed": seed}
     library.claim(
-        {
-            "kind": "library",
-            "format": FORMAT,
-            "formula": str(model),
-            "samples": model.samples_class.__name__,
-            "models": [[str(leaf), leaf.key] for leaf in model.leaves],
-            "key": model.key,
-            "road": road and road.identity,
-            "steps": steps,
-            "batch_size": batch_size,
-            "n": n,
-            "shard": shard,
-            "seed": seed,
-            "rows": model.samples_class.described(**rows),
-        }
+        _origin(model) | {"road": road and road.identity} | how | sizes | {"rows": model.samples_class.described(**rows)}
     )
     mine = range(rank, library.shards, world)
     missing = [k for k in mine if not library.has(k)]
@@ -114,13 +102,18 @@ def generate(
         for k in missing:
             if library.has(k):  # by now another process may have made it
                 continue
-            generator, size = torch.Generator().manual_seed(library.seed(k)), library.size(k)
-            samples = model.sample(
-                size, road, steps=steps, batch_size=batch_size, generator=generator, progress=not hidden and len(missing) == 1
-            )
+            generator = torch.Generator().manual_seed(library.seed(k))
+            samples = model.sample(library.size(k), road, generator=generator, progress=not hidden and len(missing) == 1, **how)
             library.write(k, samples, **rows)
-            bar.update(size)
+            bar.update(library.size(k))
     return library
+
+
+def _origin(model: BaseModel) -> dict[str, Any]:
+    """What the samples are of."""
+    models = [[str(leaf), leaf.key] for leaf in model.leaves]
+    said = {"formula": str(model), "samples": model.samples_class.__name__, "models": models, "key": model.key}
+    return {"kind": "library", "format": FORMAT} | said
 
 
 def _shard(model: BaseModel) -> int:
@@ -271,7 +264,9 @@ class Library:
         there = self._there().values()
         if not there or any(about["log_z"] is None for about in there):
             return None
-        n, log_z = torch.tensor([(about["particles"] or about["samples"], about["log_z"]) for about in there], dtype=torch.float64).T
+        n, log_z = torch.tensor(
+            [(about["particles"] or about["samples"], about["log_z"]) for about in there], dtype=torch.float64
+        ).T
         return float((n.log() + log_z).logsumexp(0) - n.sum().log())
 
     def samples(self, k: int, model: BaseModel | None = None) -> Samples:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from sculpt.chain import Chain, Progress, Settings, check_count, run, watch
-from sculpt.diagnostics import Diagnostics
+from sculpt.diagnostics import Diagnostics, printable
 from sculpt.samples import Samples
+from sculpt.state import finite
 
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
     from sculpt.formula import Formula, Posterior
     from sculpt.roads import Road
 
-__all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "operand_names", "randn", "same_model"]
+__all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "check_model", "operand_names", "randn", "same_model"]
 
+
+LONGEST = 200
+"""Characters of a name in formulas and messages."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -107,6 +111,11 @@ class BaseModel(abc.ABC):
 
     def result(self, x: Tensor, log_weights: Tensor | None, diagnostics: Diagnostics) -> Samples:
         """Samples of this model as its user gets them: every run ends here."""
+        if not (known := finite(x)).all():
+            raise FloatingPointError(
+                f"{int((~known).sum())} of {len(x)} samples of {diagnostics.formula} are not finite numbers after {diagnostics.steps} steps "
+                f"({diagnostics.road}). Check the networks' weights and dtype (float16 overflows early), the guidance's strength and the steps."
+            )
         return self.samples_class(x, log_weights, diagnostics, self.decoder)
 
     @property
@@ -139,7 +148,7 @@ class BaseModel(abc.ABC):
 
         Leave it and the run ends.
         """
-        check_count(n)
+        n = check_count(n)
         settings = Settings(steps, solver, batch_size, generator)
         if road is not None and not self.models:
             raise ValueError(
@@ -194,7 +203,7 @@ class BaseModel(abc.ABC):
         return operate(operator, self, other)
 
     def __str__(self) -> str:
-        return self.name
+        return printable(self.name, LONGEST) or "''"
 
 
 class Steppable(BaseModel):
@@ -233,11 +242,21 @@ class Steered(Steppable):
 
 
 def check_composable(models: Sequence[BaseModel]) -> None:
-    """Raise where some of the pretrained models underneath have no common states."""
+    """Raise where some of these are no models, or where those underneath have no common states."""
+    for model in models:
+        check_model(model)
     leaves = [leaf for model in models for leaf in model.leaves]
     for i, leaf in enumerate(leaves):
         for other in leaves[i + 1 :]:
             leaf.check_composable(other)
+
+
+def check_model(model: Any) -> None:
+    """Raise where this is no base model."""
+    if not isinstance(model, BaseModel):
+        raise TypeError(
+            f"Only base models compose, got {model!r:.200}. Load one with sculpt.load, or wrap a network of yours in a base model."
+        )
 
 
 def same_model(p: BaseModel, q: BaseModel) -> bool:
@@ -246,9 +265,9 @@ def same_model(p: BaseModel, q: BaseModel) -> bool:
 
 
 def operand_names(models: Sequence[BaseModel]) -> list[str]:
-    """The models' names as operands of a formula: what is more than one word or a power goes into parentheses."""
+    """The models' names as operands of a formula: what is more than a word goes into parentheses."""
     names = [str(model) for model in models]
-    return [f"({name})" if re.search(r"[ ^]", name) else name for name in names]
+    return [name if re.fullmatch(r"[\w./:@~#+=\[\],-]+", name) else f"({name})" for name in names]
 
 
 def randn(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:

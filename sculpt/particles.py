@@ -44,9 +44,15 @@ class Population:
     """
 
     def __init__(
-        self, n: int, *, threshold: float = 0.5, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+        self,
+        n: int,
+        *,
+        threshold: float = 0.5,
+        generator: torch.Generator | None = None,
+        device: torch.device | str = "cpu",
+        of: str = "The composition",
     ):
-        self.n, self.threshold, self.generator = n, threshold, generator
+        self.n, self.threshold, self.generator, self.of = n, threshold, generator, of
         self.log_w = torch.zeros(n, dtype=torch.float64, device=device)
         self.roots = torch.arange(n, device=device)
         self.resamplings = 0
@@ -64,8 +70,9 @@ class Population:
         self.ess.append(effective_sample_size(self.log_w))
         if self.ess[-1] == 0.0:
             raise FloatingPointError(
-                f"All {self.n} particles have weight zero ({self.lost} of them were not a finite number): none is left to go on from. "
-                "The composition asks for a region that no particle reached: use more particles or steps, or check sculpt.overlap(models)."
+                f"All {self.n} particles have weight zero at step {len(self.ess) - 1} ({self.lost} of them were not a finite number): none is "
+                f"left to go on from. {self.of} asks for a region that no particle reached: use more particles or steps, or check "
+                "sculpt.overlap(models). Where all were not finite, look at its networks and powers."
             )
 
     def resample(self) -> Int[Tensor, "n"] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import html
 import io
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from sculpt import preview
 from sculpt.contents import VERSION, find
-from sculpt.diagnostics import Diagnostics, Verdict
+from sculpt.diagnostics import Diagnostics, Verdict, printable
 from sculpt.files import replace_file
-from sculpt.weights import Weights
+from sculpt.stored import FORMAT, Stored
 
 if TYPE_CHECKING:
     from sculpt.model import BaseModel
@@ -30,9 +31,10 @@ __all__ = ["Samples", "check_name", "pixels"]
 
 S = TypeVar("S", bound="Samples")
 
-FORMAT = 1
 FEW = 32
 """How many coordinates a table has columns for."""
+SIDE = 1000
+"""How long a side of a grid is that is drawn."""
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -103,7 +105,11 @@ class Samples:
         n, x = len(self), self.x.cpu()
         few = x.ndim == 2 and x.shape[1] <= FEW
         columns = {f"x{i}": _numpy(x[:, i]) for i in range(x.shape[1])} if few else {}
-        w = torch.full((n,), 1 / max(n, 1), dtype=torch.float64) if self.log_weights is None else torch.softmax(self.log_weights.cpu().double(), 0)
+        w = (
+            torch.full((n,), 1 / max(n, 1), dtype=torch.float64)
+            if self.log_weights is None
+            else torch.softmax(self.log_weights.cpu().double(), 0)
+        )
         return columns | {"weight": w.numpy()}
 
     @classmethod
@@ -144,7 +150,7 @@ class Samples:
             if type(part) is not type(parts[0]) or part.x.shape[1:] != parts[0].x.shape[1:]:
                 got = [f"{type(one).__name__} of {tuple(getattr(one, 'x', one).shape[1:])}" for one in (parts[0], part)]
                 raise ValueError(f"Only samples of one kind and shape go together, got {got[0]} and {got[1]}.")
-        log_w = _joined_weights(parts) if any(part.log_weights is not None for part in parts) else None
+        log_w = _joined_weights(parts) if any(part.log_weights is not None and len(part) for part in parts) else None
         diagnostics = Diagnostics.join([part.diagnostics for part in parts])
         whole = type(parts[0])(torch.cat([part.x for part in parts]), log_w, diagnostics, parts[0].decoder)
         kept = [part._kept() for part in parts]
@@ -180,16 +186,23 @@ class Samples:
             return replace_file(path, picture)
         tensors = {"x": self.x} if self.log_weights is None else {"x": self.x, "log_weights": self.log_weights}
         tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        about = json.dumps(self._about())
+        about = json.dumps(self._about(), ensure_ascii=False).encode(errors="replace").decode()
         if path.suffix == ".npz":
             import numpy as np
 
             buffer = io.BytesIO()
             np.savez_compressed(buffer, about=np.array(about), **{name: _numpy(value) for name, value in tensors.items()})
             return replace_file(path, buffer.getvalue())
+        from safetensors import SafetensorError
         from safetensors.torch import save
 
-        replace_file(path, save(tensors, {"sculpt": about}))
+        try:
+            content = save(tensors, {"sculpt": about})
+        except SafetensorError as error:
+            raise ValueError(
+                f"{len(self)} samples have too much to say for one .safetensors file ({error!s:.100}). Save parts of them, samples[:k]."
+            ) from None
+        replace_file(path, content)
 
     def _about(self) -> dict[str, Any]:
         self._complete()
@@ -214,34 +227,25 @@ class Samples:
         path = Path(path)
         if path.suffix in (".npz", ".png"):
             raise ValueError(f"{path.name} holds arrays or a picture for others. Samples are read back from .safetensors only.")
-        weights = Weights(path)
-        tensors, metadata = weights.read(), weights.metadata
-        try:
-            about = json.loads(metadata["sculpt"])
-            form, by = about["format"], about["version"]
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"{path} is not a file of samples: it was not written by Samples.save.") from None
-        if form != FORMAT:
-            raise ValueError(
-                f"{path} was written by sculpt {by} in format {form}, this sculpt ({VERSION}) reads format {FORMAT}. Read it with that "
-                "version, or sample again."
-            )
-        try:
-            kind = cls if about["class"] == cls.__name__ else find(about["class"], Samples)
-            diagnostics = _diagnostics(about["diagnostics"])
-            samples = kind(tensors["x"], tensors.get("log_weights"), diagnostics, _DECODERS[about["decoder"]])
-            columns = {name: about["columns"][name] for name in kind.columns}
-            str(diagnostics)  # whatever is no number fails here, and not later
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is damaged, or not from this sculpt: {error!r}.") from None
-        if wrong := [
-            name for name, values in columns.items() if not (isinstance(values, list) and len(values) == len(samples))
-        ]:
-            raise ValueError(f"{path} is damaged: its {wrong[0]} do not belong to {len(samples)} samples.")
+        stored = Stored(path, [*_DECODERS])
+        kind = cls if stored.name == cls.__name__ else find(stored.name, Samples)
+        columns = stored.columns(kind.columns)
+        samples = kind(*stored.tensors(), stored.diagnostics, _DECODERS[stored.decoder])
         samples._keep(columns)
         if model is not None:
             samples.decoder = model.decoder
         return samples
+
+    def __copy__(self: S) -> S:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    def __deepcopy__(self: S, memo: Any) -> S:
+        """The model that decodes stays the same one."""
+        new = self.__copy__()
+        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "decoder"})
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         self._complete()
@@ -261,13 +265,13 @@ class Samples:
 
         if not len(self):
             return "text", b"no samples"
-        shown = self.decode()
+        shown, title = self.decode(), printable(self.diagnostics.formula, 80).replace("$", r"\$")  # a name is no mathematics
         if isinstance(shown, Tensor) and shown.is_floating_point():
             shown = shown.float()
         if isinstance(shown, Tensor) and shown.ndim == 4 and shown.shape[1] in (1, 3):
-            return "png", plots.png(plots.image_grid(shown[:most], title=self.diagnostics.formula))
+            return "png", plots.png(plots.image_grid(shown[:most], title=title))
         if isinstance(shown, Tensor) and shown.ndim == 2 and shown.shape[1] >= 2 and _in_plane(shown):
-            of = self.diagnostics.formula if shown.shape[1] == 2 else f"the first two of {shown.shape[1]} coordinates"
+            of = title if shown.shape[1] == 2 else f"the first two of {shown.shape[1]} coordinates"
             return "png", plots.png(plots.points2d(shown[:, :2], of))
         rows = Counter(str(x.tolist()) if isinstance(x, Tensor) else str(x) for x in shown).most_common(12)
         return "text", "\n".join(f"{count:>6} ×  {x:.100}" for x, count in rows).encode()
@@ -294,7 +298,7 @@ def check_name(path: Path, endings: Sequence[str]) -> None:
 
 def _in_plane(x: Tensor) -> bool:
     """Vectors, and the cells of a grid in two dimensions."""
-    return x.is_floating_point() or (x.shape[1] == 2 and int(x.min()) >= 0)
+    return x.is_floating_point() or (x.shape[1] == 2 and int(x.min()) >= 0 and int(x.max()) < SIDE)
 
 
 def _joined_weights(parts: Sequence[Samples]) -> Float[Tensor, "n"]:
@@ -311,7 +315,3 @@ def _joined_weights(parts: Sequence[Samples]) -> Float[Tensor, "n"]:
 
 def _numpy(x: Tensor) -> Any:
     return (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x).numpy()
-
-
-def _diagnostics(said: dict[str, Any]) -> Diagnostics:
-    return Diagnostics(**(said | {"parts": [_diagnostics(part) for part in said["parts"]]}))

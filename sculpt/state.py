@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["State", "in_parts"]
+__all__ = ["State", "finite", "in_parts"]
 
 S = TypeVar("S", bound="State")
 
@@ -61,6 +61,11 @@ def _lengths(name: str, value: Any) -> Iterator[int]:
         yield len(value)
     elif value is not None:
         raise TypeError(f"{name} of a State is {value!r:.60}; expected a tensor with an entry for every particle.")
+
+
+def finite(x: Tensor) -> Tensor:
+    """For each of these, whether all of its numbers are finite."""
+    return x.flatten(1).isfinite().all(1) if x.ndim > 1 else x.isfinite()
 
 
 def in_parts(function: Callable[..., Any], batch_size: int, *values: Any) -> Any:

@@ -20,18 +20,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sculpt.files import replace_file
+from sculpt.files import remove_debris, replace_file
+from sculpt.resuming import FORMAT, Kept, fit_in, note_of, read_state, state_path
 from sculpt.weights import Weights
 
 __all__ = ["Kept", "Training", "clock_of", "constant", "cosine", "mean", "read_state", "seed_of_step"]
-
-FORMAT = 1
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -39,17 +38,6 @@ Row = dict[str, Any]
 """Numbers to log. Those of a step may still be tensors, so that a GPU is not waited for; :func:`mean` makes floats of them."""
 Loss = Callable[[int], tuple[Tensor, Row]]
 """From the seed of a step to the loss of a batch that is drawn with it, and what else to log."""
-
-
-@runtime_checkable
-class Kept(Protocol):
-    """What belongs to the state of a training: modules, and everything else with these two methods."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Its tensors by name."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> Any:
-        """Take them back."""
 
 
 class Training(Generic[N]):
@@ -189,9 +177,9 @@ class Training(Generic[N]):
             for part, values in parts.items()
             for name, value in values.items()
         }
-        about = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        about = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "tensors": len(tensors)}
         note = json.dumps({"format": FORMAT, "identity": self.identity, **about})
-        replace_file(_path(self.folder), save(tensors, {"training": note}))
+        replace_file(state_path(self.folder), save(tensors, {"training": note}))
         self._saved = time.monotonic()
 
     def resume(self, **kept: Kept) -> bool:
@@ -201,17 +189,16 @@ class Training(Generic[N]):
             kept: what else belongs to the state, by name: buffers of samples, other weights, parameters beside the network's.
         """
         self._kept |= kept
-        if self.folder is None or not _path(self.folder).exists():
+        if self.folder is None:
             return False
-        note, parts = read_state(self.folder)
+        remove_debris(self.folder)
+        path = state_path(self.folder)
+        if not path.exists():
+            return False
+        weights = Weights(path)
+        note = note_of(weights)
         self._check_identity(note["identity"])
-        try:
-            for name, one in self._kept.items():
-                one.load_state_dict(parts.get(name, {}))
-        except RuntimeError as error:
-            raise ValueError(f"{_path(self.folder)} does not fit this training: {error} Give another folder.") from None
-        moments = {int(name.partition(".")[2]): part for name, part in parts.items() if name.startswith("optimizer.")}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        fit_in(weights, self._kept, self.optimizer)
         self.step, self.seconds, self.curve = note["step"], note["seconds"], note["curve"]
         return True
 
@@ -219,38 +206,11 @@ class Training(Generic[N]):
         names = [name for name in {**self.identity, **saved} if self.identity.get(name) != saved.get(name)]
         if names:
             said = ", ".join(
-                f"{name} is {saved.get(name)!r:.60} there and {self.identity.get(name)!r:.60} here" for name in names
+                f"{name:.60} is {saved.get(name)!r:.60} there and {self.identity.get(name)!r:.60} here" for name in names[:8]
             )
             raise ValueError(
                 f"{self.folder} holds another training: {said}. Start it with the same settings to continue it, or give another folder."
             )
-
-
-def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The note of a saved training (``identity``, ``step``, ``seconds``, ``curve``), and the tensors of its parts by name.
-
-    Args:
-        folder: of the training.
-    """
-    path = _path(Path(folder))
-    weights = Weights(path)
-    tensors, metadata = weights.read(), weights.metadata
-    try:
-        note = json.loads(metadata["training"])
-        if note["format"] != FORMAT:
-            raise ValueError(f"{path} has format {note['format']}, this sculpt reads format {FORMAT}. Update sculpt.")
-        note = {name: note[name] for name in ("identity", "step", "seconds", "curve")}
-    except (KeyError, TypeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is not the state of a training of sculpt. Give another folder, or delete it.") from None
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        parts.setdefault(part, {})[name] = value
-    return note, parts
-
-
-def _path(folder: Path) -> Path:
-    return folder / "state.safetensors"
 
 
 def seed_of_step(seed: int, step: int) -> int:

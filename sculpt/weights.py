@@ -54,23 +54,32 @@ class Weights:
     Args:
         path: the file.
         sha256: of the whole file, where it is known.
+        most: bytes that names, shapes and what is said beside them may take.
     """
 
-    def __init__(self, path: Path, sha256: str | None = None):
-        self.path, self.sha256 = path, sha256
+    def __init__(self, path: Path, sha256: str | None = None, most: int = MOST_HEADER):
+        self.path, self.sha256, self._most = path, sha256, most
         if not path.exists():
             raise ValueError(f"There is no file {str(path)!r}. Check the path.")
         self._file = open_plain(path)
-        header = Entries(self._header(), str(path))
+        try:
+            header = Entries(self._header(), str(path))
+        except OSError as error:
+            raise self._damaged(f"it cannot be read: {error.strerror}") from None
         self.metadata: dict[str, str] = {}
         if "__metadata__" in header:
-            self.metadata = {name: header.inside("__metadata__").text(name, MOST_HEADER) for name in header.get("__metadata__")}
+            told = header.inside("__metadata__")
+            self.metadata = {name: told.text(name, most) for name in told.found}
+        self._claimed = 0
         self.shapes: dict[str, Shape] = {name: self._shape(header, name) for name in header.found if name != "__metadata__"}
+        if self._claimed != self._there:
+            raise self._damaged(f"its tensors have {self._claimed:,} bytes, and {self._there:,} are there")
 
     def _header(self) -> dict[str, Any]:
         length, size = int.from_bytes(self._file.read(8), "little"), os.fstat(self._file.fileno()).st_size
-        if not 0 < length <= min(size - 8, MOST_HEADER):
+        if not 0 < length <= min(size - 8, self._most):
             raise self._damaged(f"it has {size:,} bytes and its header {length:,}")
+        self._there = size - 8 - length
         try:
             return parse_json(self._file.read(length).decode(), str(self.path))
         except ValueError:
@@ -84,6 +93,7 @@ class Weights:
         bits = BITS.get(entry.text("dtype", 100))
         if bits is None or min((*shape, 0)) < 0 or math.prod(shape) * bits != 8 * (end - begin):
             raise self._damaged(f"{name:.80} has {end - begin} bytes for {entry.text('dtype')} of shape {shape!s:.80}")
+        self._claimed += end - begin
         return shape
 
     def _damaged(self, why: str) -> ValueError:
@@ -116,7 +126,7 @@ class Weights:
             )
         try:
             return load(content)
-        except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+        except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
             raise self._damaged(str(error)) from None
 
 

@@ -1,6 +1,8 @@
 """Bad input: every wrong call is refused before time is spent, with what was got, what was expected and what to do next."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -12,6 +14,9 @@ from torch import nn
 
 import sculpt
 from sculpt import Classifier, Guided, Rejection, Tracked
+from sculpt.apps import cli
+from sculpt.apps.cli.options import named_paths
+from sculpt.apps.formulas import TextFormula
 from sculpt.chain import check_count
 from sculpt.diffusion.backbones import VectorNetwork
 from sculpt.diffusion.clock import noise_levels
@@ -233,3 +238,78 @@ class NoConfig(nn.Module):
 def test_a_network_whose_shape_cannot_be_read_asks_for_it():
     with pytest.raises(ValueError, match="shape="):
         sculpt.Diffusion(NoConfig(), DDPMScheduler())
+
+
+# The command ----------------------------------------------------------------------------------------------------------------------------------
+
+A = ("--model", "a=nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample", "a", *A, "-o", "x.npz", "-n", "²"), "'²' is not a whole number of at least 1"),
+        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 30), "is not a whole number of at least 1, with 18 digits at most"),
+        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 5000), "is not a whole number of at least 1, with 18 digits at most"),
+        (("sample", "a", *A, "-o", "x.npz", "--seed", "-1"), "'-1' is not a whole number of at least 0"),
+        (("demo", "--seed", str(10**30)), "is not a whole number of at least 0"),
+        (("sample", "a", *A, "-o", "x.npz", "--device", "nonsense"), "--device nonsense: Expected one of cpu, cuda"),
+        (("sample", "a", *A, "-o", "x.npz", "--device", "cuda:99"), "--device cuda:99: "),
+        (("sample", "a", *A, "-o", "x.npz", "--device", "meta"), "--device meta holds no numbers"),
+        (("sample", "a", *A, "-o", "x.npz", "--with", "a.device=3"), "--with a.device=3: device is no condition"),
+        (("sample", "a", "--model", "if=x", "-o", "x.npz"), "--model if=x: expected NAME=PATH"),
+        (("sample", "(" + "-" * 9000 + "a)", *A, "-o", "x.npz"), "is not complete"),
+        (("sample", "a & " * 200 + "a", *A, "-o", "x.npz"), "more than 100 parts are within each other"),
+        (("sample", "mixture(a, weights=[1], weights=[2])", *A, "-o", "x.npz"), "an option is there twice"),
+        (("sample", "product([a], [1e999])", *A, "-o", "x.npz"), "the number is too large"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(capsys, arguments, message):
+    try:
+        code = cli.main(arguments)
+    except SystemExit as end:  # argparse
+        code = end.code
+    said = capsys.readouterr().err.rstrip().splitlines()
+    assert code == 2 and message in said[-1] and len(said[-1]) < 1000, said
+    assert not any(line.startswith("Traceback") for line in said)
+
+
+def test_a_name_is_read_as_formulas_read_it(tmp_path):
+    assert list(named_paths([f"ﬁ={tmp_path}"])) == TextFormula("ﬁ").names == ["fi"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            KeyError("width"),
+            1,
+            "sculpt: error: KeyError: 'width'. This is a bug in sculpt; run again with --traceback to see where.",
+        ),
+        (AssertionError(), 1, "sculpt: error: AssertionError: AssertionError. This is a bug in sculpt"),
+        (ValueError("one\ntwo"), 2, "sculpt: error: one two\n"),
+        (MemoryError(), 2, "sculpt: error: there is not enough memory; ask for fewer samples"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "sculpt: error: there is not enough memory"),
+        (BrokenPipeError(), 141, ""),
+        (KeyboardInterrupt(), 130, "\nsculpt: stopped. Nothing was written.\n"),
+    ],
+)
+def test_no_error_of_a_command_shows_a_traceback_unless_it_is_asked_for(monkeypatch, capsys, error, code, message):
+    def fails(options):
+        raise error
+
+    monkeypatch.setattr(cli.inspect, "_run", fails)
+    assert cli.main(["inspect", "x"]) == code
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) <= 1
+    if code in (1, 2):
+        with pytest.raises(type(error)):
+            cli.main(["inspect", "x", "--traceback"])
+
+
+def test_a_reader_that_has_had_enough_ends_the_command_quietly():
+    script = "import sys; from sculpt.apps import cli; cli.demo._run = lambda o: [print('x' * 70) for _ in range(10**5)]; sys.exit(cli.main(['demo']))"
+    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first.stdout.readline()
+    first.stdout.close()
+    assert first.wait(120) == 141 and first.stderr.read() == b""

@@ -79,6 +79,25 @@ def test_every_anchors_probabilities_sum_to_one_over_all_ordered_tuples(m, n, od
     torch.testing.assert_close(total, torch.ones(4, 2, m))
 
 
+@pytest.mark.parametrize("children", [1, 4])
+def test_chosen_rows_children_and_anchors_are_those_of_the_whole_table(children):
+    set_head, g = head(3, 4, odds=True, children=children), generator()
+    features, odds = randn(6, 8), randn(6, 3, seed=1)
+    rows, which, anchors = (torch.randint(k, (20,), generator=g) for k in (6, children, 3))
+    whole = set_head(features, odds)
+    torch.testing.assert_close(set_head(features, odds, rows, which), whole[rows, which])
+    torch.testing.assert_close(set_head(features, odds, rows, which, anchors), whole[rows, which, anchors])
+    log_p, columns = torch.log_softmax(randn(6, 5, 3, seed=2), -1), torch.randint(len(set_head.counts), (6, 2), generator=g)
+    expected = set_head.log_f(log_p).gather(2, columns[:, None].expand(-1, 5, -1))
+    torch.testing.assert_close(set_head.log_f(log_p, columns), expected)
+
+
+def test_the_orderings_of_many_labels_are_counted():
+    set_head = SetHead(4, 2, 160)
+    exact = torch.tensor([math.log(math.comb(159, labels.count(0))) for labels in set_head.sets], dtype=torch.float64)
+    torch.testing.assert_close(set_head.log_orderings.double(), exact, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_the_target_of_a_set_is_the_sum_over_its_orderings(m, n):
     set_head, log_p = head(m, n), torch.log_softmax(2 * randn(6, m), -1)
@@ -275,7 +294,7 @@ class ExactHeads:
     def __init__(self, factor=1.0, observations=2):
         self.exact, self.factor = ExactGuide(RINGS[:2]), factor
         self.set_head = SetHead(1, 2, observations)
-        self.set_head.forward = self.log_h
+        self.set_head.forward = lambda features, log_odds, *which: self.log_h(features, log_odds)[which]
 
     def network(self, z, s):
         return torch.cat([z.double(), s[:, None]], -1)
@@ -336,6 +355,31 @@ def test_a_classifier_that_does_not_call_strays_back_is_noticed():
     # On the composition's own path this costs .009 and would be lost in the noise.
     exact, flat = (path_losses(heads)[0].detach() for heads in (ExactHeads(), Flat()))
     assert flat - exact > 0.04
+
+
+@pytest.mark.parametrize(
+    ("level", "certain", "expected"),
+    [
+        (
+            0.02,
+            True,
+            {0.0, 4 / 3},
+        ),  # each state has one candidate, which the composition wants twice as often as its model, or never
+        (1e3, True, {1.0}),  # either candidate may have been x, and the composition wants one of them
+        (0.02, False, {1.0}),  # each state has one candidate
+        (1e3, False, {1.5}),  # two candidates are plausible: b (1 - b) is a quarter for each
+    ],
+)
+def test_a_state_counts_as_often_as_the_composition_visits_it_and_more_where_it_cannot_know_its_sample(
+    level, certain, expected
+):
+    store = DiffusionStore([P, Q], data=draws(RINGS[:2], 20), path=True)
+    log_p = torch.tensor([[0.0, -1e4], [-1e4, 0.0]]) if certain else torch.full((2, 2), math.log(0.5))
+    store.candidates[False] = [(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), log_p)] * 2
+    levels = lambda u: torch.full_like(u, level)  # noqa: E731
+    weight = store._targets(0, ExactHeads(), Draw(64, generator()), levels)[-1]
+    assert all(min(abs(w - v) for v in expected) < 2e-3 for w in weight.tolist())
+    assert all(min(abs(w - v) for w in weight.tolist()) < 2e-3 for v in expected)
 
 
 def test_samples_that_a_composition_cannot_want_are_no_division_by_zero():

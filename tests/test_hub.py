@@ -1,6 +1,8 @@
 """sculpt.load: what a folder holds decides what it becomes, and nothing in it is executed."""
 
+import inspect
 import json
+import math
 import shutil
 
 import pytest
@@ -9,6 +11,8 @@ from checkpoints import save_parts, save_pipeline, tiny_unet
 from diffusers import DDPMScheduler
 
 import sculpt
+from sculpt.diffusion.diffusers.settings import check_settings
+from sculpt.entries import Entries
 
 
 @pytest.fixture
@@ -91,6 +95,51 @@ def test_a_text_to_image_pipeline_takes_a_prompt(tmp_path):
     assert cat.key == sculpt.Diffusion.from_pipeline(pipe, "cat").key != dog.key
     assert sculpt.load(tmp_path / "sd").name == "sd"
     cat.check_composable(dog)
+
+
+def test_a_pipeline_of_three_text_encoders_is_the_model_that_was_saved(tmp_path):
+    import diffusers
+    import mutated_diffusers
+
+    mutated_diffusers.three(tmp_path / "three")
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "three")
+    assert sculpt.load(tmp_path / "three", prompt="cat").key == sculpt.Diffusion.from_pipeline(pipe, "cat").key
+
+
+UNET = {"sample_size": 128, "in_channels": 4, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10]}
+PUBLISHED = {
+    "UNet2DConditionModel": UNET
+    | {"upcast_attention": None, "mid_block_only_cross_attention": None, "cross_attention_norm": None},
+    "UNet2DModel": {"attention_head_dim": None, "mid_block_scale_factor": 1, "downsample_padding": 0, "norm_num_groups": 32},
+    "AutoencoderKL": {"scaling_factor": 0.13025, "force_upcast": True, "latents_mean": None, "_name_or_path": "../sdxl-vae/"},
+    "SD3Transformer2DModel": {"pos_embed_max_size": 192, "dual_attention_layers": [0, 1, 2], "qk_norm": "rms_norm"},
+    "PNDMScheduler": {"trained_betas": None, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False},
+    "DPMSolverMultistepScheduler": {"lambda_min_clipped": -math.inf, "variance_type": None, "use_karras_sigmas": 0},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 3, "base_image_seq_len": 256, "use_dynamic_shifting": False},
+    "CLIPTextConfig": {"bos_token_id": 0, "dropout": 0.0, "torch_dtype": "float32", "hidden_act": "quick_gelu"},
+    "T5Config": {"d_ff": 10240, "dense_act_fn": "gelu_new", "tie_word_embeddings": False, "output_past": True},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_published_checkpoints_have_are_accepted(name):
+    import diffusers
+    import transformers
+
+    cls = getattr(diffusers, name, None) or getattr(transformers, name)
+    check_settings(Entries(PUBLISHED[name] | {"_class_name": name, "_diffusers_version": "0.6.0"}, name), cls)
+
+
+@pytest.mark.slow
+def test_the_defaults_of_every_class_of_diffusers_are_accepted():
+    import diffusers
+
+    classes = [getattr(diffusers, name) for name in dir(diffusers) if name[0].isupper()]
+    bases = (diffusers.ModelMixin, diffusers.SchedulerMixin)
+    for cls in (cls for cls in classes if isinstance(cls, type) and issubclass(cls, bases)):
+        defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.default is not p.empty}
+        plain = {name: json.loads(json.dumps(value, default=lambda _: None)) for name, value in defaults.items()}
+        check_settings(Entries(plain, cls.__name__), cls)
 
 
 def test_the_hub_is_asked_for_safetensors_and_text_only(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import threading
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rdkit import Chem
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from sculpt.molecules import QED, SA, SEH, FragmentNetwork, FragmentTrees
 from sculpt.molecules import seh as module
 from sculpt.molecules.proxy import Proxy, graph
+from sculpt.molecules.scores import Summary, score
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SCULPT_DATA", "missing")) / "molecules"
@@ -100,27 +102,93 @@ def test_the_five_bond_matrices_are_those_of_the_edge_network(random_weights):
 def test_what_is_no_molecule_gets_nan_and_is_counted(random_weights, tmp_path):
     save_file(random_weights, tmp_path / "w.safetensors")
     for reward in (SA(), QED(), SEH(tmp_path / "w.safetensors")):
-        with pytest.warns(UserWarning, match="4 of 6 are no molecules and get NaN, number 1 first: 'not a molecule'"):
-            values = reward(["CCO", "not a molecule", "", "C1CC", Chem.MolFromSmiles("CC"), None])
-        assert values.isnan().tolist() == [False, True, True, True, False, True] and reward.invalid == 4
+        with pytest.warns(
+            UserWarning,
+            match="has no value for 5 of 7 molecules: 'not a molecule' .number 1: no molecule., '' .number 2: no atoms., "
+            "'C1CC' .number 3: no molecule. and 2 more. They get NaN",
+        ) as told:
+            values = reward(["CCO", "not a molecule", "", "C1CC", Chem.MolFromSmiles("CC"), None, "\ud800"])
+        assert len(told) == 1
+        assert values.isnan().tolist() == [False, True, True, True, False, True, True] and reward.invalid == 5
         assert reward(["C"]).isfinite().all() and reward.invalid == 0
         assert reward([]).shape == (0,) and reward.invalid == 0
         with pytest.warns(UserWarning, match="1 of 1"):
             assert reward([None]).isnan().all()
         assert reward(["CCO.c1ccccc1", "[Na+].[Cl-]"]).isfinite().all()  # parts that hang together by nothing
-        with pytest.raises(ValueError, match="Molecule 1 was not sanitised"):
-            reward(["C", Chem.MolFromSmiles("CC", sanitize=False)])
+        assert reward(["C" * 500]).isfinite().all()
+        with pytest.warns(UserWarning, match="'CC' .number 1: not sanitised; call Chem.SanitizeMol"):
+            assert reward(["C", Chem.MolFromSmiles("CC", sanitize=False)]).isnan().tolist() == [False, True]
+        reward.strict = True
+        with pytest.raises(ValueError, match="no value for 1 of 2 molecules: None .number 1: no molecule.. Leave them out, or"):
+            reward(["C", None])
     with pytest.raises(TypeError, match="takes a list of molecules, got one str"):
         SA()("CCO")
 
 
-def test_the_proxy_refuses_elements_and_bonds_that_it_was_not_made_for(random_weights, tmp_path):
+ODD = {
+    "*": r"elements up to barium \(56\), got \* \(0\)",
+    "Cl[Pt]Cl": r"elements up to barium \(56\), got Pt \(78\)",
+    "N->[Cu]": "single, double, triple and aromatic bonds, got DATIVE",
+    "C$C": "got QUADRUPLE",
+}
+
+
+@pytest.mark.parametrize("smiles", ODD)
+def test_one_odd_molecule_costs_the_others_nothing(random_weights, tmp_path, smiles):
     save_file(random_weights, tmp_path / "w.safetensors")
-    seh = SEH(tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"elements up to barium \(56\), got Pt \(78\)"):
-        seh(["C", "Cl[Pt]Cl"])
-    with pytest.raises(ValueError, match="single, double, triple and aromatic bonds, got DATIVE"):
-        seh([Chem.MolFromSmiles("N->[Cu]")])
+    good = ["CCO", "c1ccccc1C#N", "CC(=O)Nc1ccc(O)cc1"] * 50
+    seh, strict = SEH(tmp_path / "w.safetensors"), SEH(tmp_path / "w.safetensors", strict=True)
+    batch = [*good[:100], smiles, *good[100:]]
+    with pytest.warns(UserWarning, match=ODD[smiles]) as told:
+        values = seh(batch)
+    assert len(told) == 1 and seh.invalid == 1 and values.isnan().nonzero().flatten().tolist() == [100]
+    assert (values[values.isfinite()] - seh(good)).abs().max() < 1e-6
+    with pytest.raises(ValueError, match=ODD[smiles]):
+        strict(batch)
+    with pytest.warns(UserWarning, match=ODD[smiles]):
+        assert seh.proxy(batch).isnan().sum() == 1
+
+
+def test_what_rdkit_raises_is_about_one_molecule(monkeypatch):
+    def raises(molecule):
+        if molecule.GetNumAtoms() == 3:
+            raise RuntimeError("Pre-condition Violation\n  no ring info")
+        return 0.5
+
+    sa = SA()
+    monkeypatch.setattr(sa.scorer, "calculateScore", raises)
+    with pytest.warns(UserWarning, match="'CCC' .number 2: RDKit says: Pre-condition Violation no ring info"):
+        assert sa.score(["C", "CC", "CCC", "CCCC"]).isnan().tolist() == [False, False, True, False]
+    monkeypatch.setattr("sculpt.molecules.rewards.qed", raises)
+    with pytest.raises(ValueError, match="'CCC' .number 2: RDKit says"):
+        QED(strict=True)(["C", "CC", "CCC", "CCCC"])
+
+
+def test_many_molecules_are_scored_with_one_warning_for_each_reward(random_weights, tmp_path):
+    save_file(random_weights, tmp_path / "w.safetensors")
+    smiles = ["CCO", "Cl[Pt]Cl", "CC", "C1CC"] * 300
+    functions = {"seh": SEH(tmp_path / "w.safetensors"), "qed": QED(), "own": lambda molecules: [x is None for x in molecules]}
+    with pytest.warns(UserWarning) as told:
+        table = score(smiles, functions, progress=False)
+    said = [str(warning.message) for warning in told]
+    assert len(said) == 2 and "SEH has no value for 600 of 1200 molecules: 'Cl[Pt]Cl' (number 1: " in said[0]
+    assert "QED has no value for 300 of 1200 molecules: 'C1CC' (number 3: no molecule)" in said[1]
+    assert np.isnan(table["seh"]).sum() == 600 and np.isnan(table["qed"]).sum() == 300 and table["own"].sum() == 300
+    with pytest.raises(
+        ValueError, match=r"SEH has no value for 128 of 1200 molecules: 'Cl\[Pt\]Cl' .number 1: .*Leave them out"
+    ):
+        score(smiles, functions | {"seh": SEH(tmp_path / "w.safetensors", strict=True)}, progress=False)
+
+
+def test_a_summary_counts_the_molecules_that_have_a_value():
+    summary, smiles = Summary(), np.array(["C", "CC", "CCC", "Cl[Pt]Cl"], dtype=object)
+    table = {"smiles": smiles, "count": np.array([1, 2, 1, 4]), "seh": np.array([0.6, 0.3, 0.9, np.nan]), "sa": np.full(4, 0.7)}
+    summary.add(table)
+    assert summary.means == pytest.approx({"seh": 2.1 / 4, "sa": 0.7}) and summary.unknown == {"seh": 4}
+    assert summary.shares == pytest.approx({"seh": 2 / 8, "sa": 1, "all": 2 / 8})
+    assert "not known  sEH of 4\n" in str(summary)
+    summary.add(table | {"seh": np.full(4, np.nan), "mine": np.full(4, np.nan)})
+    assert summary.unknown == {"seh": 12, "mine": 8} and np.isnan(summary.means["mine"])
 
 
 # Weights

@@ -1,5 +1,6 @@
 """Results that can be kept: parts, joins, files, pickles, previews, and what they say of themselves."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -171,7 +172,94 @@ def test_samples_move_and_change_their_type():
     assert samples.x.dtype == torch.float64 and samples.diagnostics.formula == "p ◑ q"
 
 
+def test_copies_keep_the_model_that_decodes():
+    class Doubling:
+        def decode(self, x):
+            return 2 * x
+
+    model = Doubling()
+    samples = Samples(torch.ones(3, 2), torch.zeros(3), Diagnostics("t"), decoder=model.decode)
+    for again in (copy.copy(samples), copy.deepcopy(samples)):
+        assert again.decoder.__self__ is model and torch.equal(again.decode(), samples.decode()) and same(again, samples)
+    shallow, deep = copy.copy(samples), copy.deepcopy(samples)
+    assert shallow.x is samples.x and deep.x is not samples.x and deep.diagnostics is not samples.diagnostics
+
+
+NAMES = [
+    "",
+    "p" * 5000,
+    "名前 é 𝔘",
+    "p & q | -r",
+    "a\nb\tc\x00\x1b[31m",
+    "'\"<b>&amp;</b>",
+    "$x_{1$",
+    "\u202eabc",
+    "\ud800",
+    "\\",
+    "{0} %s",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_whatever_models_are_called_their_samples_are_kept_and_shown(tmp_path, name):
+    said = Diagnostics("t", f"{name} & {name}", notes=[name], doubt=name)
+    samples = Samples(torch.rand(4, 2), None, said)
+    samples.save(tmp_path / "kept.safetensors")
+    again = Samples.load(tmp_path / "kept.safetensors").diagnostics
+    assert again == said or name == "\ud800"  # half a character: no file of text can hold it
+    samples.save(tmp_path / "kept.npz")
+    page, text = samples._repr_html_(), f"{samples!r}\n{samples.diagnostics}"
+    assert "data:image/png" in page and "<b>" not in page and len(page) < 10**6 and page.encode()
+    assert all(c.isprintable() or c == "\n" for c in text) and text.encode() and len(text) < 10_000
+    assert len(text.splitlines()) == 2 * len(str(samples.diagnostics).splitlines()) + 1
+
+
+def test_runs_put_together_one_by_one_are_runs_side_by_side(tmp_path):
+    def run(seed, formula="f"):
+        return Samples(
+            torch.zeros(1, 2), None, Diagnostics("t", formula, particles=10 + seed, log_z=0.1 * seed, log_z_error=0.1)
+        )
+
+    whole = run(0)
+    for seed in range(1, 100):
+        whole = Samples.cat([whole, run(seed)])
+    at_once = Samples.cat([run(seed) for seed in range(100)])
+    assert whole.diagnostics == at_once.diagnostics and len(whole.diagnostics.parts) == 100
+    whole.save(tmp_path / "kept.safetensors")
+    assert Samples.load(tmp_path / "kept.safetensors").diagnostics == whole.diagnostics
+    several = Samples.cat([run(1), run(2, "g")])
+    assert len(Samples.cat([several, run(3)]).diagnostics.parts) == 3
+    mixture = dataclasses.replace(run(4).diagnostics, parts=[run(5, "g").diagnostics])
+    assert len(Diagnostics.join([mixture, run(6).diagnostics]).parts) == 2
+
+
+def test_nothing_and_nothing_are_nothing(tmp_path):
+    none = Samples(torch.zeros(0, 2), torch.zeros(0))
+    none.save(tmp_path / "kept.safetensors")
+    again = Samples.load(tmp_path / "kept.safetensors")
+    assert len(again) == len(Samples.cat([again, again])) == 0 and "no samples" in again._repr_html_()
+
+
+def test_samples_with_too_much_to_say_for_a_file_say_so(tmp_path, monkeypatch):
+    samples = Samples(torch.zeros(1, 2), None, Diagnostics("t", notes=["x" * 10**6] * 101))
+    with pytest.raises(ValueError, match="1 samples have too much to say for one .safetensors file"):
+        samples.save(tmp_path / "kept.safetensors")
+    assert not list(tmp_path.iterdir())
+    kept = Samples(torch.zeros(1, 2), None, Diagnostics("t", notes=["x" * 10**6] * 50))
+    kept.save(tmp_path / "kept.safetensors")
+    assert Samples.load(tmp_path / "kept.safetensors").diagnostics == kept.diagnostics
+
+
+def test_far_cells_are_listed_and_not_drawn():
+    kind, text = Samples(torch.tensor([[2**60, 2**61], [0, 1]])).picture()
+    assert kind == "text" and str(2**60).encode() in text
+
+
 # Files that are not what they should be ------------------------------------------------------------------------------
+
+
+def nested(n):
+    return [{"road": "x", "parts": nested(n - 1)}] if n else []
 
 
 def rewritten(path, change):
@@ -189,14 +277,22 @@ def rewritten(path, change):
     ("change", "message"),
     [
         (lambda about, tensors: about.update(format=99, version="9.9"), r"written by sculpt 9.9 in format 99, this sculpt .* reads format 1"),
-        (lambda about, tensors: about.pop("format"), "not a file of samples"),
-        (lambda about, tensors: about.pop("diagnostics"), "damaged.*diagnostics"),
+        (lambda about, tensors: about.pop("format"), "format is missing, expected a whole number"),
+        (lambda about, tensors: about.pop("diagnostics"), "diagnostics is missing, expected an object"),
         (lambda about, tensors: about.update({"class": "Popen"}), "'Popen' is not a Samples of this sculpt"),
         (lambda about, tensors: about.update({"class": "VectorNetwork"}), "'VectorNetwork' is not a Samples"),
-        (lambda about, tensors: about["diagnostics"].update(road=[], surprise=1), "damaged"),
+        (lambda about, tensors: about["diagnostics"].update(road=[]), "diagnostics: road is a list of 0 entries, expected a text"),
+        (lambda about, tensors: about["diagnostics"].update(surprise=1), "surprise is 1, expected no such entry"),
+        (lambda about, tensors: about["diagnostics"].update(ess=[math.nan]), "ess is a list of 1 entries, expected numbers of particles"),
+        (lambda about, tensors: about["diagnostics"].update(referee="x"), "acceptance is None, expected a number"),
+        (lambda about, tensors: about["diagnostics"].update(parts=nested(70)), "nested deeper than"),
         (lambda about, tensors: tensors.pop("x"), "damaged.*'x'"),
-        (lambda about, tensors: tensors.update(log_weights=torch.zeros(3)), "Got 3 log-weights for 50 samples"),
-        (lambda about, tensors: about.update(decoder="eval"), "damaged.*eval"),
+        (lambda about, tensors: tensors.update(log_weights=torch.zeros(3)), r"log_weights is \(3,\), expected \(50,\)"),
+        (lambda about, tensors: tensors.update(log_weights=torch.full((50,), math.nan)), "damaged"),
+        (lambda about, tensors: tensors.update(x=torch.zeros(())), "damaged.*samples along the first axis"),
+        (lambda about, tensors: tensors.update(x=torch.zeros(50, 2, dtype=torch.complex64)), "torch.complex64, expected real numbers"),
+        (lambda about, tensors: tensors.update(y=torch.zeros(1)), "y is .*expected no such tensor"),
+        (lambda about, tensors: about.update(decoder="eval"), "decoder is 'eval', expected one of '', 'pixels', 'model'"),
     ],
 )  # fmt: skip
 def test_a_file_of_another_version_or_damaged_is_refused(tmp_path, change, message):

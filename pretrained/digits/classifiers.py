@@ -24,8 +24,8 @@ import sculpt
 from sculpt.classifier.fit import Descent
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.diffusers.encoder import UNetEncoder
-from sculpt.entries import read_json
-from sculpt.training import clock_of
+from sculpt.files import replacing
+from sculpt.training import read_state
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
@@ -50,13 +50,12 @@ def fit(
     """One of the two classifiers and its runs; after ``past`` ones it begins with the network of the saved classifier."""
     drawn = [pool(model, n, state) for model in models]
     data = [x for x, _ in drawn]
+    torch.manual_seed(len(past))  # of the encoder's new layers, which a run that was killed early draws again
     if past:
         network = sculpt.load(HERE / name).requires_grad_(True).network
     else:
         network = UNetEncoder.of(next(model for model in models if model.name == ENCODER[name]))
-    device = models[0].device
-    clock = clock_of(device)
-    started = clock()
+    device, checkpoint = models[0].device, state / (f"{name}-{len(past)}" if past else name)
     classifier = sculpt.fit(
         models,
         OBSERVATIONS[name],
@@ -67,12 +66,21 @@ def fit(
         batch_size=batch,
         descent=Descent(rate, patience=None, mixed_precision=True),
         seed=len(past),
-        checkpoint=state / (f"{name}-{len(past)}" if past else name),
+        checkpoint=checkpoint,
         progress=False,
     )
-    seconds = clock() - started + sum(seconds for _, seconds in drawn)
+    # Those of its steps, of all processes if some were killed, and of drawing.
+    seconds = read_state(checkpoint / "training")[0]["seconds"] + sum(seconds for _, seconds in drawn)
     run = {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}
     return classifier, [*past, run | {"batch": batch, "rate": rate, "device": device.type}]
+
+
+def finish(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs: list[dict], state: Path) -> None:
+    """Weights, runs and card, all at once: a run that is killed before that is ended by the same command."""
+    with replacing(HERE / name) as new:
+        classifier.cpu().save_pretrained(new)
+        recipes.write_runs(new, runs)
+        (new / "README.md").write_text(card(name, classifier, models, runs, state, new))
 
 
 @torch.no_grad()
@@ -109,7 +117,15 @@ def by_class(classifier: sculpt.Classifier, models: list[Denoiser], state: Path,
     return rows
 
 
-def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs: list[dict], state: Path) -> str:
+def card(
+    name: str,
+    classifier: sculpt.Classifier,
+    models: list[Denoiser],
+    runs: list[dict],
+    state: Path,
+    folder: Path | None = None,
+) -> str:
+    """Of the classifier whose weights are in its folder, or are about to be."""
     q, names, more = quality(classifier, models, state), [model.name for model in models], len(runs) > 1
     recipe = f", `{name} --more`, which begins with its network" * more
     observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
@@ -122,7 +138,7 @@ def card(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs:
     said = "What it says of an image of each class, on average, and in brackets what the data's proportions would say:"
     drawn, last = " and ".join(f"{run['samples']:,}" for run in runs), "the last " * more
     return recipes.card(
-        HERE / name,
+        folder or HERE / name,
         f"It steers compositions of {', '.join(names)} with up to {observed}.",
         f"""
 models = [sculpt.load(f"pretrained/digits/{{name}}") for name in {json.dumps(names)}]
@@ -161,10 +177,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     models = [sculpt.load(HERE / name, device=options.device) for name in SETS[options.name]]
-    folder = HERE / options.name
-    past = read_json(folder / "training.json", "trained classifier")["runs"] if options.more else []
+    past = recipes.read_runs(HERE / options.name) if options.more else []
     how = {"batch": options.batch, "rate": options.rate}
     classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past, **how)
-    classifier.cpu().save_pretrained(folder)
-    recipes.write_runs(folder, runs)
-    (folder / "README.md").write_text(card(options.name, classifier, models, runs, options.state))
+    finish(options.name, classifier, models, runs, options.state)

@@ -23,7 +23,7 @@ import recipes
 from coloured_mnist import CLASSES, COLOURS, LICENCE, class_index, coloured, mnist
 from recipes import table
 
-from sculpt.files import load_folder, save_folder
+from sculpt.files import load_folder, replacing, save_folder
 from sculpt.training import Row, Training, cosine
 
 HERE = Path(__file__).parent
@@ -255,6 +255,13 @@ def doubts(judge: Judge, n: int = 2000) -> dict[str, float]:
     return {name: float(judge.score(coloured(part, colour)).accepted.double().mean()) for name, part in spoilt.items()}
 
 
+def finish(training: Training, folder: Path) -> None:
+    """The averaged weights and their card."""
+    with replacing(folder) as new:
+        training.average.save_pretrained(new)
+        (new / "README.md").write_text(card(training, new))
+
+
 def card(training: Training, folder: Path) -> str:
     judge = Judge.from_pretrained(folder)
     q, share = quality(judge), torch.full((len(CLASSES),), 1 / len(CLASSES), dtype=torch.float64)
@@ -298,5 +305,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     recipe, folder = Recipe(options.steps, options.state), HERE / "judge"
     recipes.train(recipe, check=500)
-    recipe.training.average.save_pretrained(folder)
-    (folder / "README.md").write_text(card(recipe.training, folder))
+    finish(recipe.training, folder)

@@ -15,7 +15,6 @@ import argparse
 import copy
 import math
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from sculpt import plots
 from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import Schedule, schedule_of
-from sculpt.entries import read_json
+from sculpt.files import replacing, settled
 from sculpt.model import randn
 from sculpt.training import Row, Training, cosine, read_state
 
@@ -182,11 +181,12 @@ class Recipe:
 
     def _more(self, name: str, folder: Path) -> tuple[list[dict], UNet2DModel]:
         """The runs of a saved model, and its network."""
-        saved = UNet2DModel.from_pretrained(folder / "unet")
+        with settled(folder):
+            saved = UNet2DModel.from_pretrained(folder / "unet")
+            past = recipes.read_runs(folder)
         is_large = saved.config.layers_per_block > NETWORK["layers_per_block"]
         unet = network(large=is_large)  # of its own, without the folder that the saved one remembers
         unet.load_state_dict(saved.state_dict())
-        past = read_json(folder / "training.json", "trained model")["runs"]
         return past, grown(unet) if name in LARGE and not is_large else unet
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -240,33 +240,26 @@ class Recipe:
 
     def finish(self, folder: Path) -> None:
         """The averaged weights as a diffusers pipeline, in half precision: sculpt and diffusers compute in single all the same."""
-        training, new = self.training, folder.with_name(f".{folder.name}")
+        training = self.training
         unet = copy.deepcopy(training.average).cpu().half()
-        DDPMPipeline(unet, self.scheduler).save_pretrained(new)
-        run = {
-            "name": self.name,
-            "steps": training.step,
-            "seconds": round(training.seconds),
-            "rate": self.rate,
-            "bfloat16": training.bfloat16,
-            "batch": self.batch_size,
-            "device": self.device.type,
-            "focus": FOCUS,
-        }
-        recipes.write_runs(new, [*self.past, run])
-        folder.mkdir(exist_ok=True)
-        for part in new.iterdir():  # written first, then put in place: a kill leaves no half of a file there
-            if (folder / part.name).is_dir():
-                shutil.rmtree(folder / part.name)
-            part.replace(folder / part.name)
-        new.rmdir()
+        run = {"name": self.name, "steps": training.step, "seconds": round(training.seconds), "rate": self.rate}
+        run |= {"bfloat16": training.bfloat16, "batch": self.batch_size, "device": self.device.type, "focus": FOCUS}
+        with replacing(folder) as new:
+            DDPMPipeline(unet, self.scheduler).save_pretrained(new)
+            recipes.write_runs(new, [*self.past, run])
 
 
 # Cards
 
 
-def card(folder: Path, n: int, state: Path) -> str:
-    """What the saved model is worth, by the judge."""
+def write_card(folder: Path, n: int, state: Path) -> None:
+    """What the saved model is worth, and a picture."""
+    with replacing(folder) as new:
+        (new / "README.md").write_text(card(folder, n, state, new))
+
+
+def card(folder: Path, n: int, state: Path, pictures: Path | None = None) -> str:
+    """What the saved model is worth, by the judge; its picture goes beside it or into another folder."""
     import base_samples
     from judge import Judge, frechet, moments, reference
 
@@ -280,11 +273,11 @@ def card(folder: Path, n: int, state: Path) -> str:
     scores, want = judge.score(x), proportions(name)
     real = reference(judge, want)
     floor = reference(judge, want, "train")
-    plots.save(plots.image_grid(shown, 16), folder / "samples.png")
+    plots.save(plots.image_grid(shown, 16), (pictures or folder) / "samples.png")
     digits, colours = DATA[name]
     config = scheduler(name).config
     more_layers = ", two layers a block and attention at 8×8 and 4×4" if model.model.config.layers_per_block == 2 else ""
-    trunk, *own = read_json(folder / "training.json", "trained model")["runs"]
+    trunk, *own = recipes.read_runs(folder)
     how = ", the last run in bfloat16" * own[-1].get("bfloat16", False)
     if focused := sum("focus" in run for run in own):
         how += f", {focused} of the runs with most noise levels where digits get their shape"
@@ -343,7 +336,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     folder = HERE / options.name
     if options.card is not None:
-        (folder / "README.md").write_text(card(folder, options.card, options.state))
+        write_card(folder, options.card, options.state)
     else:
         steps, start = options.steps or STEPS[options.name], folder if options.more else None
         how = {"rate": options.rate, "batch": options.batch, "threads": options.threads, "bfloat16": options.bfloat16}

@@ -25,11 +25,12 @@ from recipes import table
 import sculpt
 from sculpt.actions.networks import GridNetwork
 from sculpt.actions.paths import path_ratios
+from sculpt.files import replacing
 from sculpt.formula import label_sets
 from sculpt.gflownet import exact
 from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
-from sculpt.training import Row, Training, cosine
+from sculpt.training import Row, Training, cosine, read_state
 
 HERE = Path(__file__).parent
 HEIGHT, STEPS, BATCH, RATE = 32, 4000, 1024, 5e-3
@@ -139,8 +140,9 @@ def train(name: str, steps: int = STEPS, folder: Path = HERE) -> GFlowNet:
     recipes.train(recipe, report=500, keep=10.0)
     recipe.training.network.eval().requires_grad_(False)
     model = recipe.model()
-    model.save_pretrained(folder / name)
-    (folder / name / "README.md").write_text(card(model, folder / name, recipe))
+    with replacing(folder / name) as new:
+        model.save_pretrained(new)
+        (new / "README.md").write_text(card(model, new, recipe))
     shutil.rmtree(state)
     return model
 
@@ -177,17 +179,19 @@ SETS = {
 
 
 def fit_classifier(name: str, folder: Path | None = HERE, **options) -> tuple[sculpt.Classifier, float]:
-    """One of the two classifiers, and the CPU seconds it took; with a folder it is saved there and a killed run goes on."""
+    """One of the two classifiers, and the CPU seconds of its steps; with a folder it is saved there and a killed run goes on."""
     settings = SETS[name]
     models = [sculpt.load(HERE / model) for model in settings["models"]]
     work = None if folder is None else folder / f".{name}"
     started = time.process_time()
     classifier = sculpt.fit(models, settings["observations"], settings["odds"], checkpoint=work, progress=False, **options)
-    seconds = time.process_time() - started
-    if folder is not None:
-        classifier.save_pretrained(folder / name)
-        (folder / name / "README.md").write_text(classifier_card(classifier, models, folder / name, seconds))
-        shutil.rmtree(work)
+    if work is None:
+        return classifier, time.process_time() - started
+    seconds = read_state(work / "training")[0]["seconds"]  # of all processes, if some were killed
+    with replacing(folder / name) as new:
+        classifier.save_pretrained(new)
+        (new / "README.md").write_text(classifier_card(classifier, models, new, seconds))
+    shutil.rmtree(work)
     return classifier, seconds
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ from recipes import table
 import sculpt
 from sculpt.actions.paths import path_ratios
 from sculpt.classifier.fit import Descent
-from sculpt.entries import read_json
+from sculpt.files import replacing
 from sculpt.formula import label_sets
+from sculpt.training import read_state
 
 HERE = Path(__file__).parent
 BETA, RATE, SAMPLES, REUSE = 32, 1e-3, 8_000, 5
@@ -37,20 +37,20 @@ def fit(name: str, steps: int, state: Path, more: bool) -> None:
     odds, settings = len(models) == 2, {"steps": steps, "batch_size": BATCH[name], "descent": Descent(RATE)}
     # The pair overlaps by three percent, the three by less than a millionth: only compositions show compositions.
     settings |= {"samples": SAMPLES, "reuse": REUSE, "composed": True}
-    runs = read_json(HERE / name / "training.json", "trained classifier")["runs"] if more else []
+    runs = recipes.read_runs(HERE / name) if more else []
     if more:
         settings["network"] = sculpt.load(HERE / name).requires_grad_(True).network
-    started = time.process_time()
     checkpoint = state / (f"{name}-{len(runs)}" if more else name)
     classifier = sculpt.fit(models, OBSERVATIONS[name], odds=odds, checkpoint=checkpoint, seed=len(runs), **settings)
-    runs.append({"steps": steps, "seconds": round(time.process_time() - started)})
-    classifier.save_pretrained(HERE / name)
-    recipes.write_runs(HERE / name, runs)
-    (HERE / name / "README.md").write_text(card(name, models, classifier, runs))
+    runs.append({"steps": steps, "seconds": round(read_state(checkpoint / "training")[0]["seconds"])})
+    with replacing(HERE / name) as new:
+        classifier.save_pretrained(new)
+        recipes.write_runs(new, runs)
+        (new / "README.md").write_text(card(new, models, classifier, runs))
 
 
-def card(name: str, models: list, classifier: sculpt.Classifier, runs: list[dict]) -> str:
-    n, rows = len(models), []
+def card(folder: Path, models: list, classifier: sculpt.Classifier, runs: list[dict]) -> str:
+    name, n, rows = folder.name, len(models), []
     for labels in [s for k in range(2, n + 1) for s in label_sets(n, k)]:
         for odds in [0.05, 0.5, 0.95] if n == 2 else [None]:
             weights = None if odds is None else [odds, 1 - odds]
@@ -62,7 +62,7 @@ def card(name: str, models: list, classifier: sculpt.Classifier, runs: list[dict
     recipe += "".join(f", `{name} --more --steps {run['steps']}`, which begins with its network" for run in runs[1:])
     size, minutes = sum(p.numel() for p in classifier.parameters()), " and ".join(f"{run['seconds'] / 60:.0f}" for run in runs)
     return recipes.card(
-        HERE / name,
+        folder,
         f"It steers compositions of {listed} with up to {OBSERVATIONS[name]} observations{' at any odds' if n == 2 else ''}.",
         f"""
 models = [sculpt.load(f"pretrained/molecules/{{name}}", beta={BETA}) for name in ({names})]

@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import recipes
 from recipes import table
 
+from sculpt.files import replacing
 from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
 from sculpt.molecules import QED, SA, SEH, FragmentNetwork, FragmentTrees
@@ -144,8 +145,9 @@ class Recipe:
     def finish(self, folder: Path, n: int = 5000) -> None:
         """The averaged policy as a checkpoint, and its card."""
         policy = NetworkPolicy(self.training.average, self.env.n_actions)
-        GFlowNet(self.env, policy, condition={"beta": 32.0}, name=self.name).save_pretrained(folder)
-        (folder / "README.md").write_text(card(self, folder, n))
+        with replacing(folder) as new:
+            GFlowNet(self.env, policy, condition={"beta": 32.0}, name=self.name).save_pretrained(new)
+            (new / "README.md").write_text(card(self, new, n))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ import recipes
 from recipes import table
 
 import sculpt
-from sculpt.files import replace_file, save_folder
+from sculpt.files import replace_file, replacing, save_folder
 from sculpt.molecules import SEH, FragmentNetwork, FragmentTrees, Vocabulary
 from sculpt.molecules.network import BETA_MAX
 from sculpt.molecules.proxy import Proxy, graph
@@ -230,11 +230,19 @@ def quality(got: Tensor, y: Tensor) -> dict[str, float]:
 
 
 def finish(recipe: Recipe, teacher: SEH) -> None:
+    """The averaged weights and their card."""
     qualities = recipe.qualities()
     weights, everything = recipe.training.average.arrays(), qualities["all"]
     config = {"kind": "seh_student", "rounds": ROUNDS, "parameters": sum(w.numel() for w in weights.values())}
-    save_folder(STUDENT, config | {"spearman": everything["spearman"], "reward_mae": everything["reward_mae"]}, weights)
-    student, known = SEH(STUDENT), set(recipe.molecules.smiles)
+    with replacing(STUDENT) as new:
+        save_folder(new, config | {"spearman": everything["spearman"], "reward_mae": everything["reward_mae"]}, weights)
+        qualities |= unseen(SEH(new), teacher, set(recipe.molecules.smiles))
+        (new / "README.md").write_text(card(new, recipe, config, qualities))
+
+
+def unseen(student: SEH, teacher: SEH, known: set[str]) -> dict[str, dict[str, float]]:
+    """On molecules of other origin."""
+    qualities = {}
     for name in ("seh", "sa", "qed"):
         if (HERE / name / "config.json").is_file():
             for beta in (32, 96):
@@ -247,10 +255,10 @@ def finish(recipe: Recipe, teacher: SEH) -> None:
         with reference.open() as file:
             smiles = [row["smiles"] for row in csv.DictReader(file)]
         qualities["drugs and other small molecules, no trees"] = quality(student.proxy(smiles), teacher.proxy(smiles))
-    replace_file(STUDENT / "README.md", card(recipe, config, qualities).encode())
+    return qualities
 
 
-def card(recipe: Recipe, config: dict, qualities: dict[str, dict[str, float]]) -> str:
+def card(folder: Path, recipe: Recipe, config: dict, qualities: dict[str, dict[str, float]]) -> str:
     spread = "mean error of the proxy's value, of a spread of"
     rows = [
         (
@@ -269,7 +277,7 @@ def card(recipe: Recipe, config: dict, qualities: dict[str, dict[str, float]]) -
     )
     command = f"`python pretrained/molecules/student.py --steps {steps}`: {steps:,} steps of {BATCH} molecules"
     return recipes.card(
-        STUDENT,
+        folder,
         "A small network that imitates the sEH proxy of Bengio et al. (2021). `sculpt.molecules.SEH()` takes it, with a warning, where the\n"
         "public weights are neither here nor downloadable. Its values are **not** the published reward: report results with the real proxy.",
         """

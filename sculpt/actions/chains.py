@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sculpt.actions.guidance import policy
 from sculpt.actions.paths import children_log_pb, disagreement
 from sculpt.actions.states import NEG_INF, distinct, draw
 from sculpt.chain import Chain, Settings
@@ -78,7 +79,7 @@ class ActionChain(Chain):
     def propose(self, states: Tensor, carry: Tensor | None, generator: torch.Generator | None) -> Proposal:
         """One action for each state."""
         unique, rows = distinct(states)
-        return None, draw(self.model.log_pf(unique), rows, generator), None
+        return None, draw(policy(self.model, unique), rows, generator), None
 
 
 class GuidedChain(ActionChain):
@@ -136,12 +137,12 @@ class DensityCorrectedChain(GuidedChain):
         stop = log_p[:, -1] > NEG_INF
         log_h_next[stop, -1] = guidance.log_h_of((ell + ratio[rows, -1])[stop])
         log_N = torch.logsumexp(log_p + log_h_next, dim=-1)
-        dead = log_N == NEG_INF  # only the exit is left, and not all labels are possible there
+        dead = ~log_N.isfinite()  # only the exit is left, and not all labels are possible there
         log_pi = torch.where(dead[:, None], log_p, log_p + log_h_next - log_N[:, None])
         actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
         entered = log_h_next.gather(1, actions[:, None])
         carry = torch.cat([entered, ell + ratio[rows, actions]], dim=1)
-        return torch.where(dead, NEG_INF, log_N - log_h[:, 0]), actions, carry
+        return torch.where(dead, log_N, log_N - log_h[:, 0]), actions, carry
 
     def notes(self, x, generator):
         note = disagreement(self.guidance.models, x[:64], generator)
@@ -174,7 +175,7 @@ class TrackedChain(ActionChain):
     def propose(self, states, carry, generator):
         ell, (first, *others) = carry, self.models
         unique, rows = distinct(states)
-        log_p = torch.stack([model.log_pf(unique) for model in self.models], dim=-1)
+        log_p = torch.stack([policy(model, unique) for model in self.models], dim=-1)
         log_b = torch.zeros_like(log_p[..., 0]) if self.cancels else children_log_pb(first, unique, log_p)
         own = [] if self.shared else [children_log_pb(model, unique, log_p) for model in others]
         ratio = log_p - torch.stack([log_b, *own], dim=-1)  # one column serves all where it is shared
@@ -182,12 +183,12 @@ class TrackedChain(ActionChain):
         phi = torch.full((len(states), log_p.shape[1]), NEG_INF, dtype=torch.float64, device=states.device)
         phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action]) + log_b[rows[each], action]
         log_N = torch.logsumexp(phi, dim=-1)
-        dead = log_N == NEG_INF
-        if dead.any():  # nothing is left to go on with: the weight is zero, and any way out will do
+        dead = ~log_N.isfinite()
+        if dead.any():  # nothing is left to go on with: the particle is lost, and any way out will do
             phi[dead] = log_p[rows[dead]].logsumexp(-1)
         log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
         actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
-        return torch.where(dead, NEG_INF, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
+        return torch.where(dead, log_N, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
 
     def notes(self, x, generator):
         note = disagreement(self.models, x[:64], generator)
@@ -196,7 +197,7 @@ class TrackedChain(ActionChain):
 
 def _log_ratios(models: Sequence[ActionModel], states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a m"]:
     r""":math:`\log P_i(s'|s) - \log P_B^i(s|s')` of every action, up to a common term where the models share their backward policy."""
-    log_p = torch.stack([model.log_pf(states) for model in models], dim=-1)
+    log_p = torch.stack([policy(model, states) for model in models], dim=-1)
     if len({model.backward_key for model in models}) == 1:
         return log_p
     return log_p - torch.stack([children_log_pb(model, states, log_p) for model in models], dim=-1)

@@ -6,6 +6,7 @@ Notation: :math:`P_i(s'|s)` policy of base model i, :math:`h(s) = p(y_2 \dots y_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,20 @@ from sculpt.model import BaseModel, Steppable
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
 
-__all__ = ["Guidance"]
+__all__ = ["Guidance", "policy"]
+
+
+def policy(model: ActionModel, states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a"]:
+    """The log-probabilities of a model's actions; raise where they are none."""
+    log_p = model.log_pf(states)
+    top = log_p.amax(-1)
+    if not math.isfinite(top.sum()):  # one number to look at: this is done at every step
+        bad = ~top.isfinite()
+        raise FloatingPointError(
+            f"{model} gave no distribution over its actions for {int(bad.sum())} of {len(states)} states, first for "
+            f"{states[bad][0].tolist()!s:.200}: expected log-probabilities, one of them more than minus infinity and none NaN."
+        )
+    return log_p
 
 
 class Guidance:
@@ -75,8 +89,8 @@ class Guidance:
     def proposal(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
         """What the classifier is to reweight: the anchor's policy, or the mixture of all."""
         if self.form == "anchored":
-            return self.anchor.log_pf(states)
-        log_p = torch.stack([model.log_pf(states) for model in self.models], dim=1)
+            return policy(self.anchor, states)
+        log_p = torch.stack([policy(model, states) for model in self.models], dim=1)
         return torch.logsumexp(self.classifier.marginal(states).double()[..., None] + log_p, dim=1)
 
     def children_log_h(self, states: Shaped[Tensor, "b *s"], allowed: Tensor) -> Float[Tensor, "b a"]:

@@ -6,6 +6,7 @@ Such a network needs no preprocessor beside it, and knows the JSON arguments tha
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -41,20 +42,32 @@ class GridNetwork(nn.Module):
         super().__init__()
         if encoding not in ("one-hot", "thermometer", "table"):
             raise ValueError(f"Got encoding={encoding!r}, expected 'one-hot', 'thermometer' or 'table'.")
+        if min(ndim, height, width, 1 if outputs is None else outputs) < 1 or depth < 0:
+            raise ValueError(
+                f"Got ndim={ndim}, height={height}, outputs={outputs}, width={width} and depth={depth}: expected at least 1 of each, and "
+                "a depth of at least 0."
+            )
         self.ndim, self.height, self.encoding = ndim, height, encoding
         sizes: dict[str, Any] = {"ndim": ndim, "height": height, "outputs": outputs, "width": width, "depth": depth}
         self.config: dict[str, Any] = {**sizes, "encoding": encoding}
         self.width = width if outputs is None else outputs
         if encoding == "table":
+            if ndim * math.log2(height) > 48:
+                raise ValueError(f"A table of {height}^{ndim} states is none that fits into memory. Choose another encoding.")
             table = nn.Embedding(height**ndim, self.width)
             nn.init.zeros_(table.weight)
             self.layers: nn.Module = table
             return
-        widths = [ndim * height] + [width] * depth
+        widths = itertools.chain([ndim * height], itertools.repeat(width, depth))
         hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
-        self.layers = nn.Sequential(*hidden, *([] if outputs is None else [nn.Linear(widths[-1], outputs)]))
+        last = width if depth else ndim * height
+        self.layers = nn.Sequential(*hidden, *([] if outputs is None else [nn.Linear(last, outputs)]))
 
     def forward(self, states: Shaped[Tensor, "b d"]) -> Float[Tensor, "b o"]:
+        if states.shape[-1] != self.ndim:
+            raise ValueError(
+                f"This network reads states of {self.ndim} coordinates, got {states.shape[-1]}. Pass those of its grid."
+            )
         if self.encoding == "table":
             strides = self.height ** torch.arange(self.ndim - 1, -1, -1, device=states.device)
             return self.layers((states.long() * strides).sum(-1))

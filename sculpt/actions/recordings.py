@@ -14,12 +14,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from sculpt.actions.paths import backward_paths
-from sculpt.actions.states import distinct, draw
+from sculpt.actions.states import NEG_INF, distinct, draw
 
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
 
-__all__ = ["Trajectories", "record", "retrace"]
+__all__ = ["Sizes", "Trajectories", "measure", "record", "retrace"]
 
 
 @dataclass
@@ -56,6 +56,11 @@ class Trajectories:
         row = torch.arange(len(owner)) + (first - ends + length)[owner]
         return Trajectories(self.x[pick], self.p[pick], ends - 1, self.states[row], self.actions[row], self.so_far[row], owner)
 
+    def split(self, parts: int) -> list[Trajectories]:
+        """So many parts, each with trajectories of all models."""
+        each = torch.arange(len(self.x))
+        return [self] if parts == 1 else [self.select(each[i::parts]) for i in range(parts)]
+
     @staticmethod
     def join(parts: Sequence[Trajectories]) -> Trajectories:
         """All of them, one after another."""
@@ -69,6 +74,33 @@ class Trajectories:
     def to(self, device: torch.device) -> Trajectories:
         """The same on another device."""
         return Trajectories(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large trajectories are, on average over a few of each model."""
+
+    few: Trajectories
+    steps: float
+    """of a trajectory"""
+    different: float
+    """the share of different states among theirs"""
+    children: float
+    """of a state; the exit leads to none"""
+    bytes: float
+    """of a recorded trajectory"""
+
+
+@torch.no_grad()
+def measure(models: Sequence[ActionModel], n: int, generator: torch.Generator) -> Sizes:
+    """The sizes of trajectories, seen by n of each model."""
+    few = Trajectories.join([record(model, models, n, generator) for model in models])
+    states, _ = distinct(few.states)
+    allowed = torch.stack([model.log_pf(states.to(model.device)) > NEG_INF for model in models]).any(0)
+    size = sum(value.nbytes for value in vars(few).values()) / len(few.x)
+    return Sizes(
+        few, len(few.states) / len(few.x), len(states) / len(few.states), float(allowed[:, :-1].sum()) / len(states), size
+    )
 
 
 @torch.no_grad()

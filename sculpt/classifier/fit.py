@@ -7,7 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt.classifier.heads import Classifier
+from sculpt.classifier.plan import Plan
 from sculpt.classifier.store import Draw, Store
 from sculpt.model import BaseModel, check_composable
 from sculpt.training import Row, Training, cosine, seed_of_step
@@ -27,18 +28,21 @@ WORSE = 0.01
 
 @dataclass(frozen=True)
 class Descent:
-    """How the losses of a classifier are brought down.
+    """How the losses of a classifier are brought down, and in how much memory.
 
     Args:
         learning_rate: of AdamW, after a warm-up and before a cosine.
         patience: stop early after this many of the 40 held-out evaluations without improvement. ``None`` trains to the end and keeps the
             last weights: the sum of held-out losses is not always least where a classifier guides best.
         mixed_precision: bfloat16 autocast; by default on a GPU only.
+        memory: gigabytes for the weights of the label sets, their optimiser and the tables of a step. What takes more is refused before
+            it is made.
     """
 
     learning_rate: float = 2e-3
     patience: int | None = 20
     mixed_precision: bool | None = None
+    memory: float = 3.0
 
 
 @torch.random.fork_rng(devices=[])
@@ -67,7 +71,8 @@ def fit(
         network: a backbone ``(*state) -> (b, width)`` of your own, with an attribute ``width``. For images,
             ``UNetEncoder.of(model)`` begins with what a base model's UNet has learned.
         steps: of training.
-        batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images).
+        batch_size: finished samples per model and step; by default what suits the family (256 vectors, 64 images), or fewer where there
+            are so many label sets that a step would take more than a gigabyte.
         descent: learning rate, early stopping and precision.
         checkpoint: a folder. The state of training is kept there, and a killed run that is called again continues.
         seed: of everything that is drawn.
@@ -81,14 +86,16 @@ def fit(
     """
     models, descent = list(models), descent or Descent()
     _check(models, observations, steps, batch_size, store_options)
+    plan = Plan(len(models), observations, _width(network), bool(odds)).check(descent.memory)  # before samples are drawn
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
     torch.default_generator.manual_seed(seed)
     backbone = store.default_network() if network is None else copy.deepcopy(network)
+    plan = store.plan(replace(plan, width=_width(backbone)), backbone, batch_size).check(descent.memory)
     keys, names = [model.key for model in models], [str(model) for model in models]
-    classifier = Classifier(backbone, keys, observations, bool(odds), children=store.children, names=names).to(models[0].device)
+    classifier = Classifier(backbone, keys, observations, bool(odds), children=plan.children, names=names).to(models[0].device)
     settings = {
         "steps": steps,
-        "batch_size": batch_size or store.batch_size,
+        "batch_size": plan.batch_size,
         "learning_rate": descent.learning_rate,
         "log_odds_range": 3.5 if odds is True else float(odds),
         "seed": seed,
@@ -112,6 +119,12 @@ def _check(
     if misplaced := [field.name for field in fields(Descent) if field.name in store_options]:
         told = ", ".join(f"{name}={store_options[name]!r}" for name in misplaced)
         raise TypeError(f"{', '.join(misplaced)} belong to the descent: sculpt.fit(models, descent=sculpt.Descent({told})).")
+
+
+def _width(network: nn.Module | None) -> int:
+    """Of a backbone, or the least where it is not known."""
+    width = getattr(network, "width", None)
+    return width if isinstance(width, int) else 1
 
 
 class _Fit:
@@ -139,6 +152,8 @@ class _Fit:
         self.every = max(1, steps // 40)
         self.training.resume(best=self.best, teacher=self.best_teacher, store=store)
         for row in self.training.curve:
+            if missing := {"step", *(f"held_out_{name}" for name in store.weights)} - set(row):
+                raise ValueError(f"{checkpoint}: a row of the training curve lacks {min(missing)}. Give another folder.")
             self.judge.look(row)
 
     @property

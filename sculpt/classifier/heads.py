@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sculpt.blueprint import build, fill
 from sculpt.classifier.guide import Guide
-from sculpt.contents import find
-from sculpt.files import load_folder, save_folder
+from sculpt.contents import arguments, find
+from sculpt.entries import Entries
+from sculpt.files import open_folder, save_folder
 from sculpt.formula import label_sets
+from sculpt.weights import Weights
 
 __all__ = ["Classifier", "SetHead"]
+
+MOST_OBSERVATIONS = 170
+"""The orderings of as many labels are still a float."""
+MOST_ENTRIES = 50_000_000
+"""in the lists of label sets"""
 
 
 class SetHead(nn.Module):
@@ -46,11 +54,18 @@ class SetHead(nn.Module):
 
     def __init__(self, width: int, m: int, n: int, odds: bool = False, children: int = 1):
         super().__init__()
+        # comb(m + size - 1, size) sets of each size, as a list of labels and a row of counts.
+        entries = sum(math.comb(m + size - 1, size) * (size + m) for size in range(1, min(n, MOST_OBSERVATIONS + 1)))
+        if n > MOST_OBSERVATIONS or entries > MOST_ENTRIES:
+            raise ValueError(
+                f"{n} observations of {m} models have too many sets of labels: {math.comb(m + n - 2, n - 1):,} of {n - 1} labels. "
+                "Condition on fewer labels at once."
+            )
         self.m, self.n, self.odds, self.n_children = m, n, odds, children
         self.sets = label_sets(m, n - 1)
         self.smaller = [labels for size in range(1, n - 1) for labels in label_sets(m, size)]
         orderings = [math.factorial(n - 1) / math.prod(map(math.factorial, collections.Counter(s).values())) for s in self.sets]
-        self.register_buffer("log_orderings", torch.tensor(orderings).log(), persistent=False)
+        self.register_buffer("log_orderings", torch.tensor(orderings, dtype=torch.float64).log().float(), persistent=False)
         counts = [[labels.count(i) for i in range(m)] for labels in (*self.sets, *self.smaller)]
         self.register_buffer("counts", torch.tensor(counts, dtype=torch.float32), persistent=False)
         self.hidden = nn.Linear(width + m * odds, width)
@@ -61,20 +76,23 @@ class SetHead(nn.Module):
         features: Float[Tensor, "b w"],
         log_odds: Float[Tensor, "b m"] | None = None,
         rows: Int[Tensor, "e"] | None = None,
-        children: Int[Tensor, "e"] | None = None,
-    ) -> Float[Tensor, "*b m k"]:
-        """All children's ``(b, c, m, k)``, or ``(e, m, k)`` of chosen ones.
+        children: Int[Tensor, "e"] | int = 0,
+        anchors: Int[Tensor, "e"] | None = None,
+    ) -> Float[Tensor, "*b k"]:
+        """All children's ``(b, c, m, k)``, or ``(e, m, k)`` of chosen ones, or ``(e, k)`` of chosen ones' chosen anchors.
 
         Args:
             features: of the states.
             log_odds: a row for each state, where the head takes odds.
             rows: the states whose children are chosen.
             children: which child of each of these rows.
+            anchors: which anchor of each of these rows.
         """
         if self.odds and log_odds is not None:
             features = torch.cat([features, log_odds - log_odds.mean(-1, keepdim=True)], dim=-1)
         logits = rearrange(self.out(F.silu(self.hidden(features))), "b (c m k) -> b c m k", m=self.m, c=self.n_children)
-        logits = logits if rows is None else logits[rows, children]
+        if rows is not None:
+            logits = logits[rows, children] if anchors is None else logits[rows, children, anchors]
         # A set stands for all its orderings, so each column counts that often in the total.
         return torch.log_softmax(logits.float() + self.log_orderings, dim=-1) - self.log_orderings
 
@@ -82,10 +100,16 @@ class SetHead(nn.Module):
         r"""The probability of each set from that of each label, ``log_p``: all orderings together, :math:`\Pi_{k \ge 2} \, p(y_k \mid x)` each."""
         return (self.log_f(log_p)[..., : len(self.sets)] + self.log_orderings.to(log_p)).exp()
 
-    def log_f(self, log_p: Float[Tensor, "*b m"]) -> Float[Tensor, "*b k2"]:
-        r""":math:`\log \Pi_{k \ge 2} \, p(y_k \mid x)` of each set from that of each label, ``log_p``; the smaller sets come last."""
+    def log_f(self, log_p: Float[Tensor, "*b m"], columns: Int[Tensor, "r k2"] | None = None) -> Float[Tensor, "*b k2"]:
+        r""":math:`\log \Pi_{k \ge 2} \, p(y_k \mid x)` of each set from that of each label, ``log_p``; the smaller sets come last.
+
+        Args:
+            log_p: of each label.
+            columns: which sets each row is wanted of, where that is not all of them.
+        """
+        counts = self.counts if columns is None else self.counts[columns]
         # Clamped: a label of no probability, not observed, has to be 0 · log 0 = 0.
-        return log_p.clamp(min=-1e4) @ self.counts.T.to(log_p)
+        return log_p.clamp(min=-1e4) @ counts.mT.to(log_p)
 
     def column(self, labels: Sequence[int]) -> int:
         """Where the set of these labels is among ``sets``."""
@@ -209,19 +233,12 @@ class Classifier(Guide, nn.Module):
             network: its backbone, where that is one of your own.
             device: where it should live.
         """
-        config, weights = load_folder(folder, kind="classifier")
-        config = config.found
-        network = _backbone(config["network"], folder) if network is None else network
-        classifier = cls(
-            network, config["keys"], config["observations"], config["odds"], children=config["children"], names=config["names"]
-        )
-        try:
-            classifier.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The weights in {folder} do not fit the classifier that its config.json describes: {error}"
-            ) from None
-        classifier.history = config["history"]
+        with open_folder(folder, kind="classifier") as (config, weights):
+            backbone = _backbone(config.inside("network"), weights) if network is None else lambda: network
+            options = _options(config, weights)
+            classifier = build(lambda: cls(backbone(), **options), weights, "the classifier")
+            fill(classifier, weights.read(), weights)
+            classifier.history = _history(config)
         return classifier.eval().requires_grad_(False).to(device or "cpu")
 
     def extra_repr(self) -> str:
@@ -229,13 +246,48 @@ class Classifier(Guide, nn.Module):
         return f"models={', '.join(self.names)}, observations={self.observations}, odds={self.odds}"
 
 
-def _backbone(description: dict[str, Any], folder: str | Path) -> nn.Module:
-    if not description["class"].startswith("sculpt.") or description["config"] is None:
+def _backbone(spec: Entries, weights: Weights) -> Callable[[], nn.Module]:
+    """What makes the network that a file describes."""
+    name = spec.text("class", most=200)
+    if not name.startswith("sculpt.") or spec.get("config") is None:
         raise ValueError(
-            f"The classifier in {folder} has a backbone of its user's own ({description['class']}). "
+            f"The classifier in {weights.path.parent} has a backbone of its user's own ({name}). "
             "Build it and pass it: Classifier.from_pretrained(folder, network=...)."
         )
     try:
-        return find(description["class"], nn.Module)(**description["config"])
+        cls = find(name, nn.Module)
     except ValueError as error:
-        raise ValueError(f"The network of the classifier in {folder} cannot be built: {error}") from None
+        raise ValueError(f"The network of the classifier in {weights.path.parent} cannot be built: {error}") from None
+    options = arguments(cls, spec.inside("config"))
+    return lambda: cls(**options)
+
+
+def _options(config: Entries, weights: Weights) -> dict[str, Any]:
+    """The arguments of a classifier, whose label sets are as many as the weights have columns for."""
+    keys, names = config.texts("keys", most=1000, distinct=True), config.texts("names", most=1000)
+    for entry, texts in (("keys", keys), ("names", names)):
+        if len(texts) != len(keys) or not all(0 < len(text) <= 1000 for text in texts):
+            raise config.refuse(entry, f"{len(keys)} texts of 1 to 1,000 characters, one for each base model")
+    observations, children = config.whole("observations", 2, MOST_OBSERVATIONS), config.whole("children", 1)
+    rows = children * len(keys) * math.comb(len(keys) + observations - 2, observations - 1)
+    if (found := weights.shapes.get("set_head.out.weight", (0,))[0]) != rows:
+        raise ValueError(
+            f"The weights in {weights.path} do not fit the classifier that config.json describes: set_head.out.weight has {found:,} rows, "
+            f"expected {rows:,} for {len(keys)} keys, {observations} observations and {children} children. "
+            "Copy or download the folder again."
+        )
+    return {"keys": keys, "names": names, "observations": observations, "odds": config.flag("odds"), "children": children}
+
+
+def _history(config: Entries) -> list[dict[str, float]]:
+    """Rows of numbers, the same held-out losses in each."""
+    rows = config.each("history", dict, "objects of numbers", most=100_000)
+    losses = {name for row in rows for name in row if name.startswith("held_out_")}
+    for row in rows:
+        entries = Entries(row, f"{config.where}: history")
+        for name in ({"step", "held_out_terminal", *losses, *row}) - {"kept"}:
+            if not isinstance(row.get(name), float):  # NaN is one
+                entries.number(name)
+        if "kept" in row:
+            entries.flag("kept")
+    return rows

@@ -48,9 +48,8 @@ def cross_entropies(
             log_p = torch.log_softmax(log_p + log_odds, dim=-1)
         target = classifier.set_head.target(log_p)
     features = classifier.network(*batch.states)
-    joint = classifier.set_head(features, log_odds)
     rows = torch.arange(len(y), device=y.device)
-    joint = joint[rows, batch.child if batch.child is not None else 0, y]
+    joint = classifier.set_head(features, log_odds, rows, batch.child if batch.child is not None else 0, y)
     return {
         "terminal": terminal_cross_entropy(classifier, batch, taught if follow else None),
         "marginal": F.cross_entropy(classifier.marginal_head(features).float(), y),

@@ -10,7 +10,7 @@ import abc
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sculpt.classifier.losses import cross_entropies, terminal_cross_entropy
+from sculpt.classifier.plan import STEP, Plan
 from sculpt.files import replace_file
-from sculpt.weights import read_tensors
+from sculpt.weights import Weights
 
 if TYPE_CHECKING:
     from sculpt.classifier.heads import Classifier
@@ -98,14 +99,25 @@ class Store(abc.ABC):
         """A backbone for these states, with ``width`` and, so that it can be saved, a JSON ``config``."""
 
     @property
-    def children(self) -> int:
-        """How many children a state's features score in one pass; 1 for the state itself."""
-        return 1
-
-    @property
     def batch_size(self) -> int:
-        """Finished samples per model and step, where the caller does not say."""
+        """Finished samples per model and step that suit the family, where the caller does not say and memory allows."""
         return 256
+
+    def sample_bytes(self, plan: Plan) -> int:
+        """What a finished sample of each model adds to the tables of a step: three of a state's outputs, two of them for the way back."""
+        return 3 * plan.m * plan.row
+
+    def plan(self, plan: Plan, network: nn.Module, batch_size: int | None = None) -> Plan:
+        """The plan with the children that the head scores, the batch and what a step of it takes.
+
+        Args:
+            plan: so far: models, observations and width.
+            network: the backbone.
+            batch_size: that the caller wants.
+        """
+        each = self.sample_bytes(plan)
+        batch_size = batch_size or max(1, min(self.batch_size, STEP // each))
+        return replace(plan, batch_size=batch_size, step=batch_size * each, least=each)
 
     def refresh(self, teacher: Classifier, generator: torch.Generator) -> None:  # noqa: B027
         """Recompute whatever is cached from the teacher; called before the first step and now and then."""
@@ -234,12 +246,22 @@ def _drawn(model: BaseModel, seed: int, i: int, n: int, steps: int | None, folde
     identity = hashlib.sha256(repr((model.key, n, steps, seed)).encode()).hexdigest()[:16]
     path = None if folder is None else folder / f"samples-{identity}.safetensors"
     if path is not None and path.exists():
-        return read_tensors(path)["x"]
+        return _read(path, model, n)
     generator = torch.Generator().manual_seed(seed * 1_000 + i)
     x = _kept(model.sample(n, steps=steps, generator=generator, progress=progress).x)
     if path is not None:
         replace_file(path, save({"x": x.contiguous()}))
     return x
+
+
+def _read(path: Path, model: BaseModel, n: int) -> Tensor:
+    """Samples that were drawn before."""
+    weights = Weights(path)
+    weights.expect({"x": (n, *model.shape)}, f"{n} samples of {model}")
+    x = weights.read()["x"]
+    if x.is_complex() or not x.isfinite().all():
+        raise ValueError(f"{path} has entries that are no finite numbers. Delete it: its samples are then drawn again.")
+    return _kept(x)
 
 
 def _kept(x: Tensor) -> Tensor:

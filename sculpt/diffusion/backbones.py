@@ -26,6 +26,10 @@ class _NoisyNetwork(nn.Module):
 
     def __init__(self, mean: float, std: float, s_min: float, width: int):
         super().__init__()
+        if not (math.isfinite(mean) and 0 < std < math.inf and 0 < s_min < math.inf and width > 0):
+            raise ValueError(
+                f"Got mean={mean}, std={std}, s_min={s_min} and width={width}: expected a finite mean, and the others finite and above 0."
+            )
         self.mean, self.std, self.s_min, self.width = mean, std, s_min, width
 
     def inputs(self, z: Float[Tensor, "b *x"], s: Float[Tensor, "*b"] | None) -> tuple[Tensor, Tensor]:
@@ -55,10 +59,12 @@ class VectorNetwork(_NoisyNetwork):
 
     def __init__(self, d: int, mean: float = 0.0, std: float = 1.0, s_min: float = 0.01, width: int = 256, depth: int = 3):
         super().__init__(mean, std, s_min, width)
+        if min(d, depth) < 1:
+            raise ValueError(f"Got d={d} and depth={depth}, expected at least 1 of each.")
         self.config = {"d": d, "mean": mean, "std": std, "s_min": s_min, "width": width, "depth": depth}
         # The scaled coordinates crowd together at low noise: a few frequencies each tell close points apart.
         self.register_buffer("frequencies", math.pi / 4 * 2.0 ** torch.arange(4 if d <= 8 else 0), persistent=False)
-        sizes = [d * (1 + 2 * len(self.frequencies)) + 12, *[width] * depth]
+        sizes = itertools.chain([d * (1 + 2 * len(self.frequencies)) + 12], itertools.repeat(width, depth))
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
 
     def forward(self, z: Float[Tensor, "b d"], s: Float[Tensor, "*b"] | None = None) -> Float[Tensor, "b w"]:
@@ -92,6 +98,10 @@ class ImageNetwork(_NoisyNetwork):
         width: int = 256,
     ):
         super().__init__(mean, std, s_min, width)
+        if len(shape) != 3 or min(*shape, *channels, len(channels)) < 1 or any(c % 8 for c in channels):
+            raise ValueError(
+                f"Got shape={tuple(shape)} and channels={tuple(channels)}: expected three sizes, and multiples of 8 for at least one level."
+            )
         self.config = {
             "shape": list(shape),
             "mean": mean,

@@ -211,6 +211,7 @@ class TrackedChain(NoisyChain):
         settings.refuse("tracked densities, which need a kernel of their own", "solver")
         super().__init__(models, settings, TRACKED_STEPS if settings.steps is None else settings.steps)
         self.degree, self.corrector, self.warned = formula.degree, corrector, False
+        check_overshoot(self.degree, self.levels)
         if corrector is not None:
             corrector.reset()
         # The target of each level: what the formula pushes away from is faded in.
@@ -273,11 +274,12 @@ class TrackedChain(NoisyChain):
         if self.corrector is not None:
             z, ell = self.corrector(z, ell, s, self.targets[k], self.models, self.batch_size, generator)
         D = torch.stack([in_parts(lambda z, p=p: p.denoise(z, s), self.batch_size, z) for p in self.models], dim=1)
-        finite = reduce(D.isfinite(), "N m ... -> N m", "all")
-        bad = ~finite.all(1)
+        finite = reduce((D - z[:, None]).isfinite(), "N m ... -> N m", "all")
+        bad = ~finite.all(1) | ell.isnan().any(1)
         if bad.any():
             self._tell_lost(D, ~finite, log_w > -math.inf, k)
-            D = torch.where(bad.reshape(-1, *[1] * (D.ndim - 1)), 0.0, D)
+            # Nothing of them is left: zero times NaN would be NaN in the means over all particles.
+            z, ell, D = (torch.where(bad.reshape(-1, *[1] * (part.ndim - 1)), 0.0, part) for part in (z, ell, D))
         return k, z, ell, D, bad
 
     def _tell_lost(self, D: Tensor, bad: Tensor, alive: Tensor, k: int) -> None:
@@ -293,6 +295,17 @@ class TrackedChain(NoisyChain):
                 f"particles at step {k} (s={float(s):.3g}); these particles lose their weight.",
                 stacklevel=2,
             )
+
+
+def check_overshoot(degree: float, levels: Float[Tensor, "steps"]) -> None:
+    r"""Raise where the steps would multiply wide noise, by :math:`1 - \text{degree} \, \delta / v` each, out of all bounds."""
+    shares = 1 - (levels[1:] / levels[:-1]) ** 2
+    if float((degree * shares - 1).clamp(min=1).log().sum()) > math.log(1000):
+        steps = 1 + math.ceil(len(shares) * math.log1p(-float(shares.max())) / math.log1p(-2 / degree))
+        raise ValueError(
+            f"Powers that sum to {degree:g} overshoot in {len(levels)} steps, farther with every step. Take steps={steps} or more, or "
+            "smaller powers."
+        )
 
 
 def analytic_variance(

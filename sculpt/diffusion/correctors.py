@@ -24,6 +24,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sculpt.checks import real, whole
 from sculpt.diffusion.chains import inner
 from sculpt.formula import Formula
 from sculpt.model import randn
@@ -115,11 +116,11 @@ class Corrector(abc.ABC):
     """
 
     def __init__(self, steps: int = 2, step: float = 0.1, nodes: int = 3):
-        if steps < 1 or not 0 < step < math.inf:
-            raise ValueError(f"A corrector makes at least one step of positive size, got steps={steps} and step={step}.")
+        self.steps, self.step, self.nodes = whole("steps", steps), real("step", step), whole("nodes", nodes)
+        if self.step <= 0:
+            raise ValueError(f"step is the size of a move in units of v and has to be positive, got {step}.")
         if nodes not in _QUADRATURE:
             raise ValueError(f"The line integral has {', '.join(map(str, _QUADRATURE))} nodes, got nodes={nodes}.")
-        self.steps, self.step, self.nodes = steps, float(step), nodes
         self.reset()
 
     @abc.abstractmethod
@@ -221,9 +222,9 @@ class HMC(Corrector):
 
     def __init__(self, steps: int = 2, step: float = 0.1, leapfrog: int = 3, damping: float = 0.5, nodes: int = 3):
         super().__init__(steps, step, nodes)
-        if leapfrog < 1 or not 0 <= damping < 1:
-            raise ValueError(f"HMC takes leapfrog of at least 1 and damping in [0, 1), got {leapfrog} and {damping}.")
-        self.leapfrog, self.damping = leapfrog, float(damping)
+        self.leapfrog, self.damping = whole("leapfrog", leapfrog), real("damping", damping)
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"damping is the share of the momentum that a move keeps, from 0 to less than 1; got {damping}.")
 
     def moves(self, point: Point, target: Target, generator: torch.Generator | None) -> Iterator[Move]:
         h, s = math.sqrt(2 * self.step), target.s

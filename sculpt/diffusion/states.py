@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sculpt.classifier.plan import Plan
 from sculpt.classifier.store import Batch, Draw, Pool, Store
 from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
 from sculpt.diffusion.clock import like, noise_range, spread
@@ -78,6 +79,10 @@ class DiffusionStore(Store):
     def batch_size(self) -> int:
         return self.pool.batch_size
 
+    def sample_bytes(self, plan: Plan) -> int:
+        # The gradient's losses sum over the orders of the observations that were not made, and are differentiated twice.
+        return super().sample_bytes(plan) + (3 * plan.smaller // 2 if self.path else 0)
+
     def default_network(self) -> nn.Module:
         shape = self.models[0].shape
         if len(shape) == 1:
@@ -130,8 +135,8 @@ class DiffusionStore(Store):
         rows, y = torch.arange(len(z), device=z.device), torch.arange(m, device=z.device).repeat_interleave(draw.size)
 
         def steering(features: Tensor) -> Tensor:
-            log_h = sets.with_smaller(sets(features, log_odds if classifier.odds else None)[:, 0])
-            return log_h[rows, y, column]
+            log_h = sets(features, log_odds if classifier.odds else None, rows, 0, y)
+            return sets.with_smaller(log_h)[rows, column]
 
         return (weight * self._change(classifier, z, s, steering, target, not draw.held_out)).mean()
 
@@ -149,8 +154,7 @@ class DiffusionStore(Store):
         log_odds = torch.zeros(size, classifier.m, device=device) if odds is None else odds.to(device)
         s = levels(_stratified(size, generator)).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            f = sets.log_f(torch.log_softmax(log_p + log_odds[:, None], dim=-1))
-            f = f[torch.arange(size, device=device), :, column].exp()
+            f = sets.log_f(torch.log_softmax(log_p + log_odds[:, None], dim=-1), column[:, None])[..., 0].exp()
             f = f / f.mean(1, keepdim=True).clamp(min=TINY)
             q = (1 + f) / 2
             z = x[torch.multinomial(q.cpu(), 1, generator=generator)[:, 0].to(device)]

@@ -2,13 +2,13 @@
 
 The environment is included by name and arguments and rebuilt; a fingerprint of its rules tells when the installed one is
 another. Classes come from ``gfn.gym`` and ``sculpt`` only; anything else has to be passed to ``from_pretrained``.
+Every entry is checked, and the shapes of the weights against what it describes, before anything is built.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import multiprocessing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gfn.env import DiscreteEnv
 from gfn.estimators import DiscretePolicyEstimator
-from torch import Tensor, nn
+from torch import nn
 
-from sculpt.contents import find
-from sculpt.files import load_folder, save_folder
-from sculpt.gflownet.environments import describe, fingerprint, title
+from sculpt.blueprint import build, check, fill
+from sculpt.contents import arguments, find
+from sculpt.entries import Entries
+from sculpt.files import open_folder, save_folder
+from sculpt.gflownet.environments import describe, fingerprint, make, title
 from sculpt.gflownet.estimators import LogProbPolicy, NetworkPolicy, check_condition
+from sculpt.weights import Weights
 
 if TYPE_CHECKING:
     from sculpt.gflownet.model import GFlowNet
 
-__all__ = ["Given", "build_env", "read", "save"]
+__all__ = ["Given", "read", "save"]
 
 
 def save(model: GFlowNet, folder: Path) -> None:
@@ -65,101 +68,101 @@ class Given:
 
 def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, Any]:
     """The arguments of a GFlowNet, from what :func:`save` wrote."""
-    config, weights = load_folder(folder, kind="gflownet")
-    config = config.found
-    if sorted(condition) != sorted(config["condition"]):
-        raise ValueError(
-            f"The policy in {folder} is conditional on {config['condition'] or 'nothing'}, got values for {sorted(condition) or 'nothing'}. "
-            f"Call load({str(folder)!r}{''.join(f', {name}=…' for name in config['condition'])})."
-        )
-    saved = config["environment"]
-    env = build_env(saved, given.device) if given.env is None else given.env
-    _check_rules(env, saved, folder)
-    sides = {"policy": given.policy, "backward": given.backward}
-    for side, estimator in sides.items():
-        if side in config:
-            sides[side] = _estimator(config[side], estimator, weights, env, side, folder).to(
-                device=env.device, dtype=given.dtype
+    with open_folder(folder, kind="gflownet") as (config, weights):
+        names = config.texts("condition", most=100, distinct=True)
+        if max(map(len, names), default=1) > 100:
+            raise config.refuse("condition", "names of at most 100 characters")
+        if sorted(condition) != sorted(names):
+            raise ValueError(
+                f"The policy in {folder} is conditional on {names or 'nothing'}, got values for {sorted(condition) or 'nothing'}. "
+                f"Call load({str(folder)!r}{''.join(f', {name}=…' for name in names)})."
             )
-    ordered = check_condition({name: condition[name] for name in config["condition"]}, sides["policy"], str(folder))
-    name = config["name"] or folder.resolve().name
+        name = config.optional("name", config.text, most=1000) or folder.resolve().name
+        parts = {
+            side: _part(config, side, getattr(given, side), weights)
+            for side in ("policy", "backward")
+            if side in ("policy", *config.found)
+        }
+        env = _environment(config.inside("environment"), given, folder)
+        _check_names(weights, parts)
+        tensors = weights.read()
+    sides = {"policy": given.policy, "backward": given.backward}
+    for side, part in parts.items():
+        is_given = part is sides[side]
+        fill(part, tensors, weights, f"{side}." if is_given else f"{side}.module.")
+        estimator = part if is_given else NetworkPolicy(part, env.n_actions, is_backward=side == "backward")
+        sides[side] = estimator.eval().requires_grad_(False).to(device=env.device, dtype=given.dtype)
+    ordered = check_condition({name: condition[name] for name in names}, sides["policy"], str(folder))
+    for side, part in parts.items():
+        if part is not sides[side]:
+            _try(sides[side], env, ordered, folder)
     if ordered:
         name += f"[{', '.join(f'{k}={v:g}' for k, v in ordered.items())}]"
     return {"env": env, **sides, "condition": ordered, "name": name}
 
 
-def _check_rules(env: DiscreteEnv, saved: dict[str, Any], folder: Path) -> None:
-    if (rules := fingerprint(env)) != saved["rules"]:
+def _part(config: Entries, side: str, estimator: DiscretePolicyEstimator | None, weights: Weights) -> nn.Module:
+    """The caller's estimator or else the network that the checkpoint describes, either of the shapes of the weights."""
+    if estimator is not None:
+        check(estimator, weights, f"the {side} network {type(estimator.module).__name__}", f"{side}.")
+        return estimator
+    if config.get(side) is None:
         raise ValueError(
-            f"{folder} was made for {saved['name']} {saved['arguments']} (rules {saved['rules']}, torchgfn {saved['torchgfn']}); here "
-            f"{title(env)} has other rules ({rules}, torchgfn {version('torchgfn')}): masks, actions or states differ. "
+            f"{weights.path.parent} has weights of an estimator of your own. Build it as when it was trained and pass {side}=estimator."
+        )
+    spec = config.inside(side)
+    name = spec.text("class", most=200)
+    try:
+        cls = find(name, nn.Module)
+    except ValueError:
+        raise ValueError(
+            f"{name} is not a network of sculpt. Pass your own estimator with {side}=, or update sculpt where a newer one has it."
+        ) from None
+    options = arguments(cls, spec.inside("arguments"))
+    return build(lambda: cls(**options), weights, f"the {side} network", f"{side}.module.")
+
+
+def _environment(saved: Entries, given: Given, folder: Path) -> DiscreteEnv:
+    """The caller's environment or else the checkpoint's own, either with the checkpoint's rules."""
+    env = make(saved, given.device) if given.env is None else given.env
+    name, told = saved.text("name", most=200), saved.inside("arguments").found
+    rules, torchgfn = saved.text("rules", most=100), saved.text("torchgfn", most=100)
+    if (found := fingerprint(env)) != rules:
+        raise ValueError(
+            f"{folder} was made for {name} {told!s:.200} (rules {rules}, torchgfn {torchgfn}); here "
+            f"{title(env)} has other rules ({found}, torchgfn {version('torchgfn')}): masks, actions or states differ. "
             "Install the version it was made with, or pass the right env=."
         )
-    if (spec := describe(env)) is not None and json.loads(json.dumps(spec)) != {key: saved[key] for key in spec}:
+    if (spec := describe(env)) is not None and json.loads(json.dumps(spec)) != {"name": name, "arguments": told}:
         raise ValueError(
-            f"{folder} was made for {saved['name']} with other arguments than the env= that was passed, {title(env)}. The rules look "
+            f"{folder} was made for {name} with other arguments than the env= that was passed, {title(env)}. The rules look "
             "alike, but an action means something else. Leave env= out to have the checkpoint's own."
         )
+    return env
 
 
-def _estimator(
-    spec: dict[str, Any] | None,
-    estimator: DiscretePolicyEstimator | None,
-    weights: dict[str, Tensor],
-    env: DiscreteEnv,
-    side: str,
-    folder: Path,
-) -> DiscretePolicyEstimator:
-    """The caller's estimator, or the one that the checkpoint describes, with the checkpoint's weights."""
-    if estimator is None:
-        estimator = _build_network(spec, env.n_actions, side, folder)
-    state = {key.removeprefix(f"{side}."): value for key, value in weights.items() if key.startswith(f"{side}.")}
-    try:
-        estimator.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"The weights in {folder} do not fit the {side} network {spec or type(estimator.module).__name__}: {error}"
-        ) from None
-    return estimator.eval().requires_grad_(False)
-
-
-def build_env(spec: dict[str, Any], device: torch.device | str | None = None) -> DiscreteEnv:
-    """The environment of a checkpoint, by name and arguments. Its reward is not restored: composing needs none."""
-    cls = _import(spec["name"], DiscreteEnv, "env=")
-    device = "cpu" if device is None else str(device)
-    fixed = {
-        "HyperGrid": {"validate_modes": False},
-        "SetAddition": {"reward_fn": None},
-        "PerfectBinaryTree": {"reward_fn": None},
-    }
-    where = "device_str" if "BitSequence" in cls.__name__ else "device"
-    try:
-        return cls(**spec["arguments"], **fixed.get(cls.__name__, {}), **{where: device})
-    except TypeError as error:
-        raise ValueError(f"{spec['name']} does not take the arguments {spec['arguments']} of the checkpoint: {error}") from None
-
-
-def _import(path: str, kind: type, instead: str) -> type:
-    """A class of torchgfn's environments or of sculpt's table. A config file must not name arbitrary code to run."""
-    module, _, name = path.partition(":")
-    if module != "gfn.gym":
-        try:
-            return find(path, kind)
-        except ValueError:
+def _check_names(weights: Weights, parts: Iterable[str]) -> None:
+    for name in weights.shapes:
+        if name.partition(".")[0] not in parts:
             raise ValueError(
-                f"{path} is not a {kind.__name__} of gfn.gym or sculpt. Pass your own with {instead}, or update sculpt where a newer one has it."
-            ) from None
-    start_method = multiprocessing.get_start_method(allow_none=True)
+                f"{weights.path} has a tensor {name:.200}, which belongs to none of {', '.join(parts)}. Copy or download the folder again."
+            )
+
+
+def _try(estimator: NetworkPolicy, env: DiscreteEnv, condition: dict[str, float], folder: Path) -> None:
+    """A network of the right shapes may still not be one for the environment: have it answer once."""
+    start = env.states_from_tensor(env.s0.expand(1, *env.state_shape).clone())
+    values = torch.tensor([list(condition.values())], dtype=torch.get_default_dtype(), device=env.device)
+    got: Any
     try:
-        cls = getattr(importlib.import_module(module), name, None)
-    finally:
-        # Importing gfn.gym decides the start method of the whole process, which is not ours to decide.
-        multiprocessing.set_start_method(start_method, force=True)
-    if isinstance(cls, type) and issubclass(cls, kind):
-        return cls
-    raise ValueError(
-        f"This torchgfn has no {kind.__name__} {name!r} in gfn.gym. Install the version that made the checkpoint, or pass {instead}."
-    )
+        got = tuple((estimator(start, values) if condition else estimator(start)).shape)
+    except Exception as error:  # whatever a network says to states that it was not made for
+        got = f"{type(error).__name__} ({error!s:.200})"
+    if got != (expected := (1, env.n_actions - estimator.is_backward)):
+        raise ValueError(
+            f"{folder} describes a {type(estimator.module).__name__} that does not fit {title(env)}: to the initial state it answers with "
+            f"{got}, expected {expected}. Copy or download the folder again."
+        )
 
 
 def _describe_network(estimator: DiscretePolicyEstimator) -> dict[str, Any] | None:
@@ -168,12 +171,3 @@ def _describe_network(estimator: DiscretePolicyEstimator) -> dict[str, Any] | No
     if not (isinstance(estimator, NetworkPolicy) and isinstance(config, dict)):
         return None
     return {"class": f"{type(estimator.module).__module__}:{type(estimator.module).__qualname__}", "arguments": config}
-
-
-def _build_network(spec: dict[str, Any] | None, n_actions: int, side: str, folder: Path) -> NetworkPolicy:
-    if spec is None:
-        raise ValueError(
-            f"{folder} has weights of an estimator of your own. Build it as when it was trained and pass {side}=estimator."
-        )
-    network = _import(spec["class"], nn.Module, f"{side}=")(**spec["arguments"])
-    return NetworkPolicy(network, n_actions, is_backward=side == "backward")

@@ -1,23 +1,43 @@
-"""torchgfn's environments: what they are called, and a fingerprint of their rules."""
+"""torchgfn's environments: what they are called, how they are made again, and a fingerprint of their rules."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import multiprocessing
 import weakref
 from typing import Any
 
 import torch
 from gfn.env import DiscreteEnv
 
-__all__ = ["describe", "fingerprint", "rules", "title"]
+from sculpt.contents import arguments, find
+from sculpt.entries import LARGEST, Entries
 
-_GYM = {  # torchgfn's own: the constructor's argument -> where the environment keeps it. Rewards are no part of the rules.
-    "HyperGrid": {"ndim": "ndim", "height": "height"},
-    "BitSequence": {"word_size": "word_size", "seq_size": "seq_size", "n_modes": "n_modes"},
-    "NonAutoregressiveBitSequence": {"word_size": "word_size", "seq_size": "seq_size", "n_modes": "n_modes_count"},
-    "SetAddition": {"n_items": "n_items", "max_items": "max_traj_len", "fixed_length": "fixed_length"},
-    "PerfectBinaryTree": {"depth": "depth"},
-    "DiscreteEBM": {"ndim": "ndim"},
+__all__ = ["describe", "fingerprint", "make", "rules", "title"]
+
+# torchgfn's own: the constructor's argument -> where the environment keeps it, and the largest that a file may ask for, so that making
+# it and taking its fingerprint is a matter of a second; None is for flags. Rewards are no part of the rules.
+_GYM: dict[str, dict[str, tuple[str, int | None]]] = {
+    "HyperGrid": {"ndim": ("ndim", 2048), "height": ("height", LARGEST)},
+    "BitSequence": {"word_size": ("word_size", 12), "seq_size": ("seq_size", 2048), "n_modes": ("n_modes", 1024)},
+    "NonAutoregressiveBitSequence": {
+        "word_size": ("word_size", 8),
+        "seq_size": ("seq_size", 256),
+        "n_modes": ("n_modes_count", 1024),
+    },
+    "SetAddition": {
+        "n_items": ("n_items", 2048),
+        "max_items": ("max_traj_len", LARGEST),
+        "fixed_length": ("fixed_length", None),
+    },
+    "PerfectBinaryTree": {"depth": ("depth", 13)},
+    "DiscreteEBM": {"ndim": ("ndim", 1024)},
+}
+_NO_REWARD: dict[str, dict[str, Any]] = {
+    "HyperGrid": {"validate_modes": False},
+    "SetAddition": {"reward_fn": None},
+    "PerfectBinaryTree": {"reward_fn": None},
 }
 
 
@@ -42,9 +62,55 @@ def describe(env: DiscreteEnv) -> dict[str, Any] | None:
         return {"name": name, "arguments": env.arguments}
     for cls in type(env).__mro__:  # a subclass that only changes the reward has its parent's rules
         if cls.__module__.startswith("gfn.gym.") and cls.__name__ in _GYM:
-            arguments = {key: getattr(env, attribute) for key, attribute in _GYM[cls.__name__].items()}
-            return {"name": f"gfn.gym:{cls.__name__}", "arguments": arguments}
+            values = {key: getattr(env, attribute) for key, (attribute, _) in _GYM[cls.__name__].items()}
+            return {"name": f"gfn.gym:{cls.__name__}", "arguments": values}
     return None
+
+
+def make(spec: Entries, device: torch.device | str | None = None) -> DiscreteEnv:
+    """The environment that a file describes by name and arguments. Its reward is not restored: composing needs none."""
+    name, told, device = spec.text("name", most=200), spec.inside("arguments"), "cpu" if device is None else str(device)
+    short = name.removeprefix("gfn.gym:")
+    if name.startswith("gfn.gym:") and short in _GYM:
+        cls = _gym_class(short)
+        where = "device_str" if "BitSequence" in short else "device"
+        options = _gym_arguments(short, told) | _NO_REWARD.get(short, {}) | {where: device}
+    else:
+        try:
+            cls = find(name, DiscreteEnv)
+        except ValueError:
+            raise ValueError(
+                f"{name} is not a DiscreteEnv of gfn.gym or sculpt. Pass your own with env=, or update sculpt where a newer one has it."
+            ) from None
+        options = arguments(cls, told) | {"device": device}
+    try:
+        return cls(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{name} does not take the arguments in {told.where} ({told.found!s:.200}): {error!s:.300}") from None
+
+
+def _gym_class(name: str) -> type[DiscreteEnv]:
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    try:
+        found = getattr(importlib.import_module("gfn.gym"), name, None)
+    finally:
+        # Importing gfn.gym decides the start method of the whole process, which is not ours to decide.
+        multiprocessing.set_start_method(start_method, force=True)
+    if found is None:
+        raise ValueError(
+            f"This torchgfn has no environment {name!r} in gfn.gym. Install the version that made the checkpoint, or pass env=."
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _gym_arguments(name: str, told: Entries) -> dict[str, Any]:
+    for entry in told.found:
+        if entry not in _GYM[name]:
+            raise told.refuse(entry, f"no such argument: {name} takes {', '.join(_GYM[name])}")
+    try:
+        return {key: told.flag(key) if most is None else told.whole(key, 1, most) for key, (_, most) in _GYM[name].items()}
+    except ValueError as error:
+        raise ValueError(f"{error} If the environment is one that large, make it yourself and pass env=.") from None
 
 
 def title(env: DiscreteEnv) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from rdkit import Chem, rdBase
 __all__ = ["Vocabulary"]
 
 DEFAULT = Path(__file__).with_name("vocabulary.json")
+
+# Vocabularies come from files, and what they ask for is tables of all fragments and their symmetries.
+MOST_FRAGMENTS, MOST_POINTS, MOST_CHARACTERS, MOST_RINGS, MOST_SIZE = 1000, 16, 200, 12, 100_000
+MOST_SYMMETRIES = 100_000
+"""of all fragments together, and of the table that has as many for each as the most symmetric one"""
+MOST_IMAGES = 20_000
+"""of a fragment in itself"""
 
 
 class Vocabulary(tuple[tuple[str, tuple[int, ...]], ...]):
@@ -30,7 +38,15 @@ class Vocabulary(tuple[tuple[str, tuple[int, ...]], ...]):
     def __new__(cls, fragments: Iterable[Sequence[Any]]) -> Vocabulary:
         if isinstance(fragments, Vocabulary):
             return fragments
-        return super().__new__(cls, [_checked(i, fragment) for i, fragment in enumerate(fragments)])
+        fragments = list(fragments)
+        if not 1 <= len(fragments) <= MOST_FRAGMENTS:
+            raise ValueError(f"Got a vocabulary of {len(fragments):,} fragments, expected 1 to {MOST_FRAGMENTS:,}.")
+        plain = [_plain(i, fragment) for i, fragment in enumerate(fragments)]
+        if (size := sum(len(smiles) * len(sites) for smiles, sites in plain)) > MOST_SIZE:
+            raise ValueError(
+                f"The fragments of this vocabulary have {size:,} characters times points, expected at most {MOST_SIZE:,}. Leave some out."
+            )
+        return super().__new__(cls, [_checked(i, smiles, sites) for i, (smiles, sites) in enumerate(plain)])
 
     @classmethod
     def read(cls, path: str | Path = DEFAULT) -> Vocabulary:
@@ -67,7 +83,17 @@ class Vocabulary(tuple[tuple[str, tuple[int, ...]], ...]):
     @cached_property
     def symmetries(self) -> list[list[tuple[int, ...]]]:
         """For each fragment, the permutations of its attachment points that change no molecule made with it."""
-        return [_symmetries(molecule, sites) for molecule, (_, sites) in zip(self.molecules, self, strict=True)]
+        found, tried = [], 0
+        for molecule, (smiles, sites) in zip(self.molecules, self, strict=True):
+            symmetries, more = _symmetries(molecule, sites, MOST_SYMMETRIES - tried)
+            found.append(symmetries)
+            tried = max(tried + more, len(self) * len(symmetries))
+            if tried >= MOST_SYMMETRIES:
+                raise ValueError(
+                    f"The fragments of this vocabulary have more symmetries than can be counted, {smiles!r} with {len(sites)} attachment "
+                    "points among them. Leave it out, or give it fewer points."
+                )
+        return found
 
     @cached_property
     def polar(self) -> list[list[bool]]:
@@ -107,14 +133,24 @@ def _give_up_hydrogen(atom: Chem.Atom) -> None:
         atom.SetNumExplicitHs(H - 1)
 
 
-def _checked(i: int, fragment: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
+def _plain(i: int, fragment: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
     try:
         smiles, sites = fragment
         sites = tuple(sites)
         if not (isinstance(smiles, str) and all(type(a) is int for a in sites)):
             raise TypeError
     except (TypeError, ValueError):
-        raise ValueError(f"Fragment {i} of the vocabulary is {fragment!r}, expected [smiles, [atom, ...]].") from None
+        raise ValueError(f"Fragment {i} of the vocabulary is {fragment!r:.200}, expected [smiles, [atom, ...]].") from None
+    if len(smiles) > MOST_CHARACTERS or len(sites) > MOST_POINTS or not (smiles.isascii() and smiles.isprintable()):
+        raise ValueError(
+            f"Fragment {i} of the vocabulary, {smiles!r:.200}, has {len(smiles):,} characters and {len(sites):,} attachment points, expected "
+            f"a SMILES of at most {MOST_CHARACTERS} plain characters and at most {MOST_POINTS} points."
+        )
+    return smiles, sites
+
+
+@lru_cache(maxsize=4 * MOST_FRAGMENTS)
+def _checked(i: int, smiles: str, sites: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     with rdBase.BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
     if molecule is None or not molecule.GetNumAtoms():
@@ -123,6 +159,10 @@ def _checked(i: int, fragment: Sequence[Any]) -> tuple[str, tuple[int, ...]]:
         )
     if len(Chem.GetMolFrags(molecule)) > 1:
         raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, falls apart. Make each part a fragment of its own.")
+    if (rings := molecule.GetNumBonds() - molecule.GetNumAtoms() + 1) > MOST_RINGS:
+        raise ValueError(
+            f"Fragment {i} of the vocabulary, {smiles!r}, has {rings} rings, expected at most {MOST_RINGS}. Leave it out."
+        )
     if not sites:
         raise ValueError(f"Fragment {i} of the vocabulary, {smiles!r}, has no attachment point. Give it one, or leave it out.")
     for a, bonds in Counter(sites).items():
@@ -148,13 +188,24 @@ def _holds(molecule: Chem.Mol, a: int, bonds: int) -> bool:
         return Chem.SanitizeMol(trial, catchErrors=True) == Chem.SanitizeFlags.SANITIZE_NONE
 
 
-def _symmetries(molecule: Chem.Mol, sites: Sequence[int]) -> list[tuple[int, ...]]:
+def _symmetries(molecule: Chem.Mol, sites: Sequence[int], most: int) -> tuple[list[tuple[int, ...]], int]:
+    """The permutations, and how many images of the molecule and namings of its points were tried; it stops at so many."""
     hydrogens = [atom.GetTotalNumHs() for atom in molecule.GetAtoms()]
+    points = {a: [t for t, b in enumerate(sites) if b == a] for a in sites}
+    namings = math.prod(math.factorial(len(held)) for held in points.values())
+    images = molecule.GetSubstructMatches(molecule, uniquify=False, useChirality=True, maxMatches=MOST_IMAGES)
+    if len(images) == MOST_IMAGES or len(images) * namings >= most:
+        return [], most
     found = set()
-    for image in molecule.GetSubstructMatches(molecule, uniquify=False, useChirality=True, maxMatches=100_000):
+    for image in images:
         # A pyrrole nitrogen and a pyridine nitrogen match; they differ by their hydrogen.
         if any(hydrogens[a] != hydrogens[b] for a, b in enumerate(image)):
             continue
-        options = [[t for t, b in enumerate(sites) if b == image[a]] for a in sites]
-        found |= {choice for choice in itertools.product(*options) if len(set(choice)) == len(sites)}
-    return sorted(found)
+        if any(len(points.get(image[a], ())) != len(held) for a, held in points.items()):
+            continue
+        for named in itertools.product(*(itertools.permutations(points[image[a]]) for a in points)):
+            place = {
+                t: to for held, targets in zip(points.values(), named, strict=True) for t, to in zip(held, targets, strict=True)
+            }
+            found.add(tuple(place[t] for t in range(len(sites))))
+    return sorted(found), len(images) * namings

@@ -17,6 +17,8 @@ from sculpt.molecules.chemistry import Vocabulary
 
 __all__ = ["Layout"]
 
+MOST_SLOTS = 256
+
 
 class Layout:
     """Tables of a vocabulary: its pieces, their attachment points, and which piece fits where.
@@ -33,6 +35,8 @@ class Layout:
     """
 
     def __init__(self, vocabulary: Vocabulary, slots: int, hetero_bonds: bool, device: torch.device | str = "cpu"):
+        if not 2 <= slots <= MOST_SLOTS:
+            raise ValueError(f"Got slots={slots}: a tree of fragments has at least 2, and at most {MOST_SLOTS}.")
         self.F, self.S, self.slots = len(vocabulary), max(len(sites) for _, sites in vocabulary), slots
         held = [
             (f, i)
@@ -45,10 +49,8 @@ class Layout:
         self.fragment = torch.tensor([*range(self.F), *(f for f, _ in held)], device=device)
         self.own = torch.tensor([-1] * self.F + [i for _, i in held], device=device)
         self.points = torch.tensor([len(sites) for _, sites in vocabulary], device=device)
-        polar = torch.zeros(self.F, self.S, dtype=torch.bool)
-        for f, flags in enumerate(vocabulary.polar):
-            polar[f, : len(flags)] = torch.tensor(flags)
-        self.polar = polar.to(device)
+        polar = [[*flags, *[False] * (self.S - len(flags))] for flags in vocabulary.polar]
+        self.polar = torch.tensor(polar, dtype=torch.bool, device=device)
         # fits[root, is the point a heteroatom, piece]
         f, i = self.fragment[self.F :], self.own[self.F :]
         fits = (f <= torch.arange(self.F, device=device)[:, None])[:, None].repeat(1, 2, 1)

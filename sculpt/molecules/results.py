@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rdkit import Chem
 
+from sculpt.diagnostics import printable
 from sculpt.files import replace_file
 from sculpt.molecules.pictures import Picture, flat
 from sculpt.molecules.scores import Rewards, Scorer, Summary, at_hand, reward_functions, score, title
@@ -170,7 +171,7 @@ class Molecules(Samples):
         writer = Chem.SDWriter(text)
         for k, smiles in enumerate(table["smiles"]):
             molecule = flat(smiles)
-            molecule.SetProp("_Name", f"{self.diagnostics.formula or 'molecule'} #{k + 1}")
+            molecule.SetProp("_Name", f"{printable(self.diagnostics.formula, 70) or 'molecule'} #{k + 1}")
             for name, values in table.items():
                 molecule.SetProp(name, f"{values[k]:.6g}" if isinstance(values[k], np.floating) else str(values[k]))
             writer.write(molecule)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from rdkit import Chem, rdBase
+from rdkit import Chem
 from tqdm.auto import tqdm
 
 from sculpt.molecules import seh
-from sculpt.molecules.rewards import QED, SA, Reward
+from sculpt.molecules.rewards import QED, SA, Odd, Reward, parse
 
 __all__ = ["HIGH", "Rewards", "Scorer", "Summary", "Table", "at_hand", "reward_functions", "score", "title"]
 
@@ -60,14 +61,22 @@ def _reward(name: str) -> Reward:
 
 
 def score(smiles: list[str], functions: Mapping[str, Scorer], progress: bool = True, chunk: int = 256) -> Table:
-    """A column of scores of these molecules for each function; each molecule is parsed once."""
+    """A column of scores of these molecules for each function; each molecule is parsed once. Rewards of sculpt's own give NaN where they
+    have no value and one warning, or raise: see :class:`~sculpt.molecules.rewards.Reward`."""
     parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in functions}
+    unknown: dict[str, Odd] = {name: {} for name in functions}
     bar = tqdm(total=len(smiles), desc=f"scoring {', '.join(functions)}", disable=not progress, delay=2, leave=False)
     for first in range(0, len(smiles), chunk) if functions else ():
-        with rdBase.BlockLogs():
-            molecules = [Chem.MolFromSmiles(x) for x in smiles[first : first + chunk]]
+        molecules = parse(smiles[first : first + chunk])
         for name, function in functions.items():
-            values = np.asarray(function(molecules), dtype=np.float64)
+            if isinstance(function, Reward):
+                values, odd = function.rate(molecules)
+                unknown[name] |= {first + i: why for i, why in odd.items()}
+                if function.strict:
+                    function.tell(unknown[name], smiles)
+            else:
+                values = function(molecules)
+            values = np.asarray(values, dtype=np.float64)
             if values.shape != (len(molecules),):
                 raise ValueError(
                     f"The reward {name} answered with shape {values.shape} for {len(molecules)} molecules; expected a number for each."
@@ -75,15 +84,23 @@ def score(smiles: list[str], functions: Mapping[str, Scorer], progress: bool = T
             parts[name].append(values)
         bar.update(len(molecules))
     bar.close()
+    for name, function in functions.items():
+        if isinstance(function, Reward):
+            function.tell(unknown[name], smiles)
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 class Summary:
-    """Scores of any number of molecules, added up table by table. It keeps 8 bytes for each different molecule."""
+    """Scores of any number of molecules, added up table by table. It keeps 8 bytes for each different molecule.
+
+    Molecules without a value count in no mean, and are not high.
+    """
 
     def __init__(self) -> None:
         self.n, self.all_high = 0, 0.0
         self.sums: dict[str, float] = {}
+        self.known: dict[str, float] = {}
+        self.missing: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self._seen: list[np.ndarray] = []
 
@@ -94,7 +111,10 @@ class Summary:
         names = [name for name in table if name not in ("smiles", "count", "weight")]
         everything = np.ones(len(w), dtype=bool)
         for name in names:
-            self.sums[name] = self.sums.get(name, 0.0) + float((w * table[name]).sum())
+            there = ~np.isnan(table[name])
+            self.sums[name] = self.sums.get(name, 0.0) + float((w * table[name])[there].sum())
+            self.known[name] = self.known.get(name, 0.0) + float(w[there].sum())
+            self.missing[name] = self.missing.get(name, 0.0) + float(w[~there].sum())
             if name in HIGH:
                 good = table[name] >= HIGH[name]
                 everything &= good
@@ -111,8 +131,13 @@ class Summary:
 
     @property
     def means(self) -> dict[str, float]:
-        """The mean of each reward."""
-        return {name: total / self.n for name, total in self.sums.items()}
+        """The mean of each reward, over the molecules that have a value."""
+        return {name: total / self.known[name] if self.known[name] else math.nan for name, total in self.sums.items()}
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """How many molecules have no value of a reward, where there are any."""
+        return {name: round(missing) for name, missing in self.missing.items() if missing}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -130,6 +155,9 @@ class Summary:
             rows.append(("all of them", "", "", f"{self.shares['all']:.1%}"))
         width = max(16, *(len(row[0]) for row in rows))
         lines = [f"{a:>{width}}  {b:>6}  {c:>6}  {d:>6}".rstrip() for a, b, c, d in rows]
+        if self.unknown:
+            said = ", ".join(f"{title(name)} of {missing:,}" for name, missing in self.unknown.items())
+            lines.append(f"{'not known':>{width}}  {said}")
         return "\n".join([*lines, f"{'distinct':>{width}}  {self.distinct:,} of {self.n:,} molecules"])
 
 

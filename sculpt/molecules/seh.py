@@ -41,9 +41,18 @@ class SEH(Reward):
             Where it cannot be downloaded, sculpt's own student of the proxy takes over, with a warning that says how good it is.
         root: ``"published"`` applies ``conv.root`` as every published GFlowNet result does, ``"trained"`` as the network was trained.
         device: where the network runs.
+        strict: raise where a molecule has no value, as one with another bond or element than the network was made for.
     """
 
-    def __init__(self, weights: str | Path | None = None, *, root: str = "published", device: torch.device | str | None = None):
+    def __init__(
+        self,
+        weights: str | Path | None = None,
+        *,
+        root: str = "published",
+        device: torch.device | str | None = None,
+        strict: bool = False,
+    ):
+        self.strict = strict
         if root not in ("published", "trained"):
             raise ValueError(f"Got root={root!r}, expected 'published' (as in all published results) or 'trained'.")
         self.path = find_weights(root) if weights is None else Path(weights)
@@ -63,7 +72,7 @@ class SEH(Reward):
 
     def proxy(self, molecules: MoleculesLike) -> Float[Tensor, "n"]:
         """The network's raw output."""
-        return self._each(molecules, self._proxy)
+        return self._told(molecules, self._proxy)
 
     def of(self, molecules: list[Chem.Mol]) -> Float[Tensor, "n"]:
         return self._proxy(molecules).clamp(1e-4, 100) / 8

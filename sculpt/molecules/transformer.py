@@ -70,6 +70,10 @@ class FragmentTransformer(nn.Module):
         self.vocabulary, self.hetero_bonds, self.width = vocabulary, hetero_bonds, width
         self.layout = layout = Layout(vocabulary, slots, hetero_bonds)
         d, points = width, layout.F * layout.S
+        if min(width, depth, heads) < 1 or width % heads:
+            raise ValueError(
+                f"Got width={width}, depth={depth} and heads={heads}: expected at least 1 of each, and heads that divide the width."
+            )
         self.start = nn.Parameter(torch.zeros(d))
         self.piece, self.bond = nn.Embedding(layout.F + layout.K, d), nn.Embedding(points + 1, d)
         self.place, self.parent = nn.Embedding(slots, d), nn.Embedding(slots, d)

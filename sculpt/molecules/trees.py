@@ -62,8 +62,6 @@ class FragmentTrees(DiscreteEnv):
         beta: float = 1.0,
         device: torch.device | str = "cpu",
     ):
-        if slots < 2:
-            raise ValueError(f"Got slots={slots}: a tree of fragments needs at least 2.")
         if vocabulary is None or isinstance(vocabulary, str):
             vocabulary = Vocabulary.read(*([] if vocabulary is None else [vocabulary]))
         self.vocabulary, self.slots, self.hetero_bonds = Vocabulary(vocabulary), slots, hetero_bonds

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from sculpt.chain import Progress, Selection, Settings, run
+from sculpt.checks import number, whole
 from sculpt.classifier.guide import Guide
 from sculpt.formula import Posterior
 from sculpt.model import BaseModel, Steered, Steppable
@@ -51,13 +52,13 @@ class Guided(Road):
         if not isinstance(classifier, Guide):
             raise TypeError(f"Guided takes a classifier, from sculpt.fit or sculpt.load; got {classifier!r:.200}.")
         if form not in ("anchored", "mixture"):
-            raise ValueError(f"form is 'anchored' or 'mixture', got {form!r}.")
-        if not 0 <= strength < math.inf:
+            raise ValueError(f"form is 'anchored' or 'mixture', got {form!r:.60}.")
+        if not 0 <= number("strength", strength) < math.inf:
             raise ValueError(
                 f"strength multiplies the guidance, 1 leaves it as it is; expected a number from 0, got {strength}."
             )
-        if correct not in (False, True, "densities"):
-            raise ValueError(f"correct is True, False or 'densities', got {correct!r}.")
+        if not (isinstance(correct, bool) or correct == "densities"):
+            raise ValueError(f"correct is True, False or 'densities', got {correct!r:.60}.")
         if correct and form != "anchored":
             raise ValueError(
                 "Only the anchored form can be corrected: the mixture form has no base chain to weigh against. Use form='anchored'."
@@ -68,7 +69,7 @@ class Guided(Road):
             )
         self.classifier, self.anchor, self.form, self.strength, self.correct = (
             classifier,
-            anchor,
+            anchor if anchor is None or isinstance(anchor, BaseModel) else whole("anchor", anchor, least=0),
             form,
             float(strength),
             correct,

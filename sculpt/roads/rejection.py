@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.chain import Progress, Settings, check_whole
+from sculpt.chain import Progress, Settings
+from sculpt.checks import whole
 from sculpt.classifier.guide import Guide
 from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Mixture, Posterior
@@ -53,8 +54,8 @@ class Rejection(Road):
             raise TypeError(
                 f"Rejection takes a classifier, or a function from samples to log-densities; got {classifier!r:.200}."
             )
-        check_whole("max_draws", max_draws)
-        self.classifier, self.anchor, self.max_draws = classifier, anchor, max_draws
+        self.classifier, self.max_draws = classifier, whole("max_draws", max_draws)
+        self.anchor = anchor if anchor is None or isinstance(anchor, BaseModel) else whole("anchor", anchor, least=0)
 
     def check(self, composition: Composition) -> None:
         _check_covered(composition)
@@ -139,21 +140,24 @@ class _Referee:
 
     def ell(self, x: Tensor) -> Float[Tensor, "b m"]:
         """The leaves' log-densities up to a constant common to all."""
-        judge = self.road.classifier
-        if judge is None:
-            return self.leaves[0].log_ratios(self.leaves, x, self.settings.generator)
+        judge, names = self.road.classifier, ", ".join(map(str, self.leaves))
         with torch.no_grad():
-            if isinstance(judge, Guide):
-                return in_parts(lambda x: judge.shares(self.leaves, x), self.settings.batch_size or 1024, x)
-            ell = judge(x).double()
-        if ell.shape != (len(x), len(self.leaves)):
-            names = ", ".join(map(str, self.leaves))
+            if judge is None:
+                ell = self.leaves[0].log_ratios(self.leaves, x, self.settings.generator)
+            elif isinstance(judge, Guide):
+                ell = in_parts(lambda x: judge.shares(self.leaves, x), self.settings.batch_size or 1024, x)
+            else:
+                ell = judge(x)
+        shape = tuple(ell.shape) if isinstance(ell, Tensor) else type(ell).__name__
+        if shape != (len(x), len(self.leaves)):
             raise ValueError(
-                f"Got log-densities of shape {tuple(ell.shape)} for {len(x)} samples; expected one column for each of {names}."
+                f"Got log-densities of shape {shape} for {len(x)} samples; expected one column for each of {names}."
             )
-        if ell.isnan().any():
+        ell = ell.double()
+        if bad := int((~(ell < math.inf)).any(1).sum()):
             raise FloatingPointError(
-                "Some samples have a log-density that is not a number. Check the function given to Rejection."
+                f"{self.road._decides} of {names} gave log-densities that are no numbers for {bad} of {len(x)} samples of "
+                f"{self.composition}. Check {'the models' if judge is None else 'the function or the classifier given to Rejection'}."
             )
         return ell
 

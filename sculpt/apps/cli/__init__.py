@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,13 +15,19 @@ from sculpt.contents import VERSION
 
 __all__ = ["main"]
 
+EXPECTED = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError)
+"""Errors that say what the user can put right."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 2 for what the user can put right, 130 when interrupted.
+    """Run the command and return its exit code: 0, 2 for what the user can put right, 1 for what sculpt does wrong, 130 when interrupted.
 
     Args:
         arguments: in place of those that the process was started with.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may know fewer letters than a name or a formula has
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.run is None:
@@ -28,14 +37,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"sculpt: warning: {message}", file=sys.stderr)
         try:
             options.run(options)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print(f"\nsculpt: stopped. {options.stopped(options)}", file=sys.stderr)
             return 130
-        except (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError) as error:
+        except BrokenPipeError:  # whoever reads the output has had enough, as head has
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
             if options.traceback:
                 raise
-            print(f"sculpt: error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            said = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said:
+                said = f"there is not enough memory; ask for fewer samples or particles, or a smaller --batch-size ({said})"
+            if isinstance(error, EXPECTED):
+                print(f"sculpt: error: {said}", file=sys.stderr)
+                return 2
+            print(
+                f"sculpt: error: {type(error).__name__}: {said}. This is a bug in sculpt; run again with --traceback to see where.",
+                file=sys.stderr,
+            )
+            return 1
     return 0
 
 

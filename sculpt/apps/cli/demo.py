@@ -6,7 +6,7 @@ import argparse
 import importlib
 from typing import Any
 
-from sculpt.apps.cli.options import add_command
+from sculpt.apps.cli.options import add_command, seed
 
 __all__ = ["add"]
 
@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("-o", "--output", default="demo", metavar="FOLDER", help="where pictures and tables go (default: demo)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.set_defaults(run=_run)
 
 

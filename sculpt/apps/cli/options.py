@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import keyword
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +29,23 @@ __all__ = [
     "load_models",
     "make_road",
     "named_paths",
+    "seed",
 ]
 
 
 def count(text: str) -> int:
     """A number of things."""
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return _whole(text, 1)
+
+
+def seed(text: str) -> int:
+    """A seed."""
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least {least}, with 18 digits at most")
     return int(text)
 
 
@@ -61,7 +73,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser, result: str) -> None:
     """Where networks run, and the seed."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {result} (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help=f"the same seed gives the same {result} (default: 0)")
 
 
 def add_classifier(parser: argparse.ArgumentParser, things: str, default: str = "") -> None:
@@ -95,7 +107,8 @@ def named_paths(pairs: Sequence[str]) -> dict[str, str]:
     paths: dict[str, str] = {}
     for pair in pairs:
         name, equals, path = pair.partition("=")
-        if not (equals and name.isidentifier() and path):
+        name = unicodedata.normalize("NFKC", name)  # as formulas read it
+        if not (equals and name.isidentifier() and not keyword.iskeyword(name) and path):
             raise ValueError(
                 f"--model {pair}: expected NAME=PATH with a name of letters and digits, e.g. --model a={pair.strip('=')}."
             )
@@ -141,7 +154,14 @@ def device(options: argparse.Namespace) -> str:
     """The device that was asked for, or the best that is there."""
     import torch
 
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.empty(0, device=chosen).device.type
+    except Exception as error:  # each kind of device has its own
+        raise ValueError(f"--device {chosen}: {str(error).partition(chr(10))[0]:.200}") from None
+    if found == "meta":
+        raise ValueError("--device meta holds no numbers. Pass cpu, cuda, cuda:1 or mps.")
+    return chosen
 
 
 def conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -154,9 +174,11 @@ def conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str
             raise ValueError(
                 f"--with {pair}: expected KEY=VALUE or NAME.KEY=VALUE with a model's name ({', '.join(filter(None, names))})."
             )
+        if key in ("device", "dtype", "path"):
+            raise ValueError(f"--with {pair}: {key} is no condition, but an option of its own.")
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = text
         for target in [name] if dot else names:
             given[target][key] = value

@@ -6,6 +6,7 @@ Notation: :math:`z = x_0 + s \varepsilon`, F the network's output; ``b`` batch, 
 from __future__ import annotations
 
 import copy
+import inspect
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -165,6 +166,25 @@ class Diffusion(Denoiser):
             f"Cannot call {self.name} on x of shape {tuple(noise.shape)}: it should answer (x, t) with x's shape.\n{listed}\n"
             "Check shape= and condition=, or wrap the network in a callable (x, t)."
         )
+
+    def check_answer(self) -> None:
+        """Call a network of diffusers without its numbers, which takes no time: raise where it cannot take what it is called with."""
+        forward = inspect.signature(self.model.forward).parameters if self._from_diffusers else ()
+        if not (self.condition or {*forward} <= {"sample", "timestep", "class_labels", "return_dict"}) or not forward:
+            return  # its condition comes later
+        state = {name: value.to("meta") for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        twin, x = copy.copy(self), torch.empty(2, *self.shape, dtype=self.dtype, device="meta")
+        twin.model = lambda x, **options: torch.func.functional_call(self.model, state, (x,), options)
+        try:
+            with torch.no_grad():
+                twin._call(x, torch.ones(2, device="meta"), self.condition)
+        except Exception as error:
+            # Some networks look at numbers.
+            if not isinstance(error, NotImplementedError) and "meta" not in str(error):
+                raise ValueError(
+                    f"{self} cannot be called on samples of shape {self.shape}: {type(error).__name__}: {error!s:.300} Check its config.json, "
+                    "and shape= and the condition that it was loaded with."
+                ) from None
 
     def _check_channels(self) -> None:
         config = self.model.config

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sculpt.diffusion.diffusers.settings import clear
 from sculpt.diffusion.networks import is_a
 
 __all__ = ["class_condition", "expand", "leaves", "prompt_encoder", "tree_map"]
@@ -59,7 +60,12 @@ def prompt_encoder(pipe: Any) -> Callable[[str, str | None], tuple[dict, dict]] 
             f"Cannot encode prompts with {type(pipe).__name__}; supported are {', '.join(_ENCODERS)}. "
             "Encode the prompt yourself and pass Diffusion(model, scheduler, condition={...}, autoencoder=pipe.vae)."
         )
-    return partial(encode, pipe)
+    return partial(_encoded, encode, pipe)
+
+
+def _encoded(encode: Callable, pipe: Any, prompt: str, negative: str | None) -> tuple[dict, dict]:
+    with clear(f"The tokenizer and text encoder of {type(pipe).__name__} cannot encode {prompt!r:.80}"):
+        return encode(pipe, prompt, negative)
 
 
 @torch.no_grad()

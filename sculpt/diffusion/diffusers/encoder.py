@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import schedule_of
+from sculpt.diffusion.diffusers.settings import check_schedule, check_settings
+from sculpt.entries import Entries
 
 __all__ = ["UNetEncoder"]
 
@@ -27,10 +30,12 @@ class UNetEncoder(nn.Module):
     def __init__(self, unet: dict[str, Any], scheduler: dict[str, Any], width: int = 128):
         super().__init__()
         self.width, self.config = width, {"unet": unet, "scheduler": scheduler, "width": width}
-        network = diffusers.UNet2DModel.from_config(unet)
+        settings, times = Entries(_plain(unet), "the encoder's unet"), Entries(_plain(scheduler), "the encoder's scheduler")
+        check_settings(settings, diffusers.UNet2DModel)
+        network = diffusers.UNet2DModel.from_config(settings.found)
         if network.class_embedding is not None:
             raise ValueError(
-                f"A UNet of {unet['num_class_embeds']} classes sees noise levels through one of them. "
+                f"A UNet of {network.config.num_class_embeds} classes sees noise levels through one of them. "
                 "Take the encoder of an unconditional UNet2DModel, or leave network out."
             )
         self.time, self.stem = nn.Sequential(network.time_proj, network.time_embedding), network.conv_in
@@ -38,14 +43,18 @@ class UNetEncoder(nn.Module):
         for module in self.modules():
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())  # the fused attention has no second derivative, which training wants
-        self.out = nn.Linear(2 * unet["block_out_channels"][-1], width)
-        schedule = getattr(diffusers, scheduler["_class_name"], None)
+        self.out = nn.Linear(2 * network.config.block_out_channels[-1], width)
+        name = scheduler.get("_class_name")
+        schedule = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
         if not (isinstance(schedule, type) and issubclass(schedule, diffusers.SchedulerMixin)):
             raise ValueError(
-                f"The encoder's noise levels are those of a {scheduler['_class_name']}, which is no scheduler of diffusers. "
+                f"The encoder's noise levels are those of a {name}, which is no scheduler of diffusers. "
                 "Take the encoder of a model with a scheduler of diffusers, or leave network out."
             )
-        self.schedule = schedule_of(schedule.from_config(scheduler))
+        check_settings(times, schedule)
+        check_schedule(times)
+        with torch.device("cpu"):  # its tables are numbers, also where the network is but drawn
+            self.schedule = schedule_of(schedule.from_config(times.found))
 
     @classmethod
     def of(cls, model: Diffusion, width: int = 128) -> UNetEncoder:
@@ -67,7 +76,7 @@ class UNetEncoder(nn.Module):
         s = torch.full((), self.schedule.s_min, dtype=torch.float64, device=z.device) if s is None else s.double()
         s = s.clamp(self.schedule.s_min, self.schedule.s_max).expand(len(z))
         x = like(self.schedule.scale(s), z) * z
-        h = self.stem((2 * x - 1 if self.config["unet"]["center_input_sample"] else x).to(dtype))
+        h = self.stem((2 * x - 1 if self.config["unet"].get("center_input_sample") else x).to(dtype))
         level = self.time[1](self.time[0](self.schedule.time(s)).to(dtype))
         for block in self.down:
             h, _ = block(hidden_states=h, temb=level)
@@ -78,7 +87,7 @@ class UNetEncoder(nn.Module):
 def _plain(config: Any) -> dict[str, Any]:
     """What a diffusers configuration says of the network, without where and by which version it was written."""
     return {
-        key: list(value) if isinstance(value, tuple) else value
+        key: value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
         for key, value in dict(config).items()
         if not key.startswith("_")
     }

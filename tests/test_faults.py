@@ -15,6 +15,7 @@ import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from gfn.gym import HyperGrid
 from molecule_models import molecule_model
 
 import sculpt
+import sculpt.files
 import sculpt.training
 from sculpt.actions.networks import GridNetwork
 from sculpt.classifier.fit import Descent
@@ -110,6 +112,18 @@ def with_old_pipeline(root):
     (root / "unet" / "more" / "notes.txt").write_text("old\n")
 
 
+def other_pipeline(root):
+    with replacing(root) as new:
+        save_pipeline(new, seed=1)
+
+
+def with_pending_pipeline(root):
+    """A process was killed after its commit."""
+    with_old_pipeline(root)
+    with mock.patch.object(sculpt.files, "_finish"):
+        pipeline(root)
+
+
 def of_pipeline(root):
     model = sculpt.load(root)
     return tensors(model.model), sorted(model.scheduler.config.items()), sorted(map(str, (root / "unet").rglob("*")))
@@ -125,6 +139,8 @@ CHECKPOINTS = [
     ),
     Scenario("classifier over another", lambda root: classifier(1).save_pretrained(root), of_classifier, with_old_classifier),
     Scenario("diffusers pipeline over another", pipeline, of_pipeline, with_old_pipeline),
+    Scenario("reading what a killed process saved", of_pipeline, of_pipeline, with_pending_pipeline),
+    Scenario("saving over what a killed process saved", other_pipeline, of_pipeline, with_pending_pipeline),
 ]
 
 
@@ -240,7 +256,7 @@ RESULTS = [
 
 def recipe(path, **constants):
     """A recipe of ``pretrained/`` made small."""
-    name = path.replace("/", "_")
+    name = f"small_{path.replace('/', '_')}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, ROOT / f"{path}.py")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
@@ -408,6 +424,8 @@ SCENARIOS = {scenario.name: scenario for scenario in (*CHECKPOINTS, *TRAININGS, 
 def still(monkeypatch):
     monkeypatch.setattr(sculpt.training, "time", STILL)
     monkeypatch.delenv("SCULPT_DATA", raising=False)
+    with mock.patch.dict(vars(base_samples)), mock.patch.dict(vars(judge)):  # which other tests share
+        yield
 
 
 def check(trial, most=None):

@@ -106,6 +106,45 @@ def test_a_pipeline_of_three_text_encoders_is_the_model_that_was_saved(tmp_path)
     assert sculpt.load(tmp_path / "three", prompt="cat").key == sculpt.Diffusion.from_pipeline(pipe, "cat").key
 
 
+def test_a_network_is_asked_once_whether_it_takes_what_it_is_called_with(tmp_path, monkeypatch):
+    classes = save_parts(tmp_path / "classes", num_class_embeds=3)
+    assert (
+        not sculpt.load(classes).condition
+        and sculpt.load(classes, class_label=2).denoise(torch.zeros(1, 1, 8, 8), 1.0).isfinite().all()
+    )
+    edit(save_parts(tmp_path / "odd") / "unet" / "config.json", downsample_padding=3)
+    for small in (2**32, 0):  # with its numbers and without them
+        monkeypatch.setattr("sculpt.diffusion.diffusers.adapter.SMALL", small)
+        with pytest.raises(
+            ValueError, match=r"odd cannot be called on samples of shape \(1, 8, 8\): RuntimeError: Sizes of tensors"
+        ):
+            sculpt.load(tmp_path / "odd")
+        sculpt.load(save_parts(tmp_path / f"parts-{small}"))
+
+
+def test_text_encoders_of_older_versions_and_half_precision_are_read(tmp_path):
+    """Older ones name the part in each tensor, keep the numbers of the positions, and say their precision in the config."""
+    import mutated_diffusers
+    from safetensors.torch import load_file, save_file
+
+    mutated_diffusers.prompted(tmp_path)
+    model = sculpt.load(tmp_path, prompt="cat")
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    old = {f"text_model.{name}": value for name, value in load_file(path).items()}
+    old["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(old, path, {"format": "pt"})
+    edit(path.parent / "config.json", dtype=None, torch_dtype="float32", dropout=0.0, model_type="clip_text_model")
+    assert sculpt.load(tmp_path, prompt="cat").key == model.key
+    path.unlink()
+    half = {name: value.half() if value.is_floating_point() else value for name, value in old.items()}
+    save_file(half, path.with_name("model.fp16.safetensors"), {"format": "pt"})
+    for precision in ("float32", "float16"):
+        edit(path.parent / "config.json", torch_dtype=precision)
+        condition = sculpt.load(tmp_path, prompt="cat").condition["encoder_hidden_states"]
+        assert condition.dtype == getattr(torch, precision)
+        torch.testing.assert_close(condition.float(), model.condition["encoder_hidden_states"], rtol=1e-2, atol=1e-2)
+
+
 UNET = {"sample_size": 128, "in_channels": 4, "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10]}
 PUBLISHED = {
     "UNet2DConditionModel": UNET

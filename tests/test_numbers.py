@@ -389,6 +389,12 @@ def test_finished_samples_of_others_are_looked_at_too():
             model.sample(64, progress=False)
 
 
+def test_models_with_no_sample_in_common_are_told_before_ten_million_draws():
+    with pytest.raises(RuntimeError, match=r"Rejection kept 0 of \d{5} draws from p, 8 were asked for"):
+        apart = Rejection(lambda x: torch.tensor([0.0, -INF], dtype=torch.float64).expand(len(x), 2), anchor=0)
+        (P & Q).sample(8, apart, steps=2, progress=False)
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_log_densities_that_are_no_numbers_are_named(value):
     with pytest.raises(

@@ -30,7 +30,7 @@ def policy(model: ActionModel, states: Shaped[Tensor, "u *s"]) -> Float[Tensor, 
     """The log-probabilities of a model's actions; raise where they are none."""
     log_p = model.log_pf(states)
     top = log_p.amax(-1)
-    if not math.isfinite(top.sum()):  # one number to look at: this is done at every step
+    if not math.isfinite(top.detach().sum()):  # one number to look at: this is done at every step
         bad = ~top.isfinite()
         raise FloatingPointError(
             f"{model} gave no distribution over its actions for {int(bad.sum())} of {len(states)} states, first for "

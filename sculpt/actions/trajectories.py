@@ -1,8 +1,4 @@
-r"""What a classifier of models that write action by action learns from: whole trajectories, and losses that know what such models know.
-
-Notation: trajectory :math:`\tau` from :math:`s_0` to x, ``l`` states of all trajectories of a batch, ``u`` different states
-among them, ``o`` odds, ``m`` anchors, ``k`` label sets. :math:`f(x) = \Pi_{k \ge 2} \, p_v(y_k|x)` by the terminal head.
-"""
+"""What a classifier of models that write action by action learns from: whole trajectories, of them and of compositions."""
 
 from __future__ import annotations
 
@@ -211,18 +207,14 @@ class TrajectoryStore(Store):
             parts = self._parts(classifier, batch)
             if len(parts) == 1:
                 return balance.losses(classifier, teacher, batch.to(self.device), draw)
-            losses, common = (
-                dict.fromkeys(self.weights, torch.zeros((), device=self.device)),
-                balance.common(classifier, teacher, batch, draw),
-            )
+            common = balance.common(classifier, teacher, batch, draw)
+            losses = dict.fromkeys(self.weights, torch.zeros((), device=self.device))
             for part in parts:
                 # Its tables are made again on the way back, so that those of one part are in memory at a time.
-                of_part = made_again(
-                    balance.losses, classifier, teacher, part.to(self.device), draw, common, use_reentrant=False
-                )
-                for name, loss in of_part.items():
-                    mean_of = "states" if name == "marginal" else "x"
-                    losses[name] = losses[name] + loss * (len(getattr(part, mean_of)) / len(getattr(batch, mean_of)))
+                own = made_again(balance.losses, classifier, teacher, part.to(self.device), draw, common, use_reentrant=False)
+                for name, loss in own.items():
+                    share = len(part.states) / len(batch.states) if name == "marginal" else len(part.x) / len(batch.x)
+                    losses[name] = losses[name] + share * loss
             return losses
 
     def _parts(self, classifier: Classifier, batch: Trajectories) -> list[Trajectories]:

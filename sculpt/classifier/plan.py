@@ -22,7 +22,7 @@ COPIES = 9
 """of the weights: themselves, gradient, two moments, average, best, best teacher, and two that AdamW computes with"""
 
 SAVED = 10
-"""more of them while the state of training is written: six as bytes, twice, and the gradient and what AdamW computes with are not in use"""
+"""more while the state of training is written: six of them as bytes, twice, and not the two that AdamW computes with"""
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Plan:
         """The plan, or a ValueError where it takes more than so many gigabytes."""
         if self.bytes <= 1e9 * memory:
             return self
-        fewer = [
+        less = (
             replace(self, n=n, step=self.least * replace(self, n=n).row // self.row) for n in range(min(self.n, 100) - 1, 1, -1)
-        ]
-        fewer = [f"observations={plan.n} or " for plan in fewer if plan.bytes <= 1e9 * memory][:1]
-        ways = [f"Fit {''.join(fewer)}fewer models"]
+        )
+        fits = next((f"observations={plan.n} or " for plan in less if plan.bytes <= 1e9 * memory), "")
+        ways = [f"Fit {fits}fewer models"]
         ways += ["leave out the head over children (children=False)"] if self.children > 1 else []
         ways += ["pass a smaller batch_size"] if replace(self, step=self.least).bytes <= 1e9 * memory else []
         raise ValueError(

@@ -213,7 +213,8 @@ class _Referee:
             kept.append(accepted)
             total, drawn, below = total + len(accepted), drawn + len(x), below + own
             expected += float(log_p.exp().sum())
-            if total < n and drawn >= self.road.max_draws:
+            # Where no draw has any chance, no number of them will do.
+            if total < n and (drawn >= self.road.max_draws or (not expected and drawn >= MOST)):
                 raise RuntimeError(
                     f"Rejection kept {total} of {drawn} draws from {model}, {n} were asked for. The base models hardly overlap where the "
                     "composition lies; ask for fewer samples, raise max_draws, or see sculpt.overlap."

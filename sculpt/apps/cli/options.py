@@ -174,7 +174,7 @@ def conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str
             raise ValueError(
                 f"--with {pair}: expected KEY=VALUE or NAME.KEY=VALUE with a model's name ({', '.join(filter(None, names))})."
             )
-        if key in ("device", "dtype", "path"):
+        if key in ("device", "dtype", "path_or_hub_id"):
             raise ValueError(f"--with {pair}: {key} is no condition, but an option of its own.")
         try:
             value = ast.literal_eval(text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,9 @@ from sculpt.diffusion.networks import first_state, is_a, known_as
 from sculpt.identity import digest
 
 __all__ = ["Diffusion"]
+
+SMALL = 2**32
+"""Parameters times numbers of a sample, where a call takes milliseconds."""
 
 
 class Diffusion(Denoiser):
@@ -168,16 +172,22 @@ class Diffusion(Denoiser):
         )
 
     def check_answer(self) -> None:
-        """Call a network of diffusers without its numbers, which takes no time: raise where it cannot take what it is called with."""
-        forward = inspect.signature(self.model.forward).parameters if self._from_diffusers else ()
-        if not (self.condition or {*forward} <= {"sample", "timestep", "class_labels", "return_dict"}) or not forward:
+        """Call a network of diffusers, a large one without its numbers: raise where it cannot take what it is called with."""
+        if not self._from_diffusers:
+            return
+        takes, config = {*inspect.signature(self.model.forward).parameters}, self.model.config
+        labelled = config.get("num_class_embeds") or config.get("class_embed_type")
+        if not self.condition and (labelled or takes - {"sample", "timestep", "class_labels", "return_dict"}):
             return  # its condition comes later
-        state = {name: value.to("meta") for name, value in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        twin, x = copy.copy(self), torch.empty(2, *self.shape, dtype=self.dtype, device="meta")
+        state = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        small = sum(value.numel() for value in state.values()) * math.prod(self.shape) < SMALL
+        place = self.device if small else torch.device("meta")
+        state = {name: value.to(place) for name, value in state.items()}
+        twin, x = copy.copy(self), torch.zeros(2, *self.shape, dtype=self.dtype, device=place)
         twin.model = lambda x, **options: torch.func.functional_call(self.model, state, (x,), options)
         try:
             with torch.no_grad():
-                twin._call(x, torch.ones(2, device="meta"), self.condition)
+                twin._call(x, torch.ones(2, device=place), self.condition)
         except Exception as error:
             # Some networks look at numbers.
             if not isinstance(error, NotImplementedError) and "meta" not in str(error):

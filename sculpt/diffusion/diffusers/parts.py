@@ -40,8 +40,10 @@ _PARTS = {
     ),
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+TYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+_TEXTS = (".json", ".txt", ".jinja", ".model")
 MOST_BYTES = 2**26
-"""of a file that is no safetensors file"""
+"""of one of these"""
 
 
 def read_pipeline(folder: Path, device: Any, dtype: torch.dtype | None) -> Any:
@@ -234,7 +236,9 @@ class _Part:
         if not self.is_ours:
             files = [path for path in self.files if _variant([path]) == variant]
             tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
-            return read(None, config=self.described, state_dict=tensors, output_loading_info=True)
+            told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+            options = {"state_dict": tensors, "torch_dtype": TYPES.get(told, "auto"), "output_loading_info": True}
+            return read(None, config=self.described, **options)
         from diffusers.utils import is_accelerate_available
 
         options = {"use_safetensors": True, "variant": variant, "local_files_only": True, "output_loading_info": True}
@@ -251,7 +255,7 @@ def _check_plain(folder: Path) -> None:
             raise ValueError(f"{path} cannot be read: {error.strerror}. Copy or download it again.") from None
         if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
             raise ValueError(f"{path} is no plain file. Copy or download it again.")
-        if path.suffix != ".safetensors" and path.suffix not in _PICKLES and found.st_size > MOST_BYTES:
+        if path.suffix in _TEXTS and found.st_size > MOST_BYTES:
             raise ValueError(f"{path} has {found.st_size:,} bytes, expected at most {MOST_BYTES:,}. Copy or download it again.")
 
 

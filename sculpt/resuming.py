@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sculpt.blueprint import check, fill
 from sculpt.entries import Entries, parse_json
-from sculpt.weights import Shape, Weights
+from sculpt.weights import REAL, Shape, Weights
 
 __all__ = ["FORMAT", "Kept", "fit_in", "note_of", "read_state", "state_path"]
 
@@ -97,6 +97,8 @@ def fit_in(weights: Weights, kept: Mapping[str, Kept], optimizer: torch.optim.Op
         moments = {int(name.partition(".")[2]): part for name, part in parts.items() if name.startswith("optimizer.")}
         if not all(0 <= float(moment.get("step", 0)) < math.inf for moment in moments.values()):
             raise ValueError("the optimiser counts steps that are no number")
+        if odd := {value.dtype for moment in moments.values() for value in moment.values()} - {*REAL, torch.int64}:
+            raise ValueError(f"the optimiser has {odd.pop()}, expected real numbers")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": moments})
     except Exception as error:  # whatever a class says about a state that it did not write
         raise _misfit(weights, f"{type(error).__name__}: {error!s:.300}") from None

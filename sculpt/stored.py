@@ -6,21 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sculpt.contents import VERSION
 from sculpt.diagnostics import Diagnostics
 from sculpt.entries import Entries, parse_json
-from sculpt.weights import Weights
+from sculpt.weights import REAL, WHOLE, Weights
 
 __all__ = ["FORMAT", "Stored"]
 
 FORMAT = 1
 MOST = 100_000_000
 """Bytes beside the tensors: as many as safetensors writes."""
-REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 class Stored:

@@ -10,15 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from sculpt.entries import Entries, open_plain, parse_json
 
-__all__ = ["Shape", "Weights", "read_tensors"]
+__all__ = ["REAL", "WHOLE", "Shape", "Weights", "read_tensors"]
 
 Shape = tuple[int, ...]
+
+REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+"""Types that one can calculate with; a file may have others."""
 
 MOST_HEADER = 2**24
 """bytes of the names and shapes"""

@@ -247,6 +247,7 @@ def drop(name):
         (drop("seen/steps"), "does not fit this training: KeyError: 'steps'"),
         (lambda note, tensors: tensors.update({"optimizer.0/exp_avg": torch.zeros(4, 2)}), r"optimizer.0 has .*\(4, 2\).*expected .*\(4, 3\)"),
         (lambda note, tensors: tensors.update({"optimizer.0/step": torch.tensor(-1.0)}), "counts steps that are no number"),
+        (lambda note, tensors: tensors.update({"optimizer.0/step": torch.tensor(1).to(torch.float8_e5m2)}), "torch.float8_e5m2, expected real"),
         (lambda note, tensors: tensors.update({"network/0.bias": torch.full((4,), math.nan)}), "network/0.bias holds numbers that are not finite"),
         (lambda note, tensors: tensors.update({"network/0.bias": torch.zeros(4, dtype=torch.int32)}), "holds torch.int32, expected torch.float32"),
     ],
@@ -278,9 +279,11 @@ def test_a_curve_that_lacks_what_a_classifier_is_chosen_by_is_refused(tmp_path):
     assert "a row of the training curve lacks held_out_joint" in refused(tmp_path, mutated_training.load)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda x: x[:5], lambda x: x[:, :1], lambda x: x * math.nan, lambda x: x.to(torch.complex64)]
-)
+TYPES = (torch.complex64, torch.float8_e4m3fn)
+CHANGES = [lambda x: x[:5], lambda x: x[:, :1], lambda x: x * math.nan, *(lambda x, to=to: x.to(to) for to in TYPES)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_samples_that_were_drawn_before_are_those_of_the_training(tmp_path, change):
     mutated_training.FOLDERS["fit"](tmp_path)
     (tmp_path / "training" / "state.safetensors").unlink()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sculpt.classifier.losses import cross_entropies, terminal_cross_entropy
 from sculpt.classifier.plan import STEP, Plan
 from sculpt.files import replace_file
-from sculpt.weights import Weights
+from sculpt.weights import REAL, WHOLE, Weights
 
 if TYPE_CHECKING:
     from sculpt.classifier.heads import Classifier
@@ -259,7 +259,7 @@ def _read(path: Path, model: BaseModel, n: int) -> Tensor:
     weights = Weights(path)
     weights.expect({"x": (n, *model.shape)}, f"{n} samples of {model}")
     x = weights.read()["x"]
-    if x.is_complex() or not x.isfinite().all():
+    if x.dtype not in (*REAL, *WHOLE) or not x.isfinite().all():
         raise ValueError(f"{path} has entries that are no finite numbers. Delete it: its samples are then drawn again.")
     return _kept(x)
 

@@ -126,7 +126,9 @@ class Entries:
     def refuse(self, name: str, expected: str) -> ValueError:
         """The error that says what this entry is and what was expected."""
         got = _short(self.found[name]) if name in self.found else "missing"
-        return ValueError(f"{self.where}: {name:.80} is {got}, expected {expected}. Copy or download it again, or update sculpt.")
+        return ValueError(
+            f"{self.where}: {name:.80} is {got}, expected {expected}. Copy or download it again, or update sculpt."
+        )
 
     def whole(self, name: str, least: int = 0, most: int = LARGEST) -> int:
         """An integer."""

@@ -223,7 +223,7 @@ class Scenario:
     steps: list[tuple[type, str]] = field(default_factory=list)
     """Methods that leave a content of its own each time: a training saves many states."""
     repeats: bool = True
-    """Whether the job, run once more when it was done, changes nothing."""
+    """Whether the job, run once more when it was done, changes nothing; if not, it is only read then."""
 
 
 @dataclass
@@ -335,8 +335,8 @@ class Trial:
         tally.ends[end] += 1
         assert end != "neither", "what is there is neither old nor new"
         assert code != 0 or end == "new", f"said nothing, and left what is {end}"
-        if end != "new" or self.scenario.repeats:
-            assert forked(lambda: self.scenario.job(root)) == 0, "cannot be resumed"
+        again = self.scenario.load if end == "new" and not self.scenario.repeats else self.scenario.job
+        assert forked(lambda: again(root)) == 0, "cannot be resumed"
         assert not debris(root), f"the resumed run leaves {debris(root)}"
         assert hashes(root) == self.end, f"the resumed run differs in {differing(self.end, hashes(root))}"
         tally.resumed += 1

@@ -243,10 +243,10 @@ def taken(store, network, m, n, odds, size):
     print(json.dumps([plan.step, said("VmHWM") - before]))
 
 for items, m, n, size, options, odds in (
-    (30, 4, 4, 64, {"children": True}, False), (30, 4, 4, 16, {"children": False}, False),
-    (30, 2, 2, 64, {"children": False}, True), (20, 3, 4, 24, {"composed": True, "children": True}, True),
+    (30, 4, 4, 32, {"children": True}, False), (30, 2, 2, 48, {"children": False}, True),
+    (20, 3, 4, 24, {"composed": True, "children": True}, True),
 ):
-    store = TrajectoryStore(subsets(items, m), samples=100, **options)
+    store = TrajectoryStore(subsets(items, m), samples=48, **options)
     taken(store, GridNetwork(items, 2, encoding="one-hot"), m, n, odds, size)
 models = [exact_model(GaussianMixture([[i - 2.0, 0.0]], 0.3), name=str(i)) for i in range(8)]
 store = DiffusionStore(models, data=[torch.randn(100, 2) for _ in range(8)], path=True)
@@ -276,13 +276,15 @@ import json, resource, sys, tempfile
 import sculpt
 from test_fit_memory import subsets
 with tempfile.TemporaryDirectory() as folder:
-    classifier = sculpt.fit(subsets(99, 8), 4, steps=2, checkpoint=folder, progress=False, **json.loads(sys.argv[1]))
+    classifier = sculpt.fit(subsets(99, 8), 4, checkpoint=folder, progress=False, **({"steps": 2} | json.loads(sys.argv[1])))
 print(json.dumps([classifier.n_children, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "children"), [({}, 1), ({"children": True}, 100), ({"batch_size": 32, "samples": 500}, 1)])
+@pytest.mark.parametrize(
+    ("options", "children"), [({}, 1), ({"children": True}, 100), ({"batch_size": 16, "samples": 300, "steps": 1}, 1)]
+)
 def test_a_hundred_actions_eight_models_and_four_observations_fit_into_four_gigabytes(options, children):
     found, gigabytes = json.loads(python(FIT, json.dumps(options)))
     assert found == children and gigabytes < 4

@@ -160,7 +160,9 @@ def test_a_state_that_does_not_fit_the_network_is_refused(tmp_path):
     first.training.save()
     network = nn.Linear(3, 2)
     other = Training(network, torch.optim.Adam(network.parameters()), tmp_path, identity=first.training.identity)
-    with pytest.raises(ValueError, match="state.safetensors do not fit the network of this training: network/weight is missing, expected"):
+    with pytest.raises(
+        ValueError, match="state.safetensors do not fit the network of this training: network/weight is missing, expected"
+    ):
         other.resume()
 
 

@@ -117,7 +117,7 @@ class Weights:
             if self.shapes.get(name) != shapes.get(name):
                 got, expected = self.shapes.get(name, "missing"), shapes.get(name, "no such tensor")
                 raise ValueError(
-                    f"{self.path} does not hold {what}: {name} is {got}, expected {expected}. Copy or download it again."
+                    f"{self.path} does not hold {what}: {name:.200} is {got!s:.200}, expected {expected!s:.200}. Copy or download it again."
                 )
 
     def read(self) -> dict[str, Tensor]:

@@ -150,9 +150,8 @@ def _judge(error: BaseException, loaded: bool) -> tuple[str, str]:
     """Clear is a sentence that sculpt itself says."""
     frames = traceback.extract_tb(error.__traceback__)
     last, ours = frames[-1], next((f for f in reversed(frames) if f.filename.startswith(str(ROOT / "sculpt"))), frames[-1])
-    kinds = (ValueError, ImportError, FloatingPointError) if loaded else (ValueError, ImportError)
     text = str(error)
-    if type(error) in kinds and last is ours and " " in text and 20 < len(text) < 3000:
+    if type(error) in (ValueError, ImportError, FloatingPointError) and last is ours and " " in text and 20 < len(text) < 3000:
         return ("late" if loaded else "clear"), text
     place = f"{Path(ours.filename).name}:{ours.lineno} {ours.name} < {Path(last.filename).name}:{last.lineno}"
     return "ugly", f"{'used: ' if loaded else ''}{type(error).__name__} at {place}: {text:.200}"

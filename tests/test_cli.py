@@ -297,14 +297,17 @@ def test_an_interruption_leaves_the_old_file(sample, monkeypatch, capsys):
     assert capsys.readouterr().err == "\nsculpt: stopped. Nothing was written.\n"
 
 
-def test_warnings_are_one_line_and_the_process_keeps_its_own(sample, capsys, monkeypatch):
+def test_what_sculpt_does_wrong_is_one_line_too_and_warnings_are_and_the_process_keeps_its_own(sample, capsys, monkeypatch):
     import warnings
 
     monkeypatch.setattr("sculpt.apps.cli.sample.load_models", lambda options: warnings.warn("look out", stacklevel=1) or 1 / 0)
     before = warnings.showwarning
-    with pytest.raises(ZeroDivisionError):
-        sample("a & b")
-    assert capsys.readouterr().err == "sculpt: warning: look out\n"
+    code, _ = sample("a & b")
+    assert code == 1
+    assert capsys.readouterr().err == (
+        "sculpt: warning: look out\n"
+        "sculpt: error: ZeroDivisionError: division by zero. This is a bug in sculpt; run again with --traceback to see where.\n"
+    )
     assert warnings.showwarning is before
 
 

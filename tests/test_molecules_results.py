@@ -270,7 +270,7 @@ def test_a_format_that_is_not_known_says_which_are(samples, tmp_path, name):
 def test_without_pandas_only_the_data_frame_is_out_of_reach(samples, tmp_path, without):
     without("pandas")
     with pytest.raises(
-        ImportError, match=r"to_frame needs pandas: pip install pandas, or install sculpt as 'sculpt\[molecules\]'"
+        ImportError, match=r"to_frame needs pandas: pip install pandas, or install sculpt as 'sculpt\[tables\]'"
     ):
         samples.to_frame(["sa"])
     samples.save(tmp_path / "a.csv", ["sa"])

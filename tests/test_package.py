@@ -67,7 +67,7 @@ def readme_blocks() -> list[str]:
 
 
 def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
-    """Top to bottom, with tiny random networks for its checkpoints and a short training."""
+    """Top to bottom, with tiny random networks for its checkpoints, a short training and a small library."""
     from checkpoints import save_pipeline
 
     for seed, name in enumerate(("cats", "outdoors")):
@@ -78,6 +78,10 @@ def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(
         vars(sculpt), "fit", partial(sculpt.fit, steps=3, batch_size=4, samples=20, sample_steps=3, progress=False)
     )
+    generate = sculpt.generate
+    monkeypatch.setitem(
+        vars(sculpt), "generate", lambda model, n, *rest, **options: generate(model, n // 50_000, *rest, **options)
+    )
     scope: dict = {}
     for block in readme_blocks():
         exec(compile(block, "README.md", "exec"), scope)
@@ -85,7 +89,7 @@ def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
     assert len(scope["pictures"]) == 2
     # N(-1, 1) & N(1, 1) in the plane: symmetric, between the two.
     assert scope["between"].x.mean(0).abs().max() < 0.15
-    assert set(scope) >= {"only", "cells"}
+    assert set(scope) >= {"only", "cells"} and len(scope["library"]) == len(scope["frame"]) == 20
 
 
 def test_the_readme_names_only_what_exists():

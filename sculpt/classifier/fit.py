@@ -184,6 +184,11 @@ class _Fit:
                 if training.step % self.every == 0 or training.step == steps:
                     self.record({name: float(row[name]) for name in row if name not in ("loss", "norm")} | self.evaluate())
                     bar.set_postfix(held_out=f"{self.judge.last:.4f}", best=f"{self.judge.best:.4f}")
+        if not math.isfinite(self.judge.best):
+            raise FloatingPointError(
+                f"The losses of the classifier's best weights come to {self.judge.best}: nothing was learned. Check the samples for numbers "
+                "far out of range, take a smaller learning rate, and another folder than this training's, if it has one."
+            )
         self.best.history = training.curve
         if self.checkpoint is not None:
             self.best.save_pretrained(self.checkpoint)
@@ -249,7 +254,7 @@ class _Judge:
             self.settled = True
         self.last = sum(weight * row[f"held_out_{name}"] for name, weight in self.weights.items())
         # While the ramp is on, the targets themselves still move: no judgement yet.
-        is_best = self.last < self.best or row["step"] < 0.15 * self.steps or self.keep_last
+        is_best = self.last < self.best or math.isnan(self.best) or row["step"] < 0.15 * self.steps or self.keep_last
         if is_best:
             self.best, self.stale = self.last, 0
             self.kept.pop("kept", None)

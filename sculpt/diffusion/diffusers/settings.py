@@ -141,7 +141,7 @@ def _fits(value: Any, kinds: set[type], least: float, most: float) -> bool:
     """Whether a value, or each in a list, is of one of the kinds, and no whole number is too small or too large."""
     if isinstance(value, list):
         return bool({list, tuple, object} & kinds) and all(_fits(part, kinds, least, most) for part in value)
-    if type(value) is int and float not in kinds and not least <= value <= most:
+    if type(value) is int and not (abs(value) < 2**63 if float in kinds else least <= value <= most):
         return False
     if object in kinds or type(value) in kinds:
         return True

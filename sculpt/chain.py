@@ -130,6 +130,10 @@ class Chain(abc.ABC):
         """The population for n samples where the caller does not say. Weights mean little among a few particles."""
         return max(n, 2048)
 
+    def slip(self, state: State, log_w: Float[Tensor, "n"]) -> float:
+        """What the finite number of steps may have added to log Z, as far as the particles of one run can tell."""
+        return 0.0
+
     def notes(self, x: Tensor, generator: torch.Generator | None) -> list[str]:
         """What the diagnostics should say about this run, given its samples."""
         return []
@@ -190,7 +194,9 @@ def run(
         with torch.no_grad():
             increment = flock.advance(chain, population.log_w, generator)
     with torch.no_grad():
-        x, increment = chain.end(flock.everyone(), population.log_w, generator)
+        state = flock.everyone()
+        diagnostics.slip = chain.slip(state, population.log_w)
+        x, increment = chain.end(state, population.log_w, generator)
     if selection is not None and (lost := ~finite(x)).any():
         increment = torch.where(lost, math.nan, 0.0 if increment is None else increment)
         x = torch.where(lost.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)

@@ -63,7 +63,8 @@ class Diagnostics:
         particles: the size of its population.
         ess: the effective sample size after every weighting.
         log_z: the estimate of the target's log-normaliser.
-        log_z_error: the standard error of ``log_z``.
+        log_z_error: the standard error of ``log_z``, what the steps may have added to it included.
+        slip: that part of it: what their finite number may have added to log Z.
         ancestors: how many particles of the start have descendants with weight.
         families: how many particles of the start the weight comes from.
         doubt: a known error that the weights do not show.
@@ -81,6 +82,7 @@ class Diagnostics:
     ess: list[float] = field(default_factory=list)
     log_z: float | None = None
     log_z_error: float | None = None
+    slip: float = 0.0
     ancestors: int | None = None
     families: float | None = None
     doubt: str = ""
@@ -95,7 +97,8 @@ class Diagnostics:
         self.particles, self.ess = population.n, list(population.ess)
         if selected:
             self.ancestors, self.families = population.ancestors, population.families
-        self.log_z, self.log_z_error, self.acceptance = population.log_z, population.log_z_error, acceptance
+        self.log_z, self.acceptance = population.log_z, acceptance
+        self.log_z_error = math.hypot(population.log_z_error, self.slip)
 
     @property
     def verdict(self) -> Verdict:
@@ -218,7 +221,7 @@ def _sizes(said: Entries, name: str) -> list[float]:
 _READ = {
     **dict.fromkeys(("road", "formula", "doubt", "referee"), lambda said, name: said.text(name, LONG)),
     **dict.fromkeys(("steps", "ancestors"), lambda said, name: said.whole(name, most=COUNT)),
-    **dict.fromkeys(("log_z", "log_z_error"), _real),
+    **dict.fromkeys(("log_z", "log_z_error", "slip"), _real),
     "particles": lambda said, name: said.whole(name, least=1, most=COUNT),
     "families": lambda said, name: said.number(name, 0, COUNT),
     "acceptance": lambda said, name: said.number(name, 0, 2),

@@ -5,7 +5,7 @@ import torch
 from diffusers_models import exact_model, sixteen_dimensions
 
 import sculpt
-from sculpt.diffusion import chains
+from sculpt.diffusion import tracked
 from sculpt.diffusion.fade import Faded, fade
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
 from sculpt.particles import effective_sample_size
@@ -89,5 +89,5 @@ def test_a_contrast_that_is_faded_in_keeps_its_particles(monkeypatch):
 
     assert effective_share() > 0.95
     # The mechanism itself: without fading, the same run loses a good part of them.
-    monkeypatch.setattr(chains, "fade", lambda formula, beta: formula)
+    monkeypatch.setattr(tracked, "fade", lambda formula, beta: formula)
     assert effective_share() < 0.85

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sculpt.checks import real, whole
-from sculpt.diffusion.chains import inner
+from sculpt.diffusion.kernels import inner
 from sculpt.formula import Formula
 from sculpt.model import randn
 from sculpt.state import in_parts
@@ -67,8 +67,8 @@ class Target:
         self.ends, self.between = _QUADRATURE[nodes]
         self.inexact = [i for i, model in enumerate(models) if not model.has_energy]
 
-    def at(self, z: Float[Tensor, "N *x"], ell: Float[Tensor, "N m"]) -> Point:
-        return Point(z, ell, self._scores(z, range(len(self.models))), self._energies(z))
+    def at(self, z: Float[Tensor, "N *x"], ell: Float[Tensor, "N m"], S: Float[Tensor, "N m *x"] | None = None) -> Point:
+        return Point(z, ell, self._scores(z, range(len(self.models))) if S is None else S, self._energies(z))
 
     def move(self, point: Point, z: Float[Tensor, "N *x"]) -> Point:
         """To z, the log-densities carried along. There and back again they are what they were."""
@@ -142,15 +142,17 @@ class Corrector(abc.ABC):
         models: Sequence[Denoiser],
         batch_size: int,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "N *x"], Float[Tensor, "N m"]]:
+        D: Float[Tensor, "N m *x"] | None = None,
+    ) -> tuple[Float[Tensor, "N *x"], Float[Tensor, "N m"], Float[Tensor, "N m *x"]]:
+        """Move particles at z, with their log-densities and what the models make of them there: D, where that is known."""
         target = Target(formula, models, s, self.nodes, batch_size)
-        point = target.at(z, ell)
+        point = target.at(z, ell, None if D is None else (D - z[:, None]) / target.v)
         rate = torch.zeros((), dtype=torch.float64, device=z.device)
         for point, moved in self.moves(point, target, generator):  # noqa: B007, B020, the last point stays
             rate += moved.double().mean() / self.steps
         self.acceptance.append(float(rate))
         self._inexact = [str(models[i]) for i in target.inexact]
-        return point.z, point.ell
+        return point.z, point.ell, point.z[:, None] + target.v * point.S
 
     @property
     def note(self) -> str:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from sculpt.chain import Chain, Settings
 from sculpt.composition import Composition
-from sculpt.diffusion.chains import DenoisingChain, GuidedChain, TrackedChain
+from sculpt.diffusion.chains import DenoisingChain, GuidedChain
 from sculpt.diffusion.clock import Level, level, like, noise_range
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.ratios import path_ratios
 from sculpt.diffusion.states import DiffusionStore
+from sculpt.diffusion.tracked import TrackedChain
 from sculpt.identity import digest, weights
 from sculpt.model import BaseModel, Steered, Steppable, operand_names
 from sculpt.samples import pixels
@@ -63,6 +64,15 @@ class Denoiser(Steppable):
     @abc.abstractmethod
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         """D(z, s) in z's dtype. Gradients flow to z."""
+
+    @property
+    def together(self) -> Any:
+        """Models for which this is the same are one call of a network; ``None`` for a model by itself."""
+        return None
+
+    def denoise_together(self, models: Sequence[Denoiser], z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b m *x"]:
+        """What models of one network, this one among them, make of z."""
+        return torch.stack([model.denoise(z, s) for model in models], dim=1)
 
     @property
     def space(self) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
-from sculpt.diffusion.diffusers.conditions import class_condition, expand, leaves, prompt_encoder, tree_map
+from sculpt.diffusion.diffusers.conditions import class_condition, entries, expand, leaves, prompt_encoder, tree_map
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.networks import first_state, is_a, known_as
 from sculpt.identity import digest
@@ -104,21 +104,32 @@ class Diffusion(Denoiser):
         known = known_as(self.model, self._given_name, self._anonymous)
         return digest(known, self.schedule.identity, self.shape, self.condition, guidance)
 
+    @property
+    def together(self) -> Any:
+        """The network, the path, and how conditions are built: other conditions of the same kind are one call."""
+        built = [(k, tuple(c.shape), c.dtype) if isinstance(c, Tensor) else (k, c) for k, c in entries(self.condition)]
+        return id(self.model), self.schedule.identity, self.shape, self.extrapolated, repr(built)
+
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
+        return self.denoise_together([self], z, s)[:, 0]
+
+    def denoise_together(self, models: Sequence[Denoiser], z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b m *x"]:
         if tuple(z.shape[1:]) != self.shape:
             raise ValueError(f"{self} takes samples of shape {self.shape}, got a batch of {tuple(z.shape[1:])}.")
         s, dtype = level(s, z.device), z.dtype
         z = z.to(torch.promote_types(dtype, torch.float32))  # D is a difference of large numbers where s is large
-        F = self._output(like(self.schedule.scale(s), z) * z, self.schedule.time(s))
-        return self.schedule.denoised(z, s, F).to(dtype)
+        F = self._outputs(models, like(self.schedule.scale(s), z) * z, self.schedule.time(s))
+        return torch.stack([self.schedule.denoised(z, s, part) for part in F], dim=1).to(dtype)
 
-    def _output(self, x: Tensor, t: Tensor) -> Tensor:
-        """F(x, t), guided."""
+    def _outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
+        """F(x, t) of all of them, guided."""
+        conditions = [c for p in models for c in ([p.null_condition] if self.extrapolated else []) + [p.condition]]
+        k = len(conditions)
+        every = tree_map(lambda *c: torch.cat([expand(one, x) for one in c]) if k > 1 else c[0], *conditions)
+        F = self._call(torch.cat([x] * k) if k > 1 else x, t.repeat(k) if t.ndim else t, every).chunk(k)
         if not self.extrapolated:
-            return self._call(x, t, self.condition)
-        both = tree_map(lambda u, c: torch.cat([expand(u, x), expand(c, x)]), self.null_condition, self.condition)
-        F_null, F = self._call(torch.cat([x, x]), t.repeat(2) if t.ndim else t, both).chunk(2)
-        return F_null + self.guidance_scale * (F - F_null)
+            return list(F)
+        return [null + p.guidance_scale * (own - null) for p, null, own in zip(models, F[::2], F[1::2], strict=True)]
 
     def _call(self, x: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
         F = self._network(x, t, condition, *self._time)

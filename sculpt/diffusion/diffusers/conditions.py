@@ -10,7 +10,7 @@ from torch import Tensor
 from sculpt.diffusion.diffusers.settings import clear
 from sculpt.diffusion.networks import is_a
 
-__all__ = ["class_condition", "expand", "leaves", "prompt_encoder", "tree_map"]
+__all__ = ["class_condition", "entries", "expand", "leaves", "prompt_encoder", "tree_map"]
 
 
 def tree_map(f: Callable[..., Tensor], *conditions: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,12 +24,18 @@ def tree_map(f: Callable[..., Tensor], *conditions: Mapping[str, Any]) -> dict[s
     return {k: walk(*(condition[k] for condition in conditions)) for k in conditions[0]}
 
 
-def leaves(condition: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def entries(condition: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every entry, those of dicts inside among them."""
     for k, c in sorted(condition.items()):
         if isinstance(c, Mapping):
-            yield from leaves(c)
-        elif isinstance(c, Tensor):
+            yield from entries(c)
+        else:
             yield k, c
+
+
+def leaves(condition: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Its tensors."""
+    return ((k, c) for k, c in entries(condition) if isinstance(c, Tensor))
 
 
 def expand(c: Tensor, x: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Chain, Settings
-from sculpt.diffusion.chains import check_finite
 from sculpt.diffusion.diffusers.unet import DenoiserUNet
+from sculpt.diffusion.kernels import check_finite
 from sculpt.model import randn
 from sculpt.state import State, in_parts
 

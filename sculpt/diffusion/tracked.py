@@ -1,0 +1,171 @@
+r"""The chain of a formula of several models, whose densities every particle carries along.
+
+Notation: noise levels :math:`s_0 > s_1 > \dots`, :math:`v = s^2`, a step goes from :math:`v` to :math:`v' = v - \delta`;
+:math:`S_i = (D_i - z) / v` is the score of base model i, :math:`\xi` standard noise, :math:`\ell_i = \log u_i` the tracked
+log-density. ``N`` particles, ``m`` base models, ``*x`` one sample. Weights, clock and tracked densities are float64.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from einops import einsum, reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sculpt.chain import Settings
+from sculpt.diffusion.chains import NoisyChain
+from sculpt.diffusion.fade import fade
+from sculpt.diffusion.kernels import Walk, analytic_variance, check_finite, inner, kernel_variance, surprise
+from sculpt.diffusion.together import denoise_all
+from sculpt.formula import Formula
+from sculpt.model import randn
+from sculpt.state import State
+
+if TYPE_CHECKING:
+    from sculpt.diffusion.correctors import Corrector
+    from sculpt.diffusion.denoiser import Denoiser
+
+__all__ = ["Tracked", "TrackedChain"]
+
+STEPS = 128
+
+
+@dataclass
+class Tracked(State):
+    """Noisy samples, their log-density under each base model, and what each makes of them."""
+
+    k: Int[Tensor, "N"]
+    z: Float[Tensor, "N *x"]
+    ell: Float[Tensor, "N m"]
+    D: Float[Tensor, "N m *x"]
+    slip: Float[Tensor, "N"]
+    """what the finite number of steps has put into the log-weight so far, as far as one run can tell"""
+
+
+class TrackedChain(NoisyChain):
+    r"""A formula of the densities of several models, which every particle carries along:
+
+    .. math::
+        \ell_i' &= \ell_i + \log P_i(z' \mid z) - \log N(z; z', \delta) \\
+        \log w' &= \log w + \Phi'(\ell') - \Phi(\ell) + \log P_B(z \mid z') - \log P(z' \mid z)
+
+    Base model i steps with the mean :math:`z + \delta S_i` and the Analytic-DPM variance :math:`\tau_i`, see
+    :func:`~sculpt.diffusion.kernels.analytic_variance`; P and P_B, with the score :math:`S = \sum_i a_i S_i, \; a = \partial \Phi(\ell)`, are
+    those of :class:`~sculpt.diffusion.kernels.Walk`. Contrasts are faded in, :math:`\Phi'` is the formula at the next level: see
+    :mod:`sculpt.diffusion.fade`.
+    """
+
+    road, threshold = "tracked densities", 0.9
+    few, fewest = 10_000, 512
+
+    def __init__(self, formula: Formula, models: Sequence[Denoiser], settings: Settings, corrector: Corrector | None = None):
+        settings.refuse("tracked densities, which need a kernel of their own", "solver")
+        super().__init__(models, settings, STEPS if settings.steps is None else settings.steps)
+        self.degree, self.corrector, self.warned = formula.degree, corrector, False
+        if corrector is not None:
+            corrector.reset()
+        # The target of each level: what the formula pushes away from is faded in.
+        self.targets = [fade(formula, (k / (self.length - 1)) ** 2) for k in range(self.length)]
+        self.d = math.prod(self.shape)
+        if self.d > 256:
+            self.doubt = (
+                f"the errors of tracked densities add up over {self.d} dimensions, which the effective share does not show. "
+                "Use a classifier."
+            )
+            warnings.warn(
+                f"Tracked densities in {self.d} dimensions: their errors add up, and the weights collapse onto a few particles or mean "
+                "nothing. A classifier (sculpt.fit) scales to images.",
+                stacklevel=2,
+            )
+
+    def start(self, n, generator):
+        v0 = self.levels[0] ** 2
+        # The base models start from N(0, v0), the product of densities of degree d from N(0, v0 / d).
+        xi = self.noise(n, generator, self.levels)
+        z = (v0 / self.degree).sqrt() * xi
+        normal = 0.5 * self.d * torch.log(2 * math.pi * v0)
+        ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, len(self.models)).clone()
+        log_w = self.targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * self.d * math.log(self.degree)
+        state, bad = self._at(0, z, ell, torch.zeros_like(log_w), log_w)
+        return state, torch.where(bad, math.nan, log_w)
+
+    def step(self, state, log_w, generator):
+        k, z, ell, D = self._corrected(state, generator)
+        v, v_next = self.levels[k] ** 2, self.levels[k + 1] ** 2
+        delta, a = v - v_next, self.targets[k].gradient(ell)
+        S = (D - z[:, None]) / v
+        c, c_composed = analytic_variance(z, D, a, log_w, v)
+        walk, tau = Walk.of(self.degree, c_composed, v, v_next), kernel_variance(c, v, delta)
+        xi = randn(z.shape, generator, z)
+        step = walk.ahead * einsum(a, S, "N m, N m ... -> N ...") + walk.tau.sqrt() * xi
+        ratio = self._normal(step[:, None] - delta * S, tau) - self._normal(step[:, None], delta)
+        new, bad = self._at(k + 1, z + step, ell + ratio, state.slip, log_w)
+        a_next = self.targets[k + 1].gradient(new.ell)
+        S_next = (new.D - new.z[:, None]) / v_next
+        return_ = step + walk.back * einsum(a_next, S_next, "N m, N m ... -> N ...")
+        kernels = self._normal(return_[:, None], walk.beta) - self._normal((walk.tau.sqrt() * xi)[:, None], walk.tau)
+        increment = self.targets[k + 1].value(new.ell) - self.targets[k].value(ell) + kernels[:, 0]
+        r = surprise(ratio, z, step, S, S_next, (v, v_next), torch.softmax(log_w, 0))
+        H = self.targets[k + 1].hessian(new.ell)
+        new.slip = (
+            state.slip
+            + (einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")) / 2
+        )
+        return new, torch.where(bad, math.nan, increment)
+
+    def end(self, state, log_w, generator):
+        # One unweighted composed denoising: weights stop at the least noise level.
+        k, z, ell, D = self._corrected(state, generator)
+        return (z + einsum(self.targets[k].gradient(ell), D - z[:, None], "N m, N m ... -> N ...")).float(), None
+
+    def slip(self, state, log_w):
+        return abs(float(torch.softmax(log_w, 0) @ state.slip))
+
+    def notes(self, x, generator):
+        return super().notes(x, generator) + ([] if self.corrector is None else [self.corrector.note])
+
+    def _normal(self, miss: Float[Tensor, "N m *x"], variance: Tensor) -> Float[Tensor, "N m"]:
+        """The log-density of Gaussians at this distance from their means."""
+        return -reduce(miss**2, "N m ... -> N m", "sum") / (2 * variance) - 0.5 * self.d * torch.log(2 * math.pi * variance)
+
+    def _at(self, k: int, z: Tensor, ell: Tensor, slip: Tensor, log_w: Tensor) -> tuple[Tracked, Bool[Tensor, "N"]]:
+        """The state at a level, where the networks are called, and which particles are lost to numbers that are not finite."""
+        D = denoise_all(self.models, z, self.levels[k], self.batch_size)
+        finite = reduce((D - z[:, None]).isfinite(), "N m ... -> N m", "all")
+        bad = ~finite.all(1) | ell.isnan().any(1)
+        if bad.any():
+            self._tell_lost(D, ~finite, log_w > -math.inf, k)
+            # Nothing of them is left: zero times NaN would be NaN in the means over all particles.
+            z, ell, D = (torch.where(bad.reshape(-1, *[1] * (part.ndim - 1)), 0.0, part) for part in (z, ell, D))
+        return Tracked(torch.full((len(z),), k, device=z.device), z, ell, D, slip), bad
+
+    def _corrected(self, state: Tracked, generator: torch.Generator | None) -> tuple[int, Tensor, Tensor, Tensor]:
+        """Where the particles go on from: moved within their level, where there is a corrector."""
+        k, z, ell, D = int(state.k[0]), state.z, state.ell, state.D
+        if self.corrector is not None:
+            z, ell, D = self.corrector(z, ell, self.levels[k], self.targets[k], self.models, self.batch_size, generator, D)
+        return k, z, ell, D
+
+    def _tell_lost(self, D: Tensor, bad: Tensor, alive: Tensor, k: int) -> None:
+        """Warn once, naming the models; a note of the result counts all that are lost. Raise where nobody is left."""
+        s = self.levels[k]
+        broken = [str(model) for model, column in zip(self.models, bad.unbind(1), strict=True) if (column & alive).any()]
+        if broken and not (alive & ~bad.any(1)).any():
+            check_finite(D, f"{' and '.join(broken)} gave", k, s)
+        if broken and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{' and '.join(broken)} gave numbers that are not finite for {int((bad.any(1) & alive).sum())} of {int(alive.sum())} "
+                f"particles at step {k} (s={float(s):.3g}); these particles lose their weight.",
+                stacklevel=2,
+            )
+
+
+def _quadratic(H: Float[Tensor, "N m m"], r: Float[Tensor, "N m"]) -> Float[Tensor, "N"]:
+    return einsum(r, H, r, "N i, N i j, N j -> N")

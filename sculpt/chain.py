@@ -105,6 +105,8 @@ class Chain(abc.ABC):
     """Log Z of the target as written, minus log Z for the anchor's samples. Only chains that are steered from an anchor have it."""
     doubt: str = ""
     """A known error that the weights do not show. The verdict says it."""
+    alone: bool = False
+    """Whether every particle is a run of its own: there are no weights between them, and nothing is selected."""
 
     @abc.abstractmethod
     def start(self, n: int, generator: torch.Generator | None) -> tuple[State, Float[Tensor, "n"] | None]:
@@ -125,6 +127,10 @@ class Chain(abc.ABC):
         self, state: State, log_w: Float[Tensor, "n"], generator: torch.Generator | None
     ) -> tuple[Tensor, Float[Tensor, "n"] | None]:
         """The finished samples, and the last increments."""
+
+    def settled(self, state: State) -> bool:
+        """Whether weights are complete here: as many are selected as samples are wanted, and only these go on."""
+        return False
 
     def particles(self, n: int) -> int:
         """The population for n samples where the caller does not say. Weights mean little among a few particles."""
@@ -181,39 +187,64 @@ def run(
     yield Progress(title, 0, chain.length, 0, N)
     with torch.no_grad():  # never around a yield: gradients would be off in the caller too
         state, increment = chain.start(N, generator)
-    flock = _Flock(state, population.log_w.device)
+    flock, chosen = _Flock(state, population.log_w.device), False
     while True:
-        if increment is not None:
+        if increment is not None and not chosen:
             population.reweight(flock.spread(increment))
-            if (index := population.resample()) is not None:
+            if chosen := selection is not None and selection.resample and chain.settled(flock.state):
+                _look(diagnostics, chain, population, flock.state)
+                flock.select(_survivors(population, n))
+            elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
-        yield Progress(title, step, chain.length, N - left, N, population.effective)
+        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective)
         if not left:
             break
         with torch.no_grad():
-            increment = flock.advance(chain, population.log_w, generator)
+            increment = flock.advance(
+                chain, torch.zeros(flock.n, device=flock.device) if chosen else population.log_w, generator
+            )
     with torch.no_grad():
         state = flock.everyone()
-        diagnostics.slip = chain.slip(state, population.log_w)
         x, increment = chain.end(state, population.log_w, generator)
+    log_weights, diagnostics.steps = None, chain.length or step - 1
+    if not chosen:
+        x, log_weights = _finish(population, chain, selection, diagnostics, (state, x, increment), n)
+    samples = result(x, log_weights, diagnostics)
+    diagnostics.notes += chain.notes(samples.x, generator)
+    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples)
+
+
+def _finish(
+    population: Population,
+    chain: Chain,
+    selection: Selection | None,
+    diagnostics: Diagnostics,
+    last: tuple[State, Tensor, Tensor | None],
+    n: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The last weights, and those that survive them, or all with their weights."""
+    state, x, increment = last
     if selection is not None and (lost := ~finite(x)).any():
         increment = torch.where(lost, math.nan, 0.0 if increment is None else increment)
         x = torch.where(lost.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
     if increment is not None:
         population.reweight(increment)
+    _look(diagnostics, chain, population, state, selected=selection is not None)
+    if selection is None:
+        return x, None
+    return (x[_survivors(population, n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
+
+
+def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state: State, *, selected: bool = True) -> None:
+    """Take down what the population knows about itself when its weights are complete."""
     if population.lost:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
-    diagnostics.steps = chain.length or step - 1
-    log_weights = None
-    if population.ess:
+    if population.ess and not chain.alone:
+        diagnostics.slip = chain.slip(state, population.log_w)
         kept = None if chain.log_scale is None else math.exp(min(0.0, population.log_z - chain.log_scale))
-        diagnostics.observe(population, kept, selected=selection is not None)
-    if selection is not None:
-        x, log_weights = _select(population, x, n, selection.resample)
-    samples = result(x, log_weights, diagnostics)
-    diagnostics.notes += chain.notes(samples.x, generator)
-    yield Progress(title, diagnostics.steps, chain.length, N, N, population.effective, samples)
+        diagnostics.observe(population, kept, selected=selected)
+    diagnostics.steered = chain.alone
 
 
 class _Flock:
@@ -232,7 +263,8 @@ class _Flock:
 
     def select(self, index: Int[Tensor, "n"]) -> None:
         """Survivors take the places of all; some of those that had ended may be there several times."""
-        self.state, self.ended, self.rows = self.everyone()[index], [], torch.arange(self.n, device=self.device)
+        self.state, self.ended, self.n = self.everyone()[index], [], len(index)
+        self.rows = torch.arange(self.n, device=self.device)
 
     def retire(self, chain: Chain) -> int:
         """Take those that are done out of the way; how many go on."""
@@ -256,15 +288,12 @@ class _Flock:
         return torch.zeros(self.n, dtype=torch.float64, device=self.device).index_copy(0, self.rows, increment.double())
 
 
-def _select(population: Population, x: Tensor, n: int, resample: bool) -> tuple[Tensor, Tensor | None]:
-    """n equally weighted survivors in random order, or all particles with their weights."""
-    if not resample:
-        return x, torch.log_softmax(population.log_w, dim=0)
+def _survivors(population: Population, n: int) -> Int[Tensor, "n"]:
+    """n of the particles, each as often as its weight says, in random order."""
     generator = population.generator
     index = systematic(population.log_w, n, generator)
     device = "cpu" if generator is None else generator.device
-    order = torch.randperm(n, generator=generator, device=device).to(index.device)
-    return x[index[order]], None
+    return index[torch.randperm(n, generator=generator, device=device).to(index.device)]
 
 
 def watch(progress: Iterator[Progress], show: bool = True) -> Samples:

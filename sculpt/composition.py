@@ -96,9 +96,15 @@ class Composition(BaseModel):
         return self.leaves[0].store(models, **options)
 
     def log_ratios(
-        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+        self,
+        models: Sequence[BaseModel],
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        made_by: int = 0,
+        detail: float | None = None,
     ) -> Tensor:
-        return self.leaves[0].log_ratios(models, x, generator, made_by=made_by)
+        return self.leaves[0].log_ratios(models, x, generator, made_by=made_by, detail=detail)
 
     # Roads
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LEVELS", "Diagnostics", "Verdict", "printable"]
 
-LEVELS = ("exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered")
-Level = Literal["exact", "sound", "thin", "strained", "biased", "doubtful", "collapsed", "uncovered"]
+LEVELS = ("exact", "sound", "thin", "steered", "strained", "biased", "doubtful", "collapsed", "uncovered")
+Level = Literal["exact", "sound", "thin", "steered", "strained", "biased", "doubtful", "collapsed", "uncovered"]
 
 LONG, MANY = 1_000_000, 100_000
 """Characters of a text, and runs or notes, in a file."""
@@ -46,7 +46,7 @@ class Verdict:
     def trust(self) -> Literal["good", "careful", "bad"]:
         """What the level means: take it; read the reason first; do not take it for draws from the target."""
         rank = LEVELS.index(self.level)
-        return "good" if rank < 2 else "careful" if rank < 5 else "bad"
+        return "good" if rank < 2 else "careful" if rank < LEVELS.index("doubtful") else "bad"
 
     def __str__(self) -> str:
         return f"{self.level.upper() if self.trust == 'bad' else self.level}: {self.reason}"
@@ -67,6 +67,7 @@ class Diagnostics:
         slip: that part of it: what their finite number may have added to log Z.
         ancestors: how many particles of the start have descendants with weight.
         families: how many particles of the start the weight comes from.
+        steered: whether every sample is a run of its own, that nothing was selected from.
         doubt: a known error that the weights do not show.
         acceptance: the share of the anchor's samples that rejection keeps, or would keep.
         referee: what rejection decided by.
@@ -85,6 +86,7 @@ class Diagnostics:
     slip: float = 0.0
     ancestors: int | None = None
     families: float | None = None
+    steered: bool = False
     doubt: str = ""
     acceptance: float | None = None
     referee: str = ""
@@ -109,6 +111,12 @@ class Diagnostics:
             return worst if len(runs) == 1 else Verdict(worst.level, f"the least trusted of {len(runs)} runs: {worst.reason}")
         if self.referee:
             return Verdict("exact", f"for the base samplers and {self.referee}; {self.acceptance:.2g} of the draws were kept.")
+        if self.steered:
+            return Verdict(
+                "steered",
+                "every sample was steered on its own, and nothing was selected: proportions are not the target's. Take "
+                "Tracked(particles=64) or more for that.",
+            )
         if not (self.particles and self.ess):
             return Verdict("sound", "nothing was weighted, and nothing unusual happened.")
         return self._of_weights() if self.families is None else self._of_particles(self.families, self.particles)
@@ -223,6 +231,7 @@ _READ = {
     **dict.fromkeys(("steps", "ancestors"), lambda said, name: said.whole(name, most=COUNT)),
     **dict.fromkeys(("log_z", "log_z_error", "slip"), _real),
     "particles": lambda said, name: said.whole(name, least=1, most=COUNT),
+    "steered": lambda said, name: said.flag(name),
     "families": lambda said, name: said.number(name, 0, COUNT),
     "acceptance": lambda said, name: said.number(name, 0, 2),
     "seed": lambda said, name: said.whole(name, -(2**64), 2**64),

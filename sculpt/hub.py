@@ -88,7 +88,10 @@ def locate(path_or_hub_id: str | Path) -> Path:
         raise ValueError(f"{path} is a file; a checkpoint is a folder. Pass the folder around it: {str(path.parent)!r}.")
     # The Hub's own rule: words of letters and digits, joined by single signs, at most 96 characters.
     word = r"\w+(?:[.-]\w+)*"
-    if not (re.fullmatch(f"{word}/{word}", str(path_or_hub_id), re.ASCII) and len(str(path_or_hub_id)) <= 96) or path.suffix == ".git":
+    if (
+        not (re.fullmatch(f"{word}/{word}", str(path_or_hub_id), re.ASCII) and len(str(path_or_hub_id)) <= 96)
+        or path.suffix == ".git"
+    ):
         raise ValueError(f"There is no folder {str(path)!r}, and a Hub id has the form 'owner/name'. Check the path.")
     return _download(str(path_or_hub_id))
 

@@ -295,7 +295,7 @@ class Library:
         """The table of each shard that is there; its ``weight`` sums to one over all of them."""
         parquet = needs("pyarrow.parquet", "A folder of shards")
         for k, share in self.weights.items():
-            table = parquet.read_table(self.path(k))
+            table = parquet.read_table(self.path(k), partitioning=None)  # a folder named beta=32 is no column
             columns = {name: table[name].to_numpy() for name in table.column_names}
             if "log_weight" not in columns:
                 raise ValueError(

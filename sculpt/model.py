@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.composition import Composition
     from sculpt.formula import Formula, Posterior
-    from sculpt.roads import Road
+    from sculpt.roads import Road, Tracked
 
 __all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "check_model", "operand_names", "randn", "same_model"]
 
@@ -80,6 +80,12 @@ class BaseModel(abc.ABC):
     knows_density: bool = False
     """Whether :meth:`log_ratios` are the model's own and not an approximation."""
 
+    alone: bool = False
+    """Whether its samples are so large that each is a run of its own unless a population is asked for."""
+
+    has_referee: bool = False
+    """Whether :meth:`log_ratios` can stand for a classifier, though they are an approximation."""
+
     @abc.abstractmethod
     def stream(self, n: int, road: Any, settings: Settings) -> Iterator[Progress]:
         """Sample; yield where the run is, as often as a caller should be able to look or to stop. The last one has the samples."""
@@ -95,9 +101,16 @@ class BaseModel(abc.ABC):
         return SampleStore(models, **options)
 
     def log_ratios(
-        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+        self,
+        models: Sequence[BaseModel],
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        made_by: int = 0,
+        detail: float | None = None,
     ) -> Tensor:
-        """Log-densities ``(b, m)`` of all models at finished samples x of model ``made_by``, up to a constant common to all."""
+        """Log-densities ``(b, m)`` of all models at finished samples x of model ``made_by``, up to a constant common to all; with a
+        detail level, of x seen through noise of that level."""
         raise ValueError(f"{self} does not know log-densities of finished samples: pass a classifier, or a function that does.")
 
     @property
@@ -214,8 +227,23 @@ class Steppable(BaseModel):
         """This model alone."""
 
     @abc.abstractmethod
-    def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
-        """A formula of these models' densities, which every particle carries along."""
+    def tracked(
+        self,
+        formula: Formula,
+        models: Sequence[Steppable],
+        settings: Settings,
+        road: Tracked | None = None,
+        alone: bool = False,
+    ) -> Chain:
+        """A formula of these models' densities, which every particle carries along.
+
+        Args:
+            formula: of the models' log-densities.
+            models: these; this model is the first.
+            settings: of the run.
+            road: whose options the chain has to know or to refuse: ``corrector`` and ``detail``.
+            alone: every particle is a run of its own, without weights between them.
+        """
 
     @abc.abstractmethod
     def guided(

@@ -211,14 +211,6 @@ def test_a_network_that_answers_with_another_shape_is_refused_at_construction():
         sculpt.Diffusion(lambda x, t: x[:, :1], DDPMScheduler(), (2,), name="narrow")
 
 
-def test_tracked_densities_are_doubted_in_many_dimensions():
-    model = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="image")
-    other = sculpt.EnergyModel(lambda z, s: ((z - 0.1) ** 2).flatten(1).sum(1) / (2 * (1 + s**2)), (3, 10, 10), name="other")
-    with pytest.warns(UserWarning, match="Tracked densities in 300 dimensions: their errors add up"):
-        samples = (model & other).sample(2, Tracked(particles=4), steps=3, progress=False)
-    assert str(samples.verdict).startswith(("DOUBTFUL: the errors of tracked densities", "COLLAPSED"))
-
-
 def test_models_that_hardly_overlap_are_reported_as_collapsed_or_refused():
     far = exact_model(GaussianMixture([[40.0, 0.0]], 0.1), name="far")
     near = exact_model(GaussianMixture([[-40.0, 0.0]], 0.1), name="near")

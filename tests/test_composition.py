@@ -311,9 +311,9 @@ def tracked_formulas(composition, monkeypatch, **options):
     """Of every chain that a run makes: its formula and the models that it tracks; and the run's notes."""
     made, tracked = [], type(p).tracked
 
-    def spy(self, formula, models, settings, corrector=None):
+    def spy(self, formula, models, settings, *rest):
         made.append((formula, models))
-        return tracked(self, formula, models, settings, corrector)
+        return tracked(self, formula, models, settings, *rest)
 
     monkeypatch.setattr(type(p), "tracked", spy)
     road = sculpt.Tracked(particles=500)

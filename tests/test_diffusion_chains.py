@@ -157,7 +157,7 @@ def test_the_estimated_variance_of_a_denoised_image_is_the_exact_one_of_gaussian
     c = torch.tensor(variances, dtype=torch.float64)
     z, log_w = weighted_draws((mean, float(1 / (a / (c + v)).sum())))
     D = torch.stack([model.denoise(z, math.sqrt(v)) for model in models], 1)
-    own, composed = analytic_variance(z, D, a.expand(len(z), -1), log_w, torch.tensor(v).double())
+    own, composed = analytic_variance(z, D, a.expand(len(z), -1), log_w.softmax(0), torch.tensor(v).double())
     posterior = v * c / (c + v)  # of N(mean, c), seen through noise of variance v
     # No noise at all: of Gaussians both of Stein's identities are off by the same factor.
     torch.testing.assert_close(own, posterior, rtol=1e-6, atol=0)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -529,7 +530,7 @@ def fuzz_commands(command, n, seed):
                 assert "usage" in said.getvalue() or code == 0 and said.getvalue(), argv
             except cli.EXPECTED as error:
                 code = "refused"
-                assert clear(error) or isinstance(error, OSError), (argv, error)
+                assert clear(error) or isinstance(error, OSError), f"{error!r:.200} of {shlex.join(argv):.2000}"
         assert code in (0, 2, "refused"), argv
         found[code] += 1
         slowest = max(slowest, (time.process_time() - began, argv))

@@ -70,6 +70,12 @@ def test_all_molecules_are_there_once(both, whole):
     assert "35 samples of p ⊗ q, 4 of 4 shards" in repr(library)
 
 
+def test_a_folder_by_any_name_has_its_own_columns_only(both, whole, tmp_path):
+    library = generate(both, 35, tmp_path / "beta=32", **SETTINGS)
+    assert str(library.summary()) == str(Library(whole).summary())
+    assert all("beta" not in table for table in library.tables())
+
+
 def test_shards_are_not_copies_of_each_other(whole):
     found = [tuple(table["smiles"]) for table in Library(whole).tables()]
     assert len(set(found)) == 4

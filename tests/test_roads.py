@@ -96,7 +96,13 @@ def made(road, *arguments, **options):
         # options of another road
         (lambda: Guided(GUIDE, corrector=MALA()), TypeError, "corrector: not an option of"),
         (lambda: Guided(GUIDE, max_draws=5), TypeError, "max_draws: not an option of"),
-        (lambda: Tracked(anchor=1), TypeError, "anchor: not an option of"),
+        (lambda: Tracked(strength=1), TypeError, "strength: not an option of"),
+        (lambda: made(Tracked, detail=-1), ValueError, "detail is a noise level from 0, got -1"),
+        (
+            lambda: made(Rejection, GUIDE, detail=1.0),
+            ValueError,
+            "detail is a noise level from 0, and goes without a classifier",
+        ),
         (lambda: Tracked(correct=True), TypeError, "correct: not an option of"),
         (lambda: Tracked(GUIDE), TypeError, "positional argument"),
         (lambda: Rejection(GUIDE, particles=10), TypeError, "particles: not an option of"),
@@ -466,9 +472,9 @@ def test_printing_is_linear_in_the_depth(monkeypatch):
 def test_a_sample_of_a_composition_of_depth_16_takes_one_run_for_each_inner_composition_and_its_own(monkeypatch):
     made, tracked = [], type(P).tracked
 
-    def spy(self, formula, models, settings, corrector=None):
+    def spy(self, formula, models, settings, *rest):
         made.append(formula.m)
-        return tracked(self, formula, models, settings, corrector)
+        return tracked(self, formula, models, settings, *rest)
 
     monkeypatch.setattr(type(P), "tracked", spy)
     composition = deep(16)

@@ -113,9 +113,13 @@ class ActionModel(Steppable):
     def chain(self, settings: Settings) -> Chain:
         return ActionChain(self, settings)
 
-    def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
-        if corrector is not None:
+    def tracked(
+        self, formula: Formula, models: Sequence[Steppable], settings: Settings, road: Any = None, alone: bool = False
+    ) -> Chain:
+        if getattr(road, "corrector", None) is not None:
             raise ValueError(f"corrector: {self} has no noise levels to run MCMC at. Leave it out.")
+        if getattr(road, "detail", None) is not None:
+            raise ValueError(f"detail: {self} has no noise levels to look through. Leave it out.")
         return TrackedChain(formula, models, settings)
 
     def guided(
@@ -137,8 +141,16 @@ class ActionModel(Steppable):
         return GuidedActions(guidance)
 
     def log_ratios(
-        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+        self,
+        models: Sequence[BaseModel],
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        made_by: int = 0,
+        detail: float | None = None,
     ) -> Tensor:
+        if detail is not None:
+            raise ValueError(f"detail: {self} has no noise levels. Leave it out.")
         try:
             return path_ratios(models, x, generator, made_by=made_by)
         except NotImplementedError:

@@ -6,6 +6,7 @@ Notation: :math:`z = x_0 + s \varepsilon`, :math:`v = s^2`; ``b`` batch, ``*x`` 
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,13 @@ from sculpt.composition import Composition
 from sculpt.diffusion.chains import DenoisingChain, GuidedChain
 from sculpt.diffusion.clock import Level, level, like, noise_range
 from sculpt.diffusion.correctors import Corrector
+from sculpt.diffusion.detail import DetailedChain, detail_level
 from sculpt.diffusion.ratios import path_ratios
+from sculpt.diffusion.referee import Referee
 from sculpt.diffusion.states import DiffusionStore
 from sculpt.diffusion.tracked import TrackedChain
 from sculpt.identity import digest, weights
-from sculpt.model import BaseModel, Steered, Steppable, operand_names
+from sculpt.model import BaseModel, Steered, Steppable, operand_names, randn
 from sculpt.samples import pixels
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     from sculpt.roads import Guided
 
 __all__ = ["Denoiser", "DiffusionComposition", "GuidedDenoiser"]
+
+LARGE = 2**14
+"""Numbers of a sample, from which on a population of them is more than anybody wants to pay for unasked."""
 
 
 class Denoiser(Steppable):
@@ -57,6 +63,8 @@ class Denoiser(Steppable):
 
     has_energy: bool = False
     """Whether there is an ``energy(z, s)`` with :math:`E = -\\log q + \\text{const}`, one number per sample."""
+
+    has_referee = True
 
     road = "base model"
     """How diagnostics call the way its chain goes."""
@@ -110,12 +118,25 @@ class Denoiser(Steppable):
 
         return SolverChain(self, settings)
 
-    def tracked(self, formula: Formula, models: Sequence[Steppable], settings: Settings, corrector: Any = None) -> Chain:
+    @property
+    def alone(self) -> bool:
+        """Whether each sample is a run of its own by default: latents, and whatever is as large."""
+        return self.autoencoder is not None or math.prod(self.shape) > LARGE
+
+    def tracked(
+        self, formula: Formula, models: Sequence[Steppable], settings: Settings, road: Any = None, alone: bool = False
+    ) -> Chain:
+        corrector, detail = (None, None) if road is None else (road.corrector, road.detail)
         if not (corrector is None or isinstance(corrector, Corrector)):
             raise TypeError(
                 f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}."
             )
-        return TrackedChain(formula, models, settings, corrector)
+        settings.refuse("tracked densities, which need a kernel of their own", "solver")
+        if detail is None:
+            detail = 0.0 if alone else detail_level(models)
+        if not detail:
+            return TrackedChain(formula, models, settings, corrector, alone)
+        return DetailedChain(formula, models, settings, corrector, detail, alone)
 
     def guided(
         self,
@@ -128,9 +149,19 @@ class Denoiser(Steppable):
         return GuidedDenoiser(posterior, models, classifier, form, strength)
 
     def log_ratios(
-        self, models: Sequence[BaseModel], x: Tensor, generator: torch.Generator | None = None, *, made_by: int = 0
+        self,
+        models: Sequence[BaseModel],
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        made_by: int = 0,
+        detail: float | None = None,
     ) -> Tensor:
-        return path_ratios(models, x, generator, made_by)
+        s = detail_level(models) if detail is None else detail
+        if not s:
+            return path_ratios(models, x, generator, made_by)
+        z = x.double() + s * randn(x.shape, generator, torch.empty((), dtype=torch.float64, device=x.device))
+        return Referee(models, s, max(1, 2**19 // math.prod(self.shape)))(z, generator)
 
     def store(self, models: Sequence[BaseModel], **options: Any) -> DiffusionStore:
         return DiffusionStore(models, **options)

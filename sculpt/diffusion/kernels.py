@@ -59,7 +59,7 @@ def analytic_variance(
     z: Float[Tensor, "N *x"],
     D: Float[Tensor, "N m *x"],
     a: Float[Tensor, "N m"],
-    log_w: Float[Tensor, "N"],
+    w: Float[Tensor, "N"],
     v: Float[Tensor, ""],
 ) -> tuple[Float[Tensor, "m"], Float[Tensor, ""]]:
     r"""The c of the Analytic-DPM variance :math:`\tau = v'\delta/v + (\delta/v)^2 c`, for each base model and for the composition.
@@ -70,7 +70,6 @@ def analytic_variance(
 
     .. math:: c_i = v \, \frac{E \langle D_i - E D_i, g \rangle}{E \langle z - E z, g \rangle}, \qquad g = \deg z - \sum_j a_j D_j
     """
-    w = torch.softmax(log_w, dim=0)
     composed = einsum(a, D, "N m, N m ... -> N ...")
     # The degree where the particle is: it varies in nested formulas whose parts differ in theirs.
     pull = like(a.sum(1), z) * z - composed

@@ -41,7 +41,7 @@ def path_ratios(
         z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
         D = torch.stack([in_parts(lambda z, p=p, s=s: p.denoise(z, s), batch_size, z) for p in models], dim=1)
         check_finite(D, "a base model gave", k, s)
-        c, _ = analytic_variance(z, D, a, ell.new_zeros(len(x)), v)
+        c, _ = analytic_variance(z, D, a, ell.new_full((len(x),), 1 / len(x)), v)
         tau = kernel_variance(c, v, delta)
         miss = (z_next - z)[:, None] - delta / v * (D - z[:, None])
         ell -= reduce(miss**2, "N m ... -> N m", "sum") / (2 * tau) + 0.5 * d * tau.log()

@@ -100,7 +100,9 @@ class Referee:
     def _nodes(self) -> list[tuple[float, float]]:
         """The shares u at which the integrand is looked at, and their weights: Gauss and Legendre's along the levels."""
         _, most = noise_range(self.models)
-        t, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(math.ceil(NODES * math.log(most / self.s))))
+        t, weights = (
+            torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(math.ceil(NODES * math.log(most / self.s)))
+        )
         t = (1 - t) / 2
         levels, u = (lambda t: spread(t, self.s, most, scale=2 * self.s)), (lambda s: 1 - (self.s / s) ** 2)
         h = 1e-4

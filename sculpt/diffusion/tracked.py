@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Tracked", "TrackedChain"]
 
-STEPS = 128
+STEPS, FEWER, MORE = 128, 32, 50
+"""By default: in few dimensions, in many, and for particles that go alone."""
+FEW_DIMENSIONS = 64
 
 
 @dataclass
@@ -62,27 +64,30 @@ class TrackedChain(NoisyChain):
     """
 
     road, threshold = "tracked densities", 0.9
-    few, fewest = 10_000, 512
+    few, fewest = 10_000, 256
 
-    def __init__(self, formula: Formula, models: Sequence[Denoiser], settings: Settings, corrector: Corrector | None = None):
-        settings.refuse("tracked densities, which need a kernel of their own", "solver")
-        super().__init__(models, settings, STEPS if settings.steps is None else settings.steps)
-        self.degree, self.corrector, self.warned = formula.degree, corrector, False
+    def __init__(
+        self,
+        formula: Formula,
+        models: Sequence[Denoiser],
+        settings: Settings,
+        corrector: Corrector | None = None,
+        alone: bool = False,
+    ):
+        d = math.prod(models[0].shape)
+        default = STEPS if d <= FEW_DIMENSIONS else MORE if alone else FEWER
+        super().__init__(models, settings, default if settings.steps is None else settings.steps)
+        self.degree, self.d, self.corrector, self.alone, self.warned = formula.degree, d, corrector, alone, False
         if corrector is not None:
             corrector.reset()
+        check_powers(self.degree, self.levels)
+        self.last = self.turn()
         # The target of each level: what the formula pushes away from is faded in.
-        self.targets = [fade(formula, (k / (self.length - 1)) ** 2) for k in range(self.length)]
-        self.d = math.prod(self.shape)
-        if self.d > 256:
-            self.doubt = (
-                f"the errors of tracked densities add up over {self.d} dimensions, which the effective share does not show. "
-                "Use a classifier."
-            )
-            warnings.warn(
-                f"Tracked densities in {self.d} dimensions: their errors add up, and the weights collapse onto a few particles or mean "
-                "nothing. A classifier (sculpt.fit) scales to images.",
-                stacklevel=2,
-            )
+        self.targets = [fade(formula, (k / self.last) ** 2) for k in range(self.last + 1)]
+
+    def turn(self) -> int:
+        """The last level at which densities are tracked."""
+        return self.length - 1
 
     def start(self, n, generator):
         v0 = self.levels[0] ** 2
@@ -100,7 +105,9 @@ class TrackedChain(NoisyChain):
         v, v_next = self.levels[k] ** 2, self.levels[k + 1] ** 2
         delta, a = v - v_next, self.targets[k].gradient(ell)
         S = (D - z[:, None]) / v
-        c, c_composed = analytic_variance(z, D, a, log_w, v)
+        # Particles that go alone have weights, but not between each other.
+        w = torch.softmax(torch.zeros_like(log_w) if self.alone else log_w, dim=0)
+        c, c_composed = analytic_variance(z, D, a, w, v)
         walk, tau = Walk.of(self.degree, c_composed, v, v_next), kernel_variance(c, v, delta)
         xi = randn(z.shape, generator, z)
         step = walk.ahead * einsum(a, S, "N m, N m ... -> N ...") + walk.tau.sqrt() * xi
@@ -111,7 +118,7 @@ class TrackedChain(NoisyChain):
         return_ = step + walk.back * einsum(a_next, S_next, "N m, N m ... -> N ...")
         kernels = self._normal(return_[:, None], walk.beta) - self._normal((walk.tau.sqrt() * xi)[:, None], walk.tau)
         increment = self.targets[k + 1].value(new.ell) - self.targets[k].value(ell) + kernels[:, 0]
-        r = surprise(ratio, z, step, S, S_next, (v, v_next), torch.softmax(log_w, 0))
+        r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
         H = self.targets[k + 1].hessian(new.ell)
         new.slip = (
             state.slip
@@ -125,7 +132,7 @@ class TrackedChain(NoisyChain):
         return (z + einsum(self.targets[k].gradient(ell), D - z[:, None], "N m, N m ... -> N ...")).float(), None
 
     def slip(self, state, log_w):
-        return abs(float(torch.softmax(log_w, 0) @ state.slip))
+        return 0.0 if self.alone else abs(float(torch.softmax(log_w, 0) @ state.slip))
 
     def notes(self, x, generator):
         return super().notes(x, generator) + ([] if self.corrector is None else [self.corrector.note])
@@ -140,6 +147,8 @@ class TrackedChain(NoisyChain):
         finite = reduce((D - z[:, None]).isfinite(), "N m ... -> N m", "all")
         bad = ~finite.all(1) | ell.isnan().any(1)
         if bad.any():
+            if self.alone:
+                check_finite(D, "a base model gave", k, self.levels[k])
             self._tell_lost(D, ~finite, log_w > -math.inf, k)
             # Nothing of them is left: zero times NaN would be NaN in the means over all particles.
             z, ell, D = (torch.where(bad.reshape(-1, *[1] * (part.ndim - 1)), 0.0, part) for part in (z, ell, D))
@@ -169,3 +178,14 @@ class TrackedChain(NoisyChain):
 
 def _quadratic(H: Float[Tensor, "N m m"], r: Float[Tensor, "N m"]) -> Float[Tensor, "N"]:
     return einsum(r, H, r, "N i, N i j, N j -> N")
+
+
+def check_powers(degree: float, levels: Float[Tensor, "steps"]) -> None:
+    """Raise where steps of noise much wider than the target's own could not follow its densities."""
+    shares = 1 - (levels[1:] / levels[:-1]) ** 2
+    if float((degree * shares - 1).clamp(min=1).log().sum()) > math.log(1000):
+        steps = 1 + math.ceil(len(shares) * math.log1p(-float(shares.max())) / math.log1p(-2 / degree))
+        raise ValueError(
+            f"Powers that sum to {degree:g} are too much for {len(levels)} steps: densities that sharp cannot be followed. Take "
+            f"steps={steps} or more, or smaller powers."
+        )

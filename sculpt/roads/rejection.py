@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sculpt.chain import Progress, Settings
-from sculpt.checks import whole
+from sculpt.checks import real, whole
 from sculpt.classifier.guide import Guide
 from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Mixture, Posterior
@@ -38,9 +38,11 @@ class Rejection(Road):
 
     Args:
         classifier: a classifier of the base models, or a function from samples to their log-densities ``(b, m)``, in the order of
-            ``composition.leaves``, up to a constant common to all models. Models that know their own densities need none.
+            ``composition.leaves``, up to a constant common to all models. Models that know their own densities need none; without one,
+            diffusion models decide by their denoising errors, an approximation.
         anchor: the observed label to draw from; by default the one with the best acceptance, which goes with one over its odds.
         max_draws: how many samples of the anchor to draw at most.
+        detail: the noise level through which samples are looked at where there is no classifier (diffusion); as for ``Tracked``.
     """
 
     def __init__(
@@ -49,18 +51,22 @@ class Rejection(Road):
         *,
         anchor: int | BaseModel | None = None,
         max_draws: int = 10_000_000,
+        detail: float | None = None,
     ):
         if not (classifier is None or callable(classifier) or isinstance(classifier, Guide)):
             raise TypeError(
                 f"Rejection takes a classifier, or a function from samples to log-densities; got {classifier!r:.200}."
             )
         self.classifier, self.max_draws = classifier, whole("max_draws", max_draws)
+        self.detail = None if detail is None else real("detail", detail)
+        if self.detail is not None and (self.detail < 0 or classifier is not None):
+            raise ValueError(f"detail is a noise level from 0, and goes without a classifier; got {detail}.")
         self.anchor = anchor if anchor is None or isinstance(anchor, BaseModel) else whole("anchor", anchor, least=0)
 
     def check(self, composition: Composition) -> None:
         _check_covered(composition)
         names = ", ".join(map(str, composition.leaves))
-        if self.classifier is None and not composition.knows_density:
+        if self._guesses(composition) and not composition.leaves[0].has_referee:
             raise ValueError(
                 f"Rejection needs a classifier of {names}, or a function from samples to their log-densities (b, m): "
                 "sculpt.Rejection(classifier)."
@@ -87,11 +93,20 @@ class Rejection(Road):
             log_z=log_z,
             log_z_error=error,
             acceptance=len(x) / drawn,
-            referee=self._decides,
+            referee="" if self._guesses(composition) else self._decides,
             seed=settings.seed,
-            notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())],
+            notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())]
+            + ["the models' denoising errors decided, an approximation"] * self._guesses(composition),
         )
         yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
+
+    def _guesses(self, composition: Composition) -> bool:
+        return self.classifier is None and not composition.knows_density
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What models are told beside the samples."""
+        return {} if self.detail is None else {"detail": self.detail}
 
     @property
     def _decides(self) -> str:
@@ -143,7 +158,7 @@ class _Referee:
         judge, names = self.road.classifier, ", ".join(map(str, self.leaves))
         with torch.no_grad():
             if judge is None:
-                ell = self.leaves[0].log_ratios(self.leaves, x, self.settings.generator)
+                ell = self.leaves[0].log_ratios(self.leaves, x, self.settings.generator, **self.road.asked)
             elif isinstance(judge, Guide):
                 ell = in_parts(lambda x: judge.shares(self.leaves, x), self.settings.batch_size or 1024, x)
             else:

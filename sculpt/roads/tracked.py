@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sculpt.chain import Progress, Selection, Settings, run
+from sculpt.checks import real, whole
 from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Formula, Mixture, Nested
 from sculpt.model import BaseModel, Steppable, same_model
@@ -26,7 +27,12 @@ class Tracked(Road):
     """Track densities: every formula, nothing to train, all base networks a step. Of a mixture it picks a model for every sample.
 
     Args:
-        particles: the size of the population, at least as many as samples.
+        particles: the size of the population, at least as many as samples. One particle is a sample that goes its way alone, as do all
+            latents by default: it is steered, and nothing is selected.
+        detail: the noise level through which the observers look (diffusion). Above it densities are tracked, below it the anchor
+            paints on its own. By default 0 in few dimensions, and in many where the models' log-ratio begins to spread faster than
+            particles can follow; 0 for particles that go alone.
+        anchor: the observed label (or its model) that paints below the detail level; by default the first. It is part of the target.
         threshold: select when the effective sample size falls under this share of the particles.
         corrector: an MCMC kernel run at every noise level (diffusion): ``sculpt.MALA()`` and its kind.
         resample: ``False`` returns all particles with their weights.
@@ -36,19 +42,27 @@ class Tracked(Road):
         self,
         *,
         particles: int | None = None,
+        detail: float | None = None,
+        anchor: int | BaseModel | None = None,
         threshold: float | None = None,
         corrector: Any = None,
         resample: bool = True,
     ):
         self.selection, self.corrector = Selection(particles, threshold, resample), corrector
-        self._plain = particles is None and threshold is None and corrector is None and resample
+        self.detail = None if detail is None else real("detail", detail)
+        if self.detail is not None and self.detail < 0:
+            raise ValueError(f"detail is a noise level from 0, got {detail}.")
+        self.anchor = anchor if anchor is None or isinstance(anchor, BaseModel) else whole("anchor", anchor, least=0)
+        self._plain = particles is None and threshold is None and corrector is None and resample and detail is None
 
     def check(self, composition: Composition) -> None:
         if not (self._plain or _weighted(composition)):
             raise ValueError(
-                f"particles, threshold, corrector and resample belong to a population with weights, and {composition} is sampled without: "
+                f"particles, detail, threshold, corrector and resample belong to a population with weights, and {composition} is sampled without: "
                 "its models are picked. Leave them out."
             )
+        if self.anchor is not None:
+            composition.anchored(self.anchor)
         if composition.picks_models:
             if not (self.selection.resample or composition.is_one_model):
                 raise ValueError(f"resample=False: {composition} is a mixture, whose samples carry no weights. Leave it out.")
@@ -61,16 +75,22 @@ class Tracked(Road):
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         self.check(composition)
-        self.selection.check(n)
+        if not self._alone_in(composition):
+            self.selection.check(n)
         if composition.is_one_model:
-            return self._alone(composition, n, settings)
+            return self._one(composition, n, settings)
         return (self._pick if composition.picks_models else self._track)(composition, n, settings)
+
+    def _alone_in(self, composition: Composition) -> bool:
+        """Whether every particle is a run of its own."""
+        asked = self.selection.particles
+        return asked == 1 or (asked is None and self.detail is None and composition.leaves[0].alone)  # type: ignore[attr-defined]
 
     def _part(self, model: BaseModel, n: int, settings: Settings) -> Iterator[Progress]:
         """Samples of an operand. One without a population has no use for a population's options."""
         return model.stream(n, self if _weighted(model) else None, settings)
 
-    def _alone(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+    def _one(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         """What is composed is one model: its samples are the composition's."""
         for progress in self._part(composition.models[0], n, settings):
             if progress.samples is not None:
@@ -79,19 +99,27 @@ class Tracked(Road):
 
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         known: dict[str, tuple[Formula, float, str]] = {}
-        formula = yield from self._over_leaves(composition, settings, known)
-        chain = composition.leaves[0].tracked(formula, composition.leaves, settings, self.corrector)  # type: ignore[attr-defined]
-        for progress in run(chain, n, str(composition), settings, composition.result, self.selection):
+        alone, leaves = self._alone_in(composition), composition.leaves
+        formula = yield from self._over_leaves(
+            composition, settings, known, None if self.anchor is None else composition.anchored(self.anchor)
+        )
+        chain = leaves[0].tracked(formula, leaves, settings, self, alone)  # type: ignore[attr-defined]
+        for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
             if progress.samples is not None:
                 progress.samples.diagnostics.notes += [note for *_, note in known.values() if note]
             yield progress
 
     def _over_leaves(
-        self, composition: Composition, settings: Settings, known: dict[str, tuple[Formula, float, str]]
+        self,
+        composition: Composition,
+        settings: Settings,
+        known: dict[str, tuple[Formula, float, str]],
+        outer: Formula | None = None,
     ) -> Generator[Progress, None, Formula]:
         """The formula over the pretrained models. Every inner composition is normalised by one run of its own, from the inside out."""
+        outer = outer or composition.formula
         if not any(model.models for model in composition.models):
-            return composition.formula
+            return outer
         leaves, parts, indices, log_z = composition.leaves, [], [], []
         for model in composition.models:
             inner, z = Mixture([1.0]), 0.0
@@ -104,12 +132,14 @@ class Tracked(Road):
             parts.append(inner)
             indices.append([next(i for i, leaf in enumerate(leaves) if same_model(leaf, own)) for own in model.leaves])
             log_z.append(z)
-        return Nested(composition.formula, parts, indices, log_z)
+        return Nested(outer, parts, indices, log_z)
 
     def _normaliser(
         self, model: Composition, formula: Formula, settings: Settings
     ) -> Generator[Progress, None, tuple[float, str]]:
-        chain = model.leaves[0].tracked(formula, model.leaves, settings, self.corrector)
+        if self._alone_in(model):
+            return 0.0, f"log Z of {model} was not estimated, and is taken as 0"
+        chain = model.leaves[0].tracked(formula, model.leaves, settings, self)
         selection = Selection(self.selection.particles, self.selection.threshold)
         for progress in run(chain, 1, str(model), settings, Samples, selection):
             if progress.samples is None:

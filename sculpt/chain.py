@@ -209,31 +209,23 @@ def run(
         x, increment = chain.end(state, population.log_w, generator)
     log_weights, diagnostics.steps = None, chain.length or step - 1
     if not chosen:
-        x, log_weights = _finish(population, chain, selection, diagnostics, (state, x, increment), n)
+        if selection is not None:
+            x, increment = _without_lost(x, increment)
+        if increment is not None:
+            population.reweight(increment)
+        _look(diagnostics, chain, population, state, selected=selection is not None)
+        x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
     yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples)
 
 
-def _finish(
-    population: Population,
-    chain: Chain,
-    selection: Selection | None,
-    diagnostics: Diagnostics,
-    last: tuple[State, Tensor, Tensor | None],
-    n: int,
-) -> tuple[Tensor, Tensor | None]:
-    """The last weights, and those that survive them, or all with their weights."""
-    state, x, increment = last
-    if selection is not None and (lost := ~finite(x)).any():
+def _without_lost(x: Tensor, increment: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Samples that are not finite lose their weight."""
+    if (lost := ~finite(x)).any():
         increment = torch.where(lost, math.nan, 0.0 if increment is None else increment)
         x = torch.where(lost.reshape(-1, *[1] * (x.ndim - 1)), 0.0, x)
-    if increment is not None:
-        population.reweight(increment)
-    _look(diagnostics, chain, population, state, selected=selection is not None)
-    if selection is None:
-        return x, None
-    return (x[_survivors(population, n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
+    return x, increment
 
 
 def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state: State, *, selected: bool = True) -> None:
@@ -286,6 +278,13 @@ class _Flock:
         if not self.ended:
             return increment
         return torch.zeros(self.n, dtype=torch.float64, device=self.device).index_copy(0, self.rows, increment.double())
+
+
+def _kept(population: Population, x: Tensor, n: int, selection: Selection | None) -> tuple[Tensor, Tensor | None]:
+    """n equally weighted survivors, or all with their weights; without a selection all, which have none."""
+    if selection is None:
+        return x, None
+    return (x[_survivors(population, n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
 
 
 def _survivors(population: Population, n: int) -> Int[Tensor, "n"]:

@@ -183,7 +183,7 @@ class Diffusion(Denoiser):
         )
 
     def check_answer(self) -> None:
-        """Call a network of diffusers, a large one without its numbers: raise where it cannot take what it is called with."""
+        """Call a network of diffusers without its numbers, and a small one with them too: raise where it cannot take what it is called with."""
         if not self._from_diffusers:
             return
         takes, config = {*inspect.signature(self.model.forward).parameters}, self.model.config
@@ -191,8 +191,12 @@ class Diffusion(Denoiser):
         if not self.condition and (labelled or takes - {"sample", "timestep", "class_labels", "return_dict"}):
             return  # its condition comes later
         state = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-        small = sum(value.numel() for value in state.values()) * math.prod(self.shape) < SMALL
-        place = self.device if small else torch.device("meta")
+        # Without numbers first: a setting may make a small network's images so large that it would never answer.
+        self._try(state, torch.device("meta"))
+        if sum(value.numel() for value in state.values()) * math.prod(self.shape) < SMALL:
+            self._try(state, self.device)
+
+    def _try(self, state: dict[str, Tensor], place: torch.device) -> None:
         state = {name: value.to(place) for name, value in state.items()}
         twin, x = copy.copy(self), torch.zeros(2, *self.shape, dtype=self.dtype, device=place)
         twin.model = lambda x, **options: torch.func.functional_call(self.model, state, (x,), options)

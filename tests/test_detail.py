@@ -9,7 +9,6 @@ from oracles import GaussianMixture
 from torch import nn
 
 import sculpt
-from sculpt.diffusion import detail
 from sculpt.diffusion.detail import detail_level, is_heuristic, painters
 from sculpt.diffusion.referee import Referee
 from sculpt.diffusion.together import denoise_all
@@ -96,7 +95,7 @@ def test_the_anchor_can_be_chosen_and_is_told():
     road = sculpt.Tracked(particles=16, detail=2.0, anchor=two)
     samples = (one & two).sample(4, road, steps=12, generator=generator(), progress=False)
     assert two.calls > one.calls
-    assert any("s_d=2" in note for note in samples.diagnostics.notes)
+    assert any("s_d=2" in note and "two paints alone" in note for note in samples.diagnostics.notes)
 
 
 @pytest.mark.parametrize("level", [100.0, 0.001])
@@ -247,4 +246,4 @@ def test_one_particle_finds_where_both_models_are():
     models = [exact_model(GaussianMixture([[x, 0.0]], 0.5), name=f"at {x}") for x in (-1.0, 1.0)]
     samples = (models[0] & models[1]).sample(400, sculpt.Tracked(particles=1), steps=40, generator=generator(), progress=False)
     assert samples.x[:, 0].mean().abs() < 0.15 and samples.verdict.level == "steered"
-    assert math.isfinite(float(samples.x.std())) and detail.PILOT > 1
+    assert math.isfinite(float(samples.x.std()))

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from sculpt.chain import Chain, Settings
 from sculpt.diffusion.clock import like, noise_levels
-from sculpt.diffusion.kernels import check_finite, inner
+from sculpt.diffusion.kernels import check_finite, extrapolated, inner
+from sculpt.diffusion.together import at_once
 from sculpt.model import randn
 from sculpt.state import State, in_parts
 
@@ -48,7 +49,7 @@ class NoisyChain(Chain):
         self.models, self.shape, self.device = models, first.shape, first.device
         self.length = steps
         self.levels = noise_levels(models, steps, first.device)
-        self.batch_size = settings.batch_size or max(1, 2**19 // math.prod(first.shape))
+        self.batch_size = settings.batch_size or at_once(first.shape)
 
     def done(self, state):
         return state.k == self.length - 1
@@ -112,10 +113,7 @@ class DenoisingChain(NoisyChain):
         """One step: the state, and from what it was made: the parts, the noise and its scale."""
         k = int(state.k[0])
         s, s_next = self.levels[k], self.levels[k + 1]
-        D = state.D
-        if state.before is not None:
-            h, h_before = (s / s_next).log(), (self.levels[k - 1] / s).log()
-            D = D + (h / (2 * h_before)).to(D.dtype) * (D - state.before)
+        D = extrapolated(state.D, state.before, self.levels, k)
         kappa = 1 - (s_next / s) ** 2
         scale, xi = s_next * kappa.sqrt(), randn(state.z.shape, generator, state.z)
         z = state.z + kappa.float() * (D.sum(1) - state.z) + scale.float() * xi

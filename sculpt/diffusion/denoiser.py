@@ -23,6 +23,7 @@ from sculpt.diffusion.detail import DetailedChain, detail_level
 from sculpt.diffusion.ratios import path_ratios
 from sculpt.diffusion.referee import Referee
 from sculpt.diffusion.states import DiffusionStore
+from sculpt.diffusion.together import at_once
 from sculpt.diffusion.tracked import TrackedChain
 from sculpt.identity import digest, weights
 from sculpt.model import BaseModel, Steered, Steppable, operand_names, randn
@@ -161,7 +162,7 @@ class Denoiser(Steppable):
         if not s:
             return path_ratios(models, x, generator, made_by)
         z = x.double() + s * randn(x.shape, generator, torch.empty((), dtype=torch.float64, device=x.device))
-        return Referee(models, s, max(1, 2**19 // math.prod(self.shape)))(z, generator)
+        return Referee(models, s, at_once(self.shape))(z, generator)
 
     def store(self, models: Sequence[BaseModel], **options: Any) -> DiffusionStore:
         return DiffusionStore(models, **options)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from sculpt.chain import Settings
 from sculpt.diffusion.clock import noise_levels, spread
-from sculpt.diffusion.kernels import check_finite, inner
+from sculpt.diffusion.kernels import check_finite, extrapolated, inner
 from sculpt.diffusion.referee import Referee
-from sculpt.diffusion.together import denoise_all
+from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.diffusion.tracked import FEW_DIMENSIONS, Tracked, TrackedChain
 from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean
 from sculpt.model import randn
@@ -111,9 +111,9 @@ class DetailedChain(TrackedChain):
         return super().slip(state, log_w) if is_heuristic(self.formula) else 0.0
 
     def notes(self, x, generator):
-        whose = (
-            "weights of the models are those at s_d, a heuristic" if is_heuristic(self.formula) else "the anchor paints alone"
-        )
+        a = painters(self.formula, torch.zeros(1, len(self.models)))[0]
+        alone = f"{self.models[int(a.argmax())]} paints alone" if float(a.max()) == 1 else "a part of the mixture paints alone"
+        whose = "weights of the models are those at s_d, a heuristic" if is_heuristic(self.formula) else alone
         calls = "" if not self.referee.calls else f"; the referee called each model {self.referee.calls:.0f} times a particle"
         return [
             *super().notes(x, generator),
@@ -151,8 +151,7 @@ class DetailedChain(TrackedChain):
         """One step of the second-order stochastic solver."""
         k, D = int(state.k[0]), state.D
         s, s_next = self.levels[k], self.levels[k + 1]
-        if k > self.last:
-            D = D + (s / s_next).log() / (2 * (self.levels[k - 1] / s).log()) * (D - state.before)
+        D = extrapolated(D, state.before, self.levels, k) if k > self.last else D
         kappa = 1 - (s_next / s) ** 2
         z = state.z + kappa * (D - state.z) + s_next * kappa.sqrt() * randn(state.z.shape, generator, state.z)
         D = self._denoised(z, state.a, k + 1)
@@ -180,8 +179,7 @@ def painters(
         ell: the log-densities at the detail level.
         generator: draws the parts of mixtures. Without one there are shares in their place.
     """
-    if isinstance(formula, Posterior) or (isinstance(formula, PowerMean) and formula.exponent == -1 and formula.m == 2):
-        first = formula.labels[0] if isinstance(formula, Posterior) else 0
+    if (first := _first(formula)) is not None:
         return torch.eye(formula.m, dtype=ell.dtype, device=ell.device)[first].expand_as(ell)
     if isinstance(formula, Mixture):
         shares = formula.gradient(ell)
@@ -205,15 +203,17 @@ def painters(
 def is_heuristic(formula: Formula) -> bool:
     """Whether several models paint one sample together, which no target is behind."""
     if isinstance(formula, Nested):
-        outer = is_heuristic(formula.outer)
-        first = formula.parts if outer or isinstance(formula.outer, Mixture) else formula.parts[_first(formula.outer) :][:1]
-        return outer or any(map(is_heuristic, first))
-    two = isinstance(formula, PowerMean) and formula.exponent == -1 and formula.m == 2
-    return not (isinstance(formula, Posterior | Mixture) or two or formula.m == 1)
+        first = _first(formula.outer)
+        return is_heuristic(formula.outer) or any(map(is_heuristic, formula.parts if first is None else [formula.parts[first]]))
+    return not (isinstance(formula, Mixture) or _first(formula) is not None or formula.m == 1)
 
 
-def _first(formula: Formula) -> int:
-    return formula.labels[0] if isinstance(formula, Posterior) else 0
+def _first(formula: Formula) -> int | None:
+    """The operand that paints, where that is always the same one."""
+    if isinstance(formula, Posterior):
+        return formula.labels[0]
+    # Of two models the power mean of -1 is their posterior.
+    return 0 if isinstance(formula, PowerMean) and formula.exponent == -1 and formula.m == 2 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ which level
@@ -224,8 +224,8 @@ _KNOWN: OrderedDict[tuple[str, ...], float] = OrderedDict()
 def detail_level(models: Sequence[Denoiser]) -> float:
     r"""The detail level of these models where nobody says: zero in few dimensions, where all of a density counts.
 
-    In many it is zero as well where the models hardly differ, and otherwise where the models' log-ratio begins to spread faster than particles can follow, by :data:`RATE` nats in an e-fold of noise;
-    the data's spread bounds it. It is found from a few samples of the models alone, whatever is composed of them.
+    In many it is zero as well where the models hardly differ, and otherwise where their log-ratio begins to spread faster than particles can
+    follow, by :data:`RATE` nats in an e-fold of noise; the data's spread bounds it. It is found from a few samples of the models alone, whatever is composed of them.
     """
     if math.prod(models[0].shape) <= FEW_DIMENSIONS or len(models) < 2:
         return 0.0
@@ -244,7 +244,7 @@ def _found(models: Sequence[Denoiser]) -> float:
     levels = noise_levels(models, STEPS, device)
     own = torch.arange(len(models), device=device).repeat_interleave(PILOT)
     z = levels[0] * randn((len(own), *models[0].shape), generator, levels)
-    batch, rows = max(1, 2**19 // math.prod(models[0].shape)), torch.arange(len(own), device=device)
+    batch, rows = at_once(models[0].shape), torch.arange(len(own), device=device)
     rates: list[float] = []
     before = None
     for k, s in enumerate(levels):
@@ -254,9 +254,7 @@ def _found(models: Sequence[Denoiser]) -> float:
         rates.append(float(torch.stack(pairs).mean(1).max()))
         mine = D[rows, own]
         if k + 1 < len(levels):
-            step = (
-                mine if before is None else mine + (s / levels[k + 1]).log() / (2 * (levels[k - 1] / s).log()) * (mine - before)
-            )
+            step = extrapolated(mine, before, levels, k)
             kappa = 1 - (levels[k + 1] / s) ** 2
             z = z + kappa * (step - z) + levels[k + 1] * kappa.sqrt() * randn(z.shape, generator, z)
             before = mine

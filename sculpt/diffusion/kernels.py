@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sculpt.diffusion.clock import like
 
-__all__ = ["Walk", "analytic_variance", "check_finite", "inner", "kernel_variance", "surprise"]
+__all__ = ["Walk", "analytic_variance", "check_finite", "extrapolated", "inner", "kernel_variance", "surprise"]
 
 FEW = 16
 """Particles, from which on they can tell of each other."""
@@ -79,6 +79,14 @@ def analytic_variance(
     g = einsum(w, reduce(every * pull[:, None], "N m ... -> N m", "sum"), "N, N m -> m")
     c = v * g[:-1] / g[-1].clamp(min=torch.finfo(g.dtype).tiny)
     return c[:-1], c[-1]
+
+
+def extrapolated(D: Tensor, before: Tensor | None, levels: Float[Tensor, "steps"], k: int) -> Tensor:
+    """What a model makes of z at level k, carried on by half a step of the second-order solver from what it was one level before."""
+    if before is None:
+        return D
+    h, h_before = (levels[k] / levels[k + 1]).log(), (levels[k - 1] / levels[k]).log()
+    return D + (h / (2 * h_before)).to(D.dtype) * (D - before)
 
 
 def kernel_variance(c: Tensor, v: Tensor, delta: Tensor) -> Tensor:

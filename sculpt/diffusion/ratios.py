@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sculpt.diffusion.clock import noise_levels
 from sculpt.diffusion.kernels import analytic_variance, check_finite, kernel_variance
+from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.model import randn
-from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser
@@ -35,11 +35,11 @@ def path_ratios(
     z = x.double() + levels[-1] * randn(x.shape, generator, levels)
     ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
     a = torch.eye(len(models), dtype=torch.float64, device=x.device)[made_by].expand(len(x), -1)
-    batch_size, d = max(1, 2**19 // math.prod(x.shape[1:])), math.prod(x.shape[1:])
+    d = math.prod(x.shape[1:])
     for k, (s_next, s) in enumerate(itertools.pairwise(levels.flip(0))):
         v, delta = s**2, s**2 - s_next**2
         z_next, z = z, z + delta.sqrt() * randn(z.shape, generator, z)
-        D = torch.stack([in_parts(lambda z, p=p, s=s: p.denoise(z, s), batch_size, z) for p in models], dim=1)
+        D = denoise_all(models, z, s, at_once(x.shape[1:]))
         check_finite(D, "a base model gave", k, s)
         c, _ = analytic_variance(z, D, a, ell.new_full((len(x),), 1 / len(x)), v)
         tau = kernel_variance(c, v, delta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
     from sculpt.diffusion.clock import Level
     from sculpt.diffusion.denoiser import Denoiser
 
-__all__ = ["denoise_all"]
+__all__ = ["at_once", "denoise_all"]
+
+
+def at_once(shape: Sequence[int]) -> int:
+    """How many samples of this shape go through a network at once where the caller does not say."""
+    return max(1, 2**19 // math.prod(shape))
 
 
 def denoise_all(models: Sequence[Denoiser], z: Float[Tensor, "N *x"], s: Level, batch_size: int) -> Float[Tensor, "N m *x"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from sculpt.chain import Chain, Settings
 from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.diffusion.kernels import check_finite
+from sculpt.diffusion.together import at_once
 from sculpt.model import randn
 from sculpt.state import State, in_parts
 
@@ -45,7 +45,7 @@ class SolverChain(Chain):
         self.scheduler.set_timesteps(steps, device=model.device)
         self.times, self.unet = self.scheduler.timesteps, DenoiserUNet(model, self.scheduler)
         self.length = len(self.times)
-        self.batch_size = settings.batch_size or max(1, 2**19 // math.prod(model.shape))
+        self.batch_size = settings.batch_size or at_once(model.shape)
         self.random = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def start(self, n, generator):

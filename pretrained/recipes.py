@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,12 +28,14 @@ class Recipe(Protocol):
         """What the averaged weights are worth."""
 
 
-def train(recipe: Recipe, *, report: int = 100, check: int = 1000, keep: float = 120.0) -> None:
-    """Train to the end. Print the mean of every ``report`` steps, evaluate every ``check`` steps, save every ``keep`` seconds."""
+def train(recipe: Recipe, *, report: int = 100, check: int = 1000, keep: float = 120.0, seconds: float = math.inf) -> None:
+    """Train to the end, or for so many seconds. Print the mean of every ``report`` steps, evaluate every ``check`` steps, save every
+    ``keep`` seconds.
+    """
     training, rows = recipe.training, []
-    for row in training.run(recipe.loss, recipe.steps):
+    for row in training.run(recipe.loss, recipe.steps if training.seconds < seconds else 0):
         rows.append(row)
-        done = training.step == recipe.steps
+        done = training.step == recipe.steps or training.seconds >= seconds
         if training.step % report == 0:
             say(recipe, mean(rows))
             rows = []
@@ -40,6 +43,8 @@ def train(recipe: Recipe, *, report: int = 100, check: int = 1000, keep: float =
             training.curve.append({"step": training.step, **recipe.evaluate()})
             say(recipe, training.curve[-1])
         training.save(every=0.0 if done else keep)
+        if done:
+            break
 
 
 def say(recipe: Recipe, row: Row) -> None:

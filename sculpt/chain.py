@@ -105,6 +105,8 @@ class Chain(abc.ABC):
     """Log Z of the target as written, minus log Z for the anchor's samples. Only chains that are steered from an anchor have it."""
     doubt: str = ""
     """A known error that the weights do not show. The verdict says it."""
+    apart: float = 0.0
+    """How far two looks at the log-ratios of one sample are apart, in nats; known when the notes are."""
     alone: bool = False
     """Whether every particle is a run of its own: there are no weights between them, and nothing is selected."""
 
@@ -136,7 +138,7 @@ class Chain(abc.ABC):
         """The population for n samples where the caller does not say. Weights mean little among a few particles."""
         return max(n, 2048)
 
-    def slip(self, state: State, log_w: Float[Tensor, "n"]) -> float:
+    def slip(self, state: State, population: Population) -> float:
         """What the finite number of steps may have added to log Z, as far as the particles of one run can tell."""
         return 0.0
 
@@ -182,7 +184,7 @@ def run(
     N = n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
     population = Population(N, threshold=threshold, generator=generator, device=chain.device, of=formula)
-    diagnostics = Diagnostics(chain.road, formula, seed=settings.seed, doubt=chain.doubt)
+    diagnostics = Diagnostics(chain.road, formula, samples=n, seed=settings.seed)
     title, step = f"sampling {formula}", 0
     yield Progress(title, 0, chain.length, 0, N)
     with torch.no_grad():  # never around a yield: gradients would be off in the caller too
@@ -217,6 +219,7 @@ def run(
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
+    diagnostics.apart, diagnostics.doubt = chain.apart, chain.doubt
     yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples)
 
 
@@ -228,12 +231,13 @@ def _without_lost(x: Tensor, increment: Tensor | None) -> tuple[Tensor, Tensor |
     return x, increment
 
 
+@torch.no_grad()
 def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state: State, *, selected: bool = True) -> None:
     """Take down what the population knows about itself when its weights are complete."""
     if population.lost:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
     if population.ess and not chain.alone:
-        diagnostics.slip = chain.slip(state, population.log_w)
+        diagnostics.slip = chain.slip(state, population)
         kept = None if chain.log_scale is None else math.exp(min(0.0, population.log_z - chain.log_scale))
         diagnostics.observe(population, kept, selected=selected)
     diagnostics.steered = chain.alone

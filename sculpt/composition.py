@@ -102,9 +102,9 @@ class Composition(BaseModel):
         generator: torch.Generator | None = None,
         *,
         made_by: int = 0,
-        detail: float | None = None,
+        **how: Any,
     ) -> Tensor:
-        return self.leaves[0].log_ratios(models, x, generator, made_by=made_by, detail=detail)
+        return self.leaves[0].log_ratios(models, x, generator, made_by=made_by, **how)
 
     # Roads
 

@@ -19,6 +19,15 @@ __all__ = ["LEVELS", "Diagnostics", "Verdict", "printable"]
 LEVELS = ("exact", "sound", "thin", "steered", "strained", "biased", "doubtful", "collapsed", "uncovered")
 Level = Literal["exact", "sound", "thin", "steered", "strained", "biased", "doubtful", "collapsed", "uncovered"]
 
+COPIES = 5.0
+"""Samples for every family, from which on many are near-copies. Noise makes the members of a family differ, so a few are none."""
+SHARE = 0.02
+"""Of the starting particles, under which the weight comes from too few."""
+LOST, SLIP, APART = 0.01, 1.0, 0.25
+"""From which on weights are in doubt: the share of lost particles, what the steps put into log Z, and how far two looks are apart."""
+NOTHING = 0.01
+"""Nats that two looks may differ by and still be exact."""
+
 LONG, MANY = 1_000_000, 100_000
 """Characters of a text, and runs or notes, in a file."""
 COUNT = 2**53
@@ -61,12 +70,15 @@ class Diagnostics:
         formula: of what.
         steps: how many the run took.
         particles: the size of its population.
+        samples: how many were asked of it.
+        lost: particles that went to numbers that are not finite.
         ess: the effective sample size after every weighting.
         log_z: the estimate of the target's log-normaliser.
         log_z_error: the standard error of ``log_z``, what the steps may have added to it included.
         slip: that part of it: what their finite number may have added to log Z.
         ancestors: how many particles of the start have descendants with weight.
         families: how many particles of the start the weight comes from.
+        apart: how far two looks at the log-ratios of one sample are apart, in nats: standard deviation.
         steered: whether every sample is a run of its own, that nothing was selected from.
         doubt: a known error that the weights do not show.
         acceptance: the share of the anchor's samples that rejection keeps, or would keep.
@@ -80,12 +92,15 @@ class Diagnostics:
     formula: str = ""
     steps: int = 0
     particles: int | None = None
+    samples: int | None = None
+    lost: int = 0
     ess: list[float] = field(default_factory=list)
     log_z: float | None = None
     log_z_error: float | None = None
     slip: float = 0.0
     ancestors: int | None = None
     families: float | None = None
+    apart: float = 0.0
     steered: bool = False
     doubt: str = ""
     acceptance: float | None = None
@@ -96,7 +111,7 @@ class Diagnostics:
 
     def observe(self, population: Population, acceptance: float | None = None, *, selected: bool = True) -> None:
         """Take down what a population knows about itself, and whether its weights select the samples or are there to look at."""
-        self.particles, self.ess = population.n, list(population.ess)
+        self.particles, self.lost, self.ess = population.n, population.lost, list(population.ess)
         if selected:
             self.ancestors, self.families = population.ancestors, population.families
         self.log_z, self.acceptance = population.log_z, acceptance
@@ -110,7 +125,7 @@ class Diagnostics:
             worst = max((run.verdict for run in runs), key=lambda verdict: LEVELS.index(verdict.level))
             return worst if len(runs) == 1 else Verdict(worst.level, f"the least trusted of {len(runs)} runs: {worst.reason}")
         if self.referee:
-            return Verdict("exact", f"for the base samplers and {self.referee}; {self.acceptance:.2g} of the draws were kept.")
+            return self._of_rejection()
         if self.steered:
             return Verdict(
                 "steered",
@@ -120,6 +135,14 @@ class Diagnostics:
         if not (self.particles and self.ess):
             return Verdict("sound", "nothing was weighted, and nothing unusual happened.")
         return self._of_weights() if self.families is None else self._of_particles(self.families, self.particles)
+
+    def _of_rejection(self) -> Verdict:
+        said = f"for the base samplers and {self.referee}; {self.acceptance:.2g} of the draws were kept."
+        if self.apart <= NOTHING:
+            return Verdict("exact", said)
+        if doubt := self._doubt:
+            return Verdict("doubtful", doubt)
+        return Verdict("sound", f"{said} Two looks at one sample differ by {self.apart:.2g} nats.")
 
     def _of_weights(self) -> Verdict:
         last = self.ess[-1] / (self.particles or 1)
@@ -140,12 +163,33 @@ class Diagnostics:
                 f"the {n} particles {worth} (least effective share {least:.1%}). Take the samples as near-copies; use a classifier, more "
                 "particles, or a milder composition.",
             )
-        if self.doubt:
-            return Verdict("doubtful", self.doubt)
+        if doubt := self._doubt:
+            return Verdict("doubtful", doubt)
         few = f"the weight comes from {families:.0f} of {n} starting particles"
-        if families < max(0.05 * n, min(10, 0.5 * n)) or last < 0.1:
+        if families < max(SHARE * n, min(10, 0.5 * n)) or last < 0.1:
             return Verdict("strained", f"{few}. More particles would help.")
+        if self.samples and self.samples > COPIES * families:
+            return Verdict(
+                "strained",
+                f"{few}, and {self.samples} samples were asked of them: many are near-copies. More particles would help.",
+            )
         return Verdict("sound", f"{few}, least effective share {least:.0%}.")
+
+    @property
+    def _doubt(self) -> str:
+        """What makes every weight doubtful, however many particles share it."""
+        if self.doubt:
+            return self.doubt
+        if self.lost > LOST * (self.particles or 1):
+            return f"{self.lost} of {self.particles} particles were lost to numbers that are not finite. Check the networks, or take more steps."
+        if not self.slip <= SLIP:
+            return f"the finite number of steps may have moved log Z by {self.slip:.2g} nats. Take more steps."
+        if not self.apart <= APART:
+            return (
+                f"two looks at the log-densities of one sample differ by {self.apart:.2g} nats: weights are as uncertain as that. Train the base "
+                "models longer, or decide by a classifier."
+            )
+        return ""
 
     def runs(self) -> Iterator[Diagnostics]:
         """The runs that these samples were put together from, or this one."""
@@ -228,9 +272,9 @@ def _sizes(said: Entries, name: str) -> list[float]:
 
 _READ = {
     **dict.fromkeys(("road", "formula", "doubt", "referee"), lambda said, name: said.text(name, LONG)),
-    **dict.fromkeys(("steps", "ancestors"), lambda said, name: said.whole(name, most=COUNT)),
-    **dict.fromkeys(("log_z", "log_z_error", "slip"), _real),
-    "particles": lambda said, name: said.whole(name, least=1, most=COUNT),
+    **dict.fromkeys(("steps", "ancestors", "lost"), lambda said, name: said.whole(name, most=COUNT)),
+    **dict.fromkeys(("log_z", "log_z_error", "slip", "apart"), _real),
+    **dict.fromkeys(("particles", "samples"), lambda said, name: said.whole(name, least=1, most=COUNT)),
     "steered": lambda said, name: said.flag(name),
     "families": lambda said, name: said.number(name, 0, COUNT),
     "acceptance": lambda said, name: said.number(name, 0, 2),

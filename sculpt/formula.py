@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sculpt.checks import each, number, real, whole
 
-__all__ = ["Formula", "Mixture", "Posterior", "Product", "PowerMean", "Nested", "label_sets"]
+__all__ = ["Formula", "Mixture", "Posterior", "Product", "PowerMean", "Nested", "divides", "label_sets"]
 
 NEG_INF = float("-inf")
 
@@ -336,3 +336,10 @@ def _softmax(x: Tensor) -> Tensor:
 def _covariance(r: Tensor) -> Tensor:
     r""":math:`\mathrm{diag}(r) - r r^\top`"""
     return torch.diag_embed(r) - einsum(r, r, "... i, ... j -> ... i j")
+
+
+def divides(formula: Formula) -> bool:
+    """Whether a density is divided by somewhere in a formula."""
+    if isinstance(formula, Nested):
+        return any(map(divides, (formula.outer, *formula.parts)))
+    return isinstance(formula, Product) and min(formula.powers) < 0

@@ -108,9 +108,10 @@ class BaseModel(abc.ABC):
         *,
         made_by: int = 0,
         detail: float | None = None,
+        paths: int | None = None,
     ) -> Tensor:
         """Log-densities ``(b, m)`` of all models at finished samples x of model ``made_by``, up to a constant common to all; with a
-        detail level, of x seen through noise of that level."""
+        detail level, of x seen through noise of that level; averaged over so many paths, where several lead to one x."""
         raise ValueError(f"{self} does not know log-densities of finished samples: pass a classifier, or a function that does.")
 
     @property

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers_models import exact_model, scheduler_of, sixteen_dimensions, three_rings, tight_rings
+from fields import Fields
 from oracles import GaussianMixture
 from torch import nn
 
@@ -20,33 +21,6 @@ def generator(seed=0):
 
 
 # A field of many numbers ------------------------------------------------------------------------------------------------------------
-
-
-class Fields(sculpt.diffusion.denoiser.Denoiser):
-    """A mixture of white fields around a few patterns, in any number of dimensions: D and log-densities in closed form."""
-
-    def __init__(self, name, shares, d=3072, spread=0.3, contrast=0.35):
-        self.name = self.key = name
-        self.shape, self.s_min, self.s_max = (3, d // 48, 16), 0.01, 80.0
-        self.device, self.calls = torch.device("cpu"), 0
-        patterns = torch.randn(4, d, generator=generator(7), dtype=torch.float64)
-        self.means, self.c = contrast * patterns, spread**2
-        self.log_shares = torch.tensor(shares, dtype=torch.float64).log()
-
-    def log_parts(self, z, s):
-        square = torch.cdist(z.double().flatten(1), self.means) ** 2
-        return self.log_shares - square / (2 * (self.c + float(s) ** 2))
-
-    def denoise(self, z, s):
-        self.calls += len(z)
-        p, v = torch.softmax(self.log_parts(z, s), dim=-1), float(s) ** 2
-        mean = (p @ self.means).reshape(z.shape)
-        return (mean + self.c / (self.c + v) * (z.double() - mean)).to(z.dtype)
-
-    def which(self, x):
-        """The pattern that a sample shows."""
-        return torch.cdist(x.double().flatten(1), self.means).argmin(1)
-
 
 ONE, TWO = ([0.4, 0.4, 0.2, 1e-12], [0.1, 0.4, 1e-12, 0.5])
 

@@ -6,6 +6,7 @@ step from ``generator``. ``b`` particles, ``a`` actions with the exit last, ``m`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,17 +16,23 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from sculpt.actions.guidance import policy
-from sculpt.actions.paths import children_log_pb, disagreement
+from sculpt.actions.paths import Disagreement, children_log_pb, disagreement, path_ratios
 from sculpt.actions.states import NEG_INF, distinct, draw
 from sculpt.chain import Chain, Settings
-from sculpt.formula import Formula, Nested
+from sculpt.diagnostics import APART
+from sculpt.formula import Formula, Nested, divides
+from sculpt.particles import systematic
 from sculpt.state import State
 
 if TYPE_CHECKING:
     from sculpt.actions.guidance import Guidance
     from sculpt.actions.model import ActionModel, GuidedActions
+    from sculpt.particles import Population
 
 __all__ = ["ActionChain", "DensityCorrectedChain", "GuidedChain", "TrackedChain", "Written"]
+
+LOOKED_AT = 64
+"""Finished samples whose paths are compared."""
 
 
 @dataclass
@@ -48,6 +55,7 @@ class ActionChain(Chain):
         self.model, self.road, self.device = model, road, model.device
         self.exit = model.n_actions - 1
         self.batch_size = settings.batch_size or model.batch_size
+        self.generator, self.said = settings.generator, []  # type: ignore[var-annotated]
 
     def start(self, n, generator):
         going = torch.ones(n, dtype=torch.bool, device=self.device)
@@ -67,6 +75,14 @@ class ActionChain(Chain):
 
     def end(self, state, log_w, generator):
         return state.states, None
+
+    def notes(self, x, generator):
+        return self.said
+
+    def follow(self, found: Disagreement) -> float:
+        """Keep what the verdict and the notes want to know; what it adds to log Z."""
+        self.apart, self.said = found.apart, [found.said] if found.said else []
+        return found.shift
 
     def carried(self, n: int) -> Tensor | None:
         """What n particles carry along at first."""
@@ -96,7 +112,7 @@ class GuidedChain(ActionChain):
     def __init__(self, model: GuidedActions, settings: Settings, corrected: bool = False):
         super().__init__(model, settings, "classifier, anchored form" + ", corrected" * corrected)
         self.guidance: Guidance = model.guidance
-        self.log_scale = 0.0
+        self.log_scale, self.corrected = 0.0, corrected
 
     def carried(self, n):
         return self.guidance.log_h(self.model.start(1)).expand(n)[:, None].clone()
@@ -110,6 +126,23 @@ class GuidedChain(ActionChain):
         log_N = torch.logsumexp(log_p + log_h, dim=-1)
         actions = draw(log_p + log_h - log_N[:, None], rows, generator)
         return log_N[rows] - carry[:, 0], actions, log_h[rows, actions, None]
+
+    def slip(self, state, population):
+        """Weights are exact for the terminal head and cannot see its own errors; models that know their densities can."""
+        guidance = self.guidance
+        if self.corrected and all(model.knows_density for model in guidance.models) and len(guidance.labels) > 1:
+            x = _some(state, population, self.generator)
+            try:
+                ell = path_ratios(guidance.models, x, self.generator, made_by=guidance.labels[0], paths=None)
+            except NotImplementedError:  # the models cannot walk backwards
+                return 0.0
+            off = (guidance.log_h_end(x) - guidance.log_h_of(ell)).nan_to_num(nan=0.0)
+            if not (apart := float(off.std(correction=0))) <= APART:
+                self.doubt = (
+                    f"the terminal head differs by {apart:.2g} nats from the models' own densities. Train the classifier longer, or take "
+                    "correct='densities'."
+                )
+        return 0.0
 
 
 class DensityCorrectedChain(GuidedChain):
@@ -144,9 +177,9 @@ class DensityCorrectedChain(GuidedChain):
         carry = torch.cat([entered, ell + ratio[rows, actions]], dim=1)
         return torch.where(dead, log_N, log_N - log_h[:, 0]), actions, carry
 
-    def notes(self, x, generator):
-        note = disagreement(self.guidance.models, x[:64], generator)
-        return [] if note is None else [note]
+    def slip(self, state, population):
+        guidance, x = self.guidance, _some(state, population, self.generator)
+        return self.follow(disagreement(guidance.posterior, guidance.models, x, self.generator, guidance.labels[0]))
 
 
 class TrackedChain(ActionChain):
@@ -190,9 +223,27 @@ class TrackedChain(ActionChain):
         actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
         return torch.where(dead, log_N, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
 
-    def notes(self, x, generator):
-        note = disagreement(self.models, x[:64], generator)
-        return [] if note is None else [note]
+    def slip(self, state, population):
+        x = _some(state, population, self.generator)
+        shift = self.follow(disagreement(self.target, self.models, x, self.generator))
+        return math.hypot(shift, self._missed(population)) if divides(self.target) else shift
+
+    def _missed(self, population: Population) -> float:
+        """By how much log Z is larger, say samples of the model that counts most, each with its weight.
+
+        Where a density is divided by, particles may all leave at once for where it is small, and their equal weights see nothing of the rest.
+        """
+        a = self.target.gradient(torch.zeros(len(self.models), dtype=torch.float64))
+        i, n = int(a.argmax()), max(2, population.n // 2)
+        x = self.models[i].sample(n, generator=self.generator, progress=False).x
+        ell = path_ratios(self.models, x, self.generator, made_by=i)
+        log_w = self.target.value(ell) - ell[:, i]
+        return max(0.0, float(log_w.logsumexp(0)) - math.log(n) - population.log_z)
+
+
+def _some(state: Written, population: Population, generator: torch.Generator | None) -> Shaped[Tensor, "k *s"]:
+    """Some of the finished samples, as their weights say."""
+    return state.states[systematic(population.log_w, LOOKED_AT, generator)]
 
 
 def _log_ratios(models: Sequence[ActionModel], states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a m"]:

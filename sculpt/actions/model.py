@@ -148,11 +148,12 @@ class ActionModel(Steppable):
         *,
         made_by: int = 0,
         detail: float | None = None,
+        paths: int | None = None,
     ) -> Tensor:
         if detail is not None:
             raise ValueError(f"detail: {self} has no noise levels. Leave it out.")
         try:
-            return path_ratios(models, x, generator, made_by=made_by)
+            return path_ratios(models, x, generator, made_by=made_by, paths=paths)
         except NotImplementedError:
             raise ValueError(f"The samples of {self} cannot be traced back to their start: pass a classifier.") from None
 

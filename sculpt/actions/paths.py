@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,33 +15,88 @@ from sculpt.actions.states import NEG_INF, distinct
 
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
+    from sculpt.formula import Formula
 
-__all__ = ["backward_paths", "children_log_pb", "disagreement", "path_ratios"]
+__all__ = ["Disagreement", "backward_paths", "children_log_pb", "disagreement", "path_ratios"]
+
+ERROR, FEW, MOST = 0.1, 64, 64
+"""The standard error of an averaged log-density, in nats, that is good enough; samples that tell how many paths it takes, and paths at most."""
+PATHS = 16
+"""Paths to a state, that tell how far they disagree."""
 
 
 @torch.no_grad()
 def path_ratios(
-    models: Sequence[ActionModel], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None, *, made_by: int = 0
+    models: Sequence[ActionModel],
+    x: Shaped[Tensor, "b *s"],
+    generator: torch.Generator | None = None,
+    *,
+    made_by: int = 0,
+    paths: int | None = 1,
 ) -> Float[Tensor, "b m"]:
-    r""":math:`\log u_i(x) = \sum \log P_i(s'|s) - \log P_B^i(s|s')` along one backward path from each x, drawn by the :math:`P_B` of the model that made it.
+    r"""Terminal log-probabilities by backward paths from each x, drawn by the :math:`P_B` of the model that made it.
 
-    The terminal log-probabilities of base models whose flows balance; otherwise they depend on the path.
+    One path: :math:`\log u_i(x) = \sum \log P_i(s'|s) - \log P_B^i(s|s')`, which depends on the path unless the base models' flows balance.
+    Several: the mean of :math:`\prod P_i(s'|s) / P_B(s|s')`, whose expectation is :math:`p_i(x)` whatever the models.
+
+    Args:
+        models: all of them.
+        x: finished samples.
+        generator: draws the paths.
+        made_by: whose backward policy they follow.
+        paths: how many for each sample; ``None`` says as many as their spread asks for.
     """
-    paths_at_once = max(1, 8 * models[0].batch_size // 64)
-    return torch.cat([_path_ratios(models, part, generator, models[made_by]) for part in x.split(paths_at_once)])
+
+    if paths is None:
+        paths = _enough(torch.stack([_told(models, x[:FEW], generator, made_by)[0] for _ in range(4)]))
+    if paths == 1:
+        return _told(models, x, generator, made_by)[0]
+    return _mean(torch.stack([_told(models, x, generator, made_by)[1] for _ in range(paths)]))
 
 
-def _path_ratios(models, x, generator, first):
-    children, parents, actions, owner = backward_paths(first, x, generator)
-    ell = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
+def _mean(log: Float[Tensor, "k *b"]) -> Float[Tensor, "*b"]:
+    """The logarithm of the mean."""
+    return log.logsumexp(0) - math.log(len(log))
+
+
+def _enough(ell: Float[Tensor, "k b m"]) -> int:
+    """How many paths it takes, by what a few say of a few samples."""
+    s = min(float(_spread(ell).max()), 5.0) if ell.numel() else 0.0
+    return max(1, min(MOST, math.ceil(math.expm1(s**2) / ERROR**2)))
+
+
+def _spread(ell: Float[Tensor, "k b m"]) -> Float[Tensor, "m"]:
+    """The standard deviation between paths to one state, its root mean square over states."""
+    # Where all paths agree that a model does not come to a state, both are minus infinity, and nothing is apart.
+    apart = torch.where((ell == ell[:1]).all(0), 0.0, ell.std(0).nan_to_num(nan=math.inf))
+    return apart.square().mean(0).sqrt()
+
+
+def _told(
+    models: Sequence[ActionModel], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None, made_by: int
+) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
+    """What one path says of each x: divided by each model's own backward policy, and by the one that drew it."""
+    at_once = max(1, 8 * models[0].batch_size // 64)
+    parts = [_along(models, part, generator, models[made_by]) for part in x.split(at_once)]
+    ahead, back = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ahead - back, ahead - back[:, made_by, None]
+
+
+def _along(
+    models: Sequence[ActionModel], x: Shaped[Tensor, "b *s"], generator: torch.Generator | None, drawn_by: ActionModel
+) -> tuple[Float[Tensor, "b m"], Float[Tensor, "b m"]]:
+    """One path back from each x: its log-probability from the start, and from x, by every model."""
+    children, parents, actions, owner = backward_paths(drawn_by, x, generator)
+    back = torch.zeros(len(x), len(models), dtype=torch.float64, device=x.device)
     if len(owner):
         unique, rows = distinct(children)
-        ell.index_add_(0, owner, -torch.stack([model.log_pb(unique)[rows, actions] for model in models], dim=-1))
+        back.index_add_(0, owner, torch.stack([model.log_pb(unique)[rows, actions] for model in models], dim=-1))
     # All states at once: a policy that reads a whole path in one pass does.
     unique, rows = distinct(torch.cat([x, parents]))
-    actions = torch.cat([torch.full((len(x),), first.n_actions - 1, device=x.device), actions])
+    actions = torch.cat([torch.full((len(x),), drawn_by.n_actions - 1, device=x.device), actions])
     log_pf = torch.stack([model.log_pf(unique)[rows, actions] for model in models], dim=-1)
-    return ell.index_add(0, torch.cat([torch.arange(len(x), device=x.device), owner]), log_pf)
+    ahead = torch.zeros_like(back).index_add(0, torch.cat([torch.arange(len(x), device=x.device), owner]), log_pf)
+    return ahead, back
 
 
 def backward_paths(
@@ -60,20 +116,41 @@ def backward_paths(
         states = parents
 
 
-def disagreement(models: Sequence[ActionModel], x: Tensor, generator: torch.Generator | None, paths: int = 4) -> str | None:
-    """How far the ratios of several paths to one state are apart: zero for converged base models."""
+@dataclass(frozen=True)
+class Disagreement:
+    """What tracked densities are off by where paths to one state disagree: nothing for converged base models."""
+
+    apart: float = 0.0
+    """of a state's log-weight, standard deviation over states, in nats"""
+    shift: float = 0.0
+    """the mean of it"""
+    said: str = ""
+
+
+def disagreement(
+    formula: Formula, models: Sequence[ActionModel], x: Tensor, generator: torch.Generator | None, first: int = 0
+) -> Disagreement:
+    r"""Tracked densities give a state the mean of :math:`e^{\Phi(\ell)}` over its paths; it is due :math:`e^{\Phi(\log p(x))}`.
+
+    Args:
+        formula: of the models.
+        models: all of them.
+        x: finished samples.
+        generator: draws the paths.
+        first: whose backward policy they follow.
+    """
     try:
-        ell = torch.stack([path_ratios(models, x, generator) for _ in range(paths)])
+        own, drawn = zip(*(_told(models, x, generator, first) for _ in range(PATHS)), strict=True)
     except NotImplementedError:
-        return None  # the model cannot walk backwards
-    # Where all paths agree that a model does not come to a state, both are minus infinity, and nothing is apart.
-    apart = torch.where((ell == ell[:1]).all(0), 0.0, ell.std(0).nan_to_num(nan=math.inf))
-    spread = apart.mean(0).tolist()
+        return Disagreement()  # the model cannot walk backwards
+    ell = torch.stack(own)
+    spread = _spread(ell).tolist()
     if max(spread) < 1e-9:
-        return None
+        return Disagreement()
+    off = (_mean(formula.value(ell)) - formula.value(_mean(torch.stack(drawn)))).nan_to_num(nan=0.0, posinf=math.inf)
     parts = ", ".join(f"{model} {s:.2g}" for model, s in zip(models, spread, strict=True))
-    verdict = "" if max(spread) < 0.2 else " An unconverged base model: expect an error of this size in the log-density."
-    return f"path ratios to one state differ by (standard deviation, nats): {parts}.{verdict}"
+    said = f"path ratios to one state differ by (standard deviation, nats): {parts}"
+    return Disagreement(float(off.std(correction=0)), abs(float(off.mean())), said)
 
 
 def children_log_pb(model: ActionModel, states: Tensor, log_p: Tensor) -> Float[Tensor, "b a"]:

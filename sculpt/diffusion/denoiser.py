@@ -157,7 +157,10 @@ class Denoiser(Steppable):
         *,
         made_by: int = 0,
         detail: float | None = None,
+        paths: int | None = None,
     ) -> Tensor:
+        if paths is not None:
+            raise ValueError(f"paths: {self} has no paths of actions. Leave it out.")
         s = detail_level(models) if detail is None else detail
         if not s:
             return path_ratios(models, x, generator, made_by)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sculpt.chain import Settings
 from sculpt.diffusion.clock import noise_levels, spread
+from sculpt.diffusion.fade import Believed
 from sculpt.diffusion.kernels import check_finite, extrapolated, inner
 from sculpt.diffusion.referee import Referee
 from sculpt.diffusion.together import at_once, denoise_all
@@ -42,6 +43,8 @@ RATE = 3.0
 """Nats in an e-fold of noise by which the models' ratio may spread at the detail level: what some hundred particles can follow."""
 SPREADS = 4.0
 """The detail level at most, in standard deviations of the data: beyond it the observers see nothing."""
+BELIEVED = 0.3
+"""Of the log-ratios that paths tell on the way, this share steers: they are noisy in many dimensions, and the referee has the last word."""
 SHARE = 2 / 3
 """of the steps above the detail level"""
 PILOT, STEPS = 8, 32
@@ -63,7 +66,6 @@ class DetailedChain(TrackedChain):
     """Tracked densities above the detail level, a selection there, and below it the chain of whoever paints."""
 
     threshold = 0.5
-    """What paths say of ratios is noisy in many dimensions: the referee has the last word, so less is selected by them."""
 
     def __init__(
         self,
@@ -77,6 +79,9 @@ class DetailedChain(TrackedChain):
         self.detail = detail
         super().__init__(formula, models, settings, corrector, alone)
         self.formula, self.referee = formula, Referee(models, detail, self.batch_size)
+        if not alone:
+            b = painters(formula, torch.zeros(1, len(models), dtype=torch.float64, device=self.device))[0]
+            self.targets = [Believed(target, b / b.sum(), BELIEVED) for target in self.targets]
 
     def turn(self):
         """Two thirds of the steps go down to the detail level, densest where the models begin to differ most, just above it."""
@@ -106,9 +111,9 @@ class DetailedChain(TrackedChain):
     def end(self, state, log_w, generator):
         return (state if isinstance(state, Painted) else self._begun(state, generator)).D.float(), None
 
-    def slip(self, state, log_w):
+    def slip(self, state, population):
         # The referee and the anchor's own path know the target's weight: what the others' paths have added up is not in it.
-        return super().slip(state, log_w) if is_heuristic(self.formula) else 0.0
+        return super().slip(state, population) if is_heuristic(self.formula) else 0.0
 
     def notes(self, x, generator):
         a = painters(self.formula, torch.zeros(1, len(self.models)))[0]
@@ -125,6 +130,8 @@ class DetailedChain(TrackedChain):
         if self.alone:
             return torch.zeros_like(log_w)
 
+        followed = self.targets[self.last].value(state.ell)
+
         def refereed(ratios: Tensor) -> Tensor:
             b = painters(self.formula, ratios)
             b = b / b.sum(-1, keepdim=True)
@@ -132,14 +139,13 @@ class DetailedChain(TrackedChain):
 
         def doubt(ratios: Tensor) -> Tensor:
             ell = refereed(ratios)
-            log_h = log_w + self.formula.value(ell) - self.formula.value(state.ell)
+            log_h = log_w + self.formula.value(ell) - followed
             slope = self.formula.gradient(ell) - painters(self.formula, ratios)
             return (log_h - log_h.max()).exp() * slope.norm(dim=-1)
 
         ell = refereed(self.referee(state.z, generator, doubt))
-        change = self.formula.value(ell) - self.formula.value(state.ell)
         state.ell = ell
-        return change
+        return self.formula.value(ell) - followed
 
     def _begun(self, state: Tracked, generator: torch.Generator | None) -> Painted:
         """At the detail level, where it is known already what the models make of z."""

@@ -45,6 +45,40 @@ class Faded(Formula):
         return f"({self.start.write(names)})^{1 - self.beta:.3g} · ({self.formula.write(names)})^{self.beta:.3g}"
 
 
+class Believed(Formula):
+    r"""A formula whose operands' log-densities are believed to differ by a share :math:`\lambda` of what they say:
+
+    .. math:: \Phi(\bar\ell + \lambda (\ell - \bar\ell)), \qquad \bar\ell = \sum_i b_i \ell_i
+
+    Steering by noisy log-ratios, half-heartedly. What is homogeneous along b, such as a product with these powers, stays as it is.
+    """
+
+    def __init__(self, formula: Formula, b: Float[Tensor, "m"], share: float):
+        self.formula, self.b, self.share, self.m = formula, b, float(share), formula.m
+
+    @property
+    def degree(self) -> float:
+        return self.formula.degree
+
+    def value(self, ell):
+        return self.formula.value(self._told(ell))
+
+    def gradient(self, ell):
+        g = self.formula.gradient(self._told(ell))
+        return self.share * g + (1 - self.share) * g.sum(-1, keepdim=True) * self.b
+
+    def hessian(self, ell):
+        J = self.share * torch.eye(self.m, dtype=ell.dtype, device=ell.device) + (1 - self.share) * self.b
+        return J.T @ self.formula.hessian(self._told(ell)) @ J
+
+    def write(self, names):
+        return f"{self.formula.write(names)} at {self.share:.3g} of the log-ratios"
+
+    def _told(self, ell: Float[Tensor, "N m"]) -> Float[Tensor, "N m"]:
+        mean = (ell * self.b).sum(-1, keepdim=True)
+        return mean + self.share * (ell - mean)
+
+
 def fade(formula: Formula, beta: float) -> Formula:
     """The formula with everything that it pushes away from faded to the share beta; itself where there is nothing of the kind.
 

@@ -7,6 +7,9 @@ log-density. ``N`` particles, ``m`` base models, ``*x`` one sample. Weights, clo
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -18,12 +21,12 @@ from einops import einsum, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sculpt.chain import Settings
+from sculpt.chain import Selection, Settings, run, watch
 from sculpt.diffusion.chains import NoisyChain
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import Walk, analytic_variance, check_finite, inner, kernel_variance, surprise
 from sculpt.diffusion.together import denoise_all
-from sculpt.formula import Formula
+from sculpt.formula import Formula, divides
 from sculpt.model import randn
 from sculpt.state import State
 
@@ -78,10 +81,14 @@ class TrackedChain(NoisyChain):
         default = STEPS if d <= FEW_DIMENSIONS else MORE if alone else FEWER
         super().__init__(models, settings, default if settings.steps is None else settings.steps)
         self.degree, self.d, self.corrector, self.alone, self.warned = formula.degree, d, corrector, alone, False
+        self.generator = settings.generator
         if corrector is not None:
             corrector.reset()
         check_powers(self.degree, self.levels)
-        self.last = self.turn()
+        self.last, self.halved = self.turn(), None
+        if d <= FEW_DIMENSIONS and divides(formula) and not alone and self.length >= 4:
+            settings = dataclasses.replace(settings, steps=self.length // 2)
+            self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
         # The target of each level: what the formula pushes away from is faded in.
         self.targets = [fade(formula, (k / self.last) ** 2) for k in range(self.last + 1)]
 
@@ -131,8 +138,19 @@ class TrackedChain(NoisyChain):
         k, z, ell, D = self._corrected(state, generator)
         return (z + einsum(self.targets[k].gradient(ell), D - z[:, None], "N m, N m ... -> N ...")).float(), None
 
-    def slip(self, state, log_w):
-        return 0.0 if self.alone else abs(float(torch.softmax(log_w, 0) @ state.slip))
+    def slip(self, state, population):
+        if self.alone:
+            return 0.0
+        slip = abs(float(torch.softmax(population.log_w, 0) @ state.slip))
+        # Negative powers are biased by a share of a step that particles do not see: half as many steps show it.
+        return slip if self.halved is None else math.hypot(slip, population.log_z - self._with_half(population.n))
+
+    def _with_half(self, n: int) -> float:
+        """Log Z of a run with half the particles and half the steps."""
+        chain = self.halved()
+        chain.halved = None
+        settings = Settings(generator=self.generator)
+        return watch(run(chain, 1, "", settings, selection=Selection(max(2, n // 2))), show=False).log_z
 
     def notes(self, x, generator):
         return super().notes(x, generator) + ([] if self.corrector is None else [self.corrector.note])

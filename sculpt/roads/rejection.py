@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sculpt.chain import Progress, Settings
-from sculpt.checks import real, whole
+from sculpt.checks import check_whole, real, whole
 from sculpt.classifier.guide import Guide
 from sculpt.diagnostics import Diagnostics
 from sculpt.formula import Mixture, Posterior
@@ -27,6 +27,8 @@ __all__ = ["Rejection"]
 
 PILOT = 4096
 """Accepted samples from which the log Z of an inner posterior is estimated."""
+LOOKED_AT = 16
+"""Samples that are looked at twice where nothing exact decides."""
 MOST = 2**15
 """Draws of the anchor at a time."""
 
@@ -39,10 +41,12 @@ class Rejection(Road):
     Args:
         classifier: a classifier of the base models, or a function from samples to their log-densities ``(b, m)``, in the order of
             ``composition.leaves``, up to a constant common to all models. Models that know their own densities need none; without one,
-            diffusion models decide by their denoising errors, an approximation.
+            diffusion models decide by their denoising errors, an approximation, and models whose samples several paths lead to by
+            averages over paths.
         anchor: the observed label to draw from; by default the one with the best acceptance, which goes with one over its odds.
         max_draws: how many samples of the anchor to draw at most.
         detail: the noise level through which samples are looked at where there is no classifier (diffusion); as for ``Tracked``.
+        paths: how many to average over where there is no classifier (GFlowNets); by default as many as their spread asks for.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Rejection(Road):
         anchor: int | BaseModel | None = None,
         max_draws: int = 10_000_000,
         detail: float | None = None,
+        paths: int | None = None,
     ):
         if not (classifier is None or callable(classifier) or isinstance(classifier, Guide)):
             raise TypeError(
@@ -61,6 +66,9 @@ class Rejection(Road):
         self.detail = None if detail is None else real("detail", detail)
         if self.detail is not None and (self.detail < 0 or classifier is not None):
             raise ValueError(f"detail is a noise level from 0, and goes without a classifier; got {detail}.")
+        self.paths = check_whole("paths", paths)
+        if paths is not None and classifier is not None:
+            raise ValueError(f"paths are averaged over where there is no classifier; got both, paths={paths}. Leave one out.")
         self.anchor = anchor if anchor is None or isinstance(anchor, BaseModel) else whole("anchor", anchor, least=0)
 
     def check(self, composition: Composition) -> None:
@@ -87,16 +95,21 @@ class Rejection(Road):
     def _stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         referee = _Referee(composition, self, settings, self.anchor)
         x, log_z, error, drawn = yield from referee.draw(n)
+        apart = 0.0 if self.classifier is not None else (yield from referee.apart(x[:LOOKED_AT]))
+        guesses = self._guesses(composition)
         diagnostics = Diagnostics(
             road="rejection",
             formula=str(composition),
             log_z=log_z,
-            log_z_error=error,
+            # Noise of the exponent raises its mean.
+            log_z_error=math.hypot(error, apart**2 / 2),
+            slip=apart**2 / 2,
             acceptance=len(x) / drawn,
-            referee="" if self._guesses(composition) else self._decides,
+            apart=apart,
+            referee="the models' denoising errors" if guesses else self._decides,
             seed=settings.seed,
             notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())]
-            + ["the models' denoising errors decided, an approximation"] * self._guesses(composition),
+            + ["the models' denoising errors decided, an approximation"] * guesses,
         )
         yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
 
@@ -104,9 +117,9 @@ class Rejection(Road):
         return self.classifier is None and not composition.knows_density
 
     @property
-    def asked(self) -> dict[str, float]:
+    def asked(self) -> dict[str, Any]:
         """What models are told beside the samples."""
-        return {} if self.detail is None else {"detail": self.detail}
+        return {name: value for name in ("detail", "paths") if (value := getattr(self, name)) is not None}
 
     @property
     def _decides(self) -> str:
@@ -191,6 +204,17 @@ class _Referee:
             _, log_z, error, _ = yield from self.draw(PILOT)
             self.known[key] = log_z, f"log Z of {self.composition}: {log_z:.3f} ± {error:.2g}"
         return own - self.known[key][0]
+
+    def apart(self, x: Tensor) -> Generator[Progress, None, float]:
+        """How far two looks at the log-probability of being kept are apart for one sample: standard deviation, in nats."""
+        if self.posterior is None:
+            return 0.0
+        looks, label = [], self.posterior.labels[0]
+        for _ in range(2):
+            ell = yield from self.operand_densities(self.ell(x))
+            looks.append(self.posterior.value(ell) - ell[:, label])
+        apart = torch.where(looks[0] == looks[1], 0.0, looks[0] - looks[1])
+        return float(apart.square().mean().sqrt()) / math.sqrt(2)
 
     def propose(self, label: int, n: int) -> Generator[Progress, None, tuple[Tensor, int]]:
         """n samples of an operand, and how many draws of the base models they took."""

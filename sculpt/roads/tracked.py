@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +100,7 @@ class Tracked(Road):
             yield progress
 
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
-        known: dict[str, tuple[Formula, float, str]] = {}
+        known: dict[str, Inner] = {}
         alone, leaves = self._alone_in(composition), composition.leaves
         formula = yield from self._over_leaves(
             composition, settings, known, None if self.anchor is None else composition.anchored(self.anchor)
@@ -106,14 +108,14 @@ class Tracked(Road):
         chain = leaves[0].tracked(formula, leaves, settings, self, alone)  # type: ignore[attr-defined]
         for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
             if progress.samples is not None:
-                progress.samples.diagnostics.notes += [note for *_, note in known.values() if note]
+                _rest(progress.samples.diagnostics, known.values())
             yield progress
 
     def _over_leaves(
         self,
         composition: Composition,
         settings: Settings,
-        known: dict[str, tuple[Formula, float, str]],
+        known: dict[str, Inner],
         outer: Formula | None = None,
     ) -> Generator[Progress, None, Formula]:
         """The formula over the pretrained models. Every inner composition is normalised by one run of its own, from the inside out."""
@@ -126,19 +128,17 @@ class Tracked(Road):
             if model.models:
                 if model.key not in known:
                     inner = yield from self._over_leaves(model, settings, known)
-                    found = (0.0, "") if model.picks_models else (yield from self._normaliser(model, inner, settings))
-                    known[model.key] = inner, *found
-                inner, z, _ = known[model.key]
+                    found = None if model.picks_models else (yield from self._normaliser(model, inner, settings))
+                    known[model.key] = Inner(str(model), inner, found)
+                inner, z = known[model.key].formula, known[model.key].log_z
             parts.append(inner)
             indices.append([next(i for i, leaf in enumerate(leaves) if same_model(leaf, own)) for own in model.leaves])
             log_z.append(z)
         return Nested(outer, parts, indices, log_z)
 
-    def _normaliser(
-        self, model: Composition, formula: Formula, settings: Settings
-    ) -> Generator[Progress, None, tuple[float, str]]:
+    def _normaliser(self, model: Composition, formula: Formula, settings: Settings) -> Generator[Progress, None, Diagnostics]:
         if self._alone_in(model):
-            return 0.0, f"log Z of {model} was not estimated, and is taken as 0"
+            return Diagnostics("not sampled")
         chain = model.leaves[0].tracked(formula, model.leaves, settings, self)
         selection = Selection(self.selection.particles, self.selection.threshold)
         for progress in run(chain, 1, str(model), settings, Samples, selection):
@@ -146,7 +146,7 @@ class Tracked(Road):
                 yield progress
             else:
                 found = progress.samples.diagnostics
-        return found.log_z, f"log Z of {model}: {found.log_z:.3f} ± {found.log_z_error:.2g}"
+        return found
 
     def _pick(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         """A mixture needs no weights: a model is picked for every sample."""
@@ -174,6 +174,33 @@ class Tracked(Road):
         diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
         yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A composition inside another one, and the run that found its log Z; mixtures need none."""
+
+    name: str
+    formula: Formula
+    found: Diagnostics | None
+
+    @property
+    def log_z(self) -> float:
+        return 0.0 if self.found is None or self.found.log_z is None else self.found.log_z
+
+
+def _rest(diagnostics: Diagnostics, inner: Iterable[Inner]) -> None:
+    """What is composed of compositions is as uncertain as their log Z, and no more trusted than they are."""
+    for part in inner:
+        if (found := part.found) is None:
+            continue
+        if found.log_z is None:
+            diagnostics.notes.append(f"log Z of {part.name} was not estimated, and is taken as 0")
+            continue
+        diagnostics.notes.append(f"log Z of {part.name}: {found.log_z:.3f} ± {found.log_z_error:.2g}")
+        diagnostics.log_z_error = math.hypot(diagnostics.log_z_error or 0.0, found.log_z_error or 0.0)
+        if found.verdict.trust != "good" and not diagnostics.doubt:
+            diagnostics.doubt = f"it rests on log Z of {part.name}, which is {found.verdict}"
 
 
 def _weighted(model: BaseModel) -> bool:

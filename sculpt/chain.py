@@ -106,7 +106,7 @@ class Chain(abc.ABC):
     doubt: str = ""
     """A known error that the weights do not show. The verdict says it."""
     apart: float = 0.0
-    """How far two looks at the log-ratios of one sample are apart, in nats; known when the notes are."""
+    """How far two looks at the log-ratios of one sample are apart, in nats; known with the slip."""
     alone: bool = False
     """Whether every particle is a run of its own: there are no weights between them, and nothing is selected."""
 
@@ -219,7 +219,6 @@ def run(
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
-    diagnostics.apart, diagnostics.doubt = chain.apart, chain.doubt
     yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples)
 
 
@@ -240,7 +239,7 @@ def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state:
         diagnostics.slip = chain.slip(state, population)
         kept = None if chain.log_scale is None else math.exp(min(0.0, population.log_z - chain.log_scale))
         diagnostics.observe(population, kept, selected=selected)
-    diagnostics.steered = chain.alone
+    diagnostics.steered, diagnostics.apart, diagnostics.doubt = chain.alone, chain.apart, chain.doubt
 
 
 class _Flock:

@@ -21,8 +21,8 @@ Level = Literal["exact", "sound", "thin", "steered", "strained", "biased", "doub
 
 COPIES = 5.0
 """Samples for every family, from which on many are near-copies. Noise makes the members of a family differ, so a few are none."""
-SHARE = 0.02
-"""Of the starting particles, under which the weight comes from too few."""
+SHARE, FEW = 0.02, 10
+"""Of the starting particles, and how many, under which the weight comes from too few."""
 LOST, SLIP, APART = 0.01, 1.0, 0.25
 """From which on weights are in doubt: the share of lost particles, what the steps put into log Z, and how far two looks are apart."""
 NOTHING = 0.01
@@ -166,8 +166,10 @@ class Diagnostics:
         if doubt := self._doubt:
             return Verdict("doubtful", doubt)
         few = f"the weight comes from {families:.0f} of {n} starting particles"
-        if families < max(SHARE * n, min(10, 0.5 * n)) or last < 0.1:
+        if families < max(SHARE * n, min(FEW, 0.5 * n)) or last < 0.1:
             return Verdict("strained", f"{few}. More particles would help.")
+        if min(self.ess) < min(FEW, 0.5 * n):
+            return Verdict("strained", f"all weight was with {min(self.ess):.0f} of {n} particles once. More would help.")
         if self.samples and self.samples > COPIES * families:
             return Verdict(
                 "strained",

@@ -2,7 +2,7 @@
 
 import torch
 
-import sculpt
+from sculpt.diffusion.denoiser import Denoiser
 
 
 class Network:
@@ -11,7 +11,7 @@ class Network:
     calls = evaluations = 0
 
 
-class Fields(sculpt.diffusion.denoiser.Denoiser):
+class Fields(Denoiser):
     """A mixture of white fields around a few patterns, in any number of dimensions: D and log-densities in closed form.
 
     Args:

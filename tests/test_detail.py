@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 from diffusers_models import exact_model, scheduler_of, sixteen_dimensions, three_rings, tight_rings
@@ -10,8 +11,10 @@ from oracles import GaussianMixture
 from torch import nn
 
 import sculpt
+from sculpt.diffusion import solved
 from sculpt.diffusion.detail import detail_level, is_heuristic, painters
 from sculpt.diffusion.referee import Referee
+from sculpt.diffusion.solved import Remembering
 from sculpt.diffusion.together import denoise_all
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
 
@@ -221,3 +224,84 @@ def test_one_particle_finds_where_both_models_are():
     samples = (models[0] & models[1]).sample(400, sculpt.Tracked(particles=1), steps=40, generator=generator(), progress=False)
     assert samples.x[:, 0].mean().abs() < 0.15 and samples.verdict.level == "steered"
     assert math.isfinite(float(samples.x.std()))
+
+
+# Solvers of diffusers, for particles that go alone
+
+
+SOLVERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
+
+
+def near_fields():
+    return [Fields("one", ONE, d=768, contrast=0.1), Fields("two", TWO, d=768, contrast=0.1)]
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "EulerAncestralDiscreteScheduler"])
+def test_particles_that_go_alone_take_any_solver_of_diffusers(name):
+    one, two = near_fields()
+    road = sculpt.Tracked(particles=1)
+    shares = []
+    for solver in (None, getattr(diffusers, name)()):
+        samples = (one & two).sample(200, road, steps=50, solver=solver, generator=generator(), progress=False)
+        shares.append(torch.bincount(one.which(samples.x), minlength=4).double() / 200)
+        assert samples.verdict.level == "steered"
+    assert samples.diagnostics.steps == 50 or name == "HeunDiscreteScheduler"
+    assert f"steps of {name}" in samples.diagnostics.notes
+    # Neither is exact. What both are steered to is the same, and it is not where the models' shares lie.
+    assert (shares[0] - shares[1]).abs().max() < 0.15
+    assert shares[1][2] + shares[1][3] < 0.15
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_log_densities_follow_the_path_of_a_solver(name, monkeypatch):
+    off = []
+
+    class Watched(Remembering):
+        def _followed(self, z, v, D):
+            ell, S = super()._followed(z, v, D)
+            true = torch.stack([model.log_prob(z, float(v) ** 0.5) for model in self.models], -1)
+            off.append((ell[:, 0] - ell[:, 1]) - (true[:, 0] - true[:, 1]))
+            return ell, S
+
+    monkeypatch.setattr(solved, "Remembering", Watched)
+    one, two = near_fields()
+    solver = getattr(diffusers, name)()
+    (one & two).sample(64, sculpt.Tracked(particles=1), steps=100, solver=solver, generator=generator(), progress=False)
+    # The divergence is known on average over particles only, so the end is worse than the way.
+    assert float(torch.stack(off).square().mean(1).sqrt().median()) < 0.8
+
+
+def test_a_solver_costs_a_call_of_every_model_a_step():
+    one, two = near_fields()
+    road = sculpt.Tracked(particles=1)
+    (one & two).sample(3, road, steps=20, solver=diffusers.DDIMScheduler(), generator=generator(), progress=False)
+    assert one.calls == two.calls == 60
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"particles": 16}, "solver: not an option of tracked densities, whose populations"),
+        ({"particles": 1, "detail": 1.0}, "detail and corrector need the steps of tracked densities"),
+        ({"particles": 1, "corrector": sculpt.ULA()}, "detail and corrector need the steps of tracked densities"),
+    ],
+)
+def test_a_solver_does_not_go_with_what_needs_the_steps_of_tracked_densities(options, error):
+    one, two = near_fields()
+    with pytest.raises(ValueError, match=error):
+        (one & two).sample(2, sculpt.Tracked(**options), steps=8, solver=diffusers.DDIMScheduler(), progress=False)
+
+
+def test_what_a_long_run_will_cost_is_said_before_it_is_paid(monkeypatch):
+    from sculpt.diffusion import tracked
+
+    monkeypatch.setattr(tracked, "LONG", 0.0)
+    one, two = near_fields()
+    with pytest.warns(
+        UserWarning, match=r"64 particles, 20 steps and 2 models take .* evaluations of networks, up to 256 of each"
+    ):
+        (one & two).sample(4, sculpt.Tracked(particles=64, detail=1.0), steps=20, generator=generator(), progress=False)
+    with pytest.warns(
+        UserWarning, match=r"2 particles, 20 steps and 2 models take 80 evaluations of networks: about 0 minutes"
+    ):
+        (one & two).sample(2, sculpt.Tracked(particles=1), steps=20, generator=generator(), progress=False)

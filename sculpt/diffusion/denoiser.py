@@ -132,7 +132,16 @@ class Denoiser(Steppable):
             raise TypeError(
                 f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}."
             )
-        settings.refuse("tracked densities, which need a kernel of their own", "solver")
+        if not alone:
+            settings.refuse("tracked densities, whose populations need a kernel of their own", "solver")
+        if settings.solver is not None:
+            if detail or corrector is not None:
+                raise ValueError(
+                    "detail and corrector need the steps of tracked densities. Leave them out, or leave solver out."
+                )
+            from sculpt.diffusion.solved import SolvedChain
+
+            return SolvedChain(formula, models, settings)
         if detail is None:
             detail = 0.0 if alone else detail_level(models)
         if not detail:

@@ -26,7 +26,7 @@ from sculpt.chain import Settings
 from sculpt.diffusion.clock import noise_levels, spread
 from sculpt.diffusion.fade import Believed
 from sculpt.diffusion.kernels import check_finite, extrapolated, inner
-from sculpt.diffusion.referee import Referee
+from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.diffusion.tracked import FEW_DIMENSIONS, Tracked, TrackedChain
 from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean
@@ -94,6 +94,14 @@ class DetailedChain(TrackedChain):
         above, below = spread(share[0], self.detail, ends[0], 2 * self.detail), spread(share[1], ends[1], self.detail)
         self.levels = torch.cat([above, below[1:]])
         return k
+
+    @property
+    def evaluations(self):
+        return self.last * len(self.models) + (0 if self.alone else MOST * len(self.models))
+
+    @property
+    def besides(self):
+        return "" if self.alone else f", up to {MOST} of each for a particle by the referee among them"
 
     def settled(self, state):
         return isinstance(state, Tracked) and int(state.k[0]) == self.last

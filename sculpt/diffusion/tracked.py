@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ __all__ = ["Tracked", "TrackedChain"]
 STEPS, FEWER, MORE = 128, 32, 50
 """By default: in few dimensions, in many, and for particles that go alone."""
 FEW_DIMENSIONS = 64
+LONG = 180.0
+"""Seconds, from which on the cost of a run is said before it is paid."""
 
 
 @dataclass
@@ -104,7 +107,9 @@ class TrackedChain(NoisyChain):
         normal = 0.5 * self.d * torch.log(2 * math.pi * v0)
         ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, len(self.models)).clone()
         log_w = self.targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * self.d * math.log(self.degree)
+        began = time.monotonic()
         state, bad = self._at(0, z, ell, torch.zeros_like(log_w), log_w)
+        self._tell_cost(n, time.monotonic() - began)
         return state, torch.where(bad, math.nan, log_w)
 
     def step(self, state, log_w, generator):
@@ -158,6 +163,22 @@ class TrackedChain(NoisyChain):
     def _normal(self, miss: Float[Tensor, "N m *x"], variance: Tensor) -> Float[Tensor, "N m"]:
         """The log-density of Gaussians at this distance from their means."""
         return -reduce(miss**2, "N m ... -> N m", "sum") / (2 * variance) - 0.5 * self.d * torch.log(2 * math.pi * variance)
+
+    def _tell_cost(self, n: int, seconds: float) -> None:
+        """Say what a long run will cost, at the speed of its first step."""
+        if (whole := seconds * self.evaluations / len(self.models)) > LONG:
+            warnings.warn(
+                f"{n} particles, {self.length} steps and {len(self.models)} models take {n * self.evaluations:,.0f} evaluations of networks"
+                f"{self.besides}: about {whole / 60:.0f} minutes at the speed of the first step. Fewer particles cost less; particles=1 goes alone.",
+                stacklevel=2,
+            )
+
+    @property
+    def evaluations(self) -> float:
+        """Of networks, for a particle."""
+        return self.length * len(self.models)
+
+    besides = ""
 
     def _at(self, k: int, z: Tensor, ell: Tensor, slip: Tensor, log_w: Tensor) -> tuple[Tracked, Bool[Tensor, "N"]]:
         """The state at a level, where the networks are called, and which particles are lost to numbers that are not finite."""

@@ -1,0 +1,105 @@
+r"""Particles that go alone, stepped by any scheduler of diffusers: a formula of several models as one denoiser that remembers.
+
+Notation: :math:`S_i = (D_i - z) / v` is the score of base model i at the level :math:`v = s^2`, ``N`` particles, ``m`` base models.
+
+A log-density has a differential that does not ask how z moves, so the log-densities follow any solver's path:
+
+.. math:: d \log q_i = \langle S_i, dz \rangle + \tfrac12 \bigl( \nabla \cdot S_i + \|S_i\|^2 \bigr) \, dv
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from einops import einsum, reduce
+from jaxtyping import Float
+from torch import Tensor
+
+from sculpt.chain import Settings
+from sculpt.diffusion.chains import EXTRAPOLATED_NOTE
+from sculpt.diffusion.clock import level, noise_range
+from sculpt.diffusion.diffusers.solver import SolverChain
+from sculpt.diffusion.fade import fade
+from sculpt.diffusion.kernels import analytic_variance, check_finite
+from sculpt.diffusion.together import at_once, denoise_all
+from sculpt.diffusion.tracked import MORE
+from sculpt.formula import Formula
+
+if TYPE_CHECKING:
+    from sculpt.diffusion.clock import Level
+    from sculpt.diffusion.denoiser import Denoiser
+
+__all__ = ["Remembering", "SolvedChain"]
+
+
+class Remembering:
+    """What a formula makes of samples, from the log-densities that it carries along from one call to the next.
+
+    Args:
+        formula: of the models' densities.
+        models: the base models.
+        batch_size: how many samples go through a network at once.
+    """
+
+    road, default_steps = "tracked densities", MORE
+
+    def __init__(self, formula: Formula, models: Sequence[Denoiser], batch_size: int):
+        self.formula, self.models, self.batch_size = formula, models, batch_size
+        first = models[0]
+        self.shape, self.dtype, self.device, self.autoencoder = first.shape, first.dtype, first.device, first.autoencoder
+        self.s_min, self.s_max = noise_range(models)
+        self.name = formula.write([str(model) for model in models])
+        self.way, self.d = 0.0, math.prod(self.shape)
+        self.before: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def denoise(self, z: Float[Tensor, "N *x"], s: Level) -> Float[Tensor, "N *x"]:
+        """The composed denoised images. The same particles come with every call, in the same order."""
+        s, exact = level(s, z.device), z.double()
+        D, v = denoise_all(self.models, exact, s, self.batch_size), s**2
+        check_finite(D, "a base model gave", 0, s)
+        ell, S = self._followed(exact, v, D)
+        a = fade(self.formula, self.way**2).gradient(ell)
+        # Particles that go alone have no weights between each other.
+        w = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+        c, _ = analytic_variance(exact, D, a, w, v)
+        self.before = exact, v, ell, S, self.d * (c / v - 1) / v
+        return (exact + einsum(a, D - exact[:, None], "N m, N m ... -> N ...")).to(z.dtype)
+
+    def _followed(self, z: Tensor, v: Tensor, D: Tensor) -> tuple[Float[Tensor, "N m"], Float[Tensor, "N m *x"]]:
+        """The log-densities here, by the trapezoid from where they were known last."""
+        S = (D - z[:, None]) / v
+        if self.before is None:
+            return torch.zeros(len(z), len(self.models), dtype=torch.float64, device=z.device), S
+        z_before, v_before, ell, S_before, divergence = self.before
+        along = reduce((S + S_before) * (z - z_before)[:, None], "N m ... -> N m", "sum") / 2
+        squares = (_square(S) + _square(S_before)) / 2
+        return ell + along + (divergence + squares) * (v - v_before) / 2, S
+
+
+def _square(S: Float[Tensor, "N m *x"]) -> Float[Tensor, "N m"]:
+    return reduce(S**2, "N m ... -> N m", "sum")
+
+
+class SolvedChain(SolverChain):
+    """Particles that go alone, by a solver of the caller's."""
+
+    alone = True
+
+    def __init__(self, formula: Formula, models: Sequence[Denoiser], settings: Settings):
+        self.composed = Remembering(formula, models, settings.batch_size or at_once(models[0].shape))
+        super().__init__(self.composed, settings)  # type: ignore[arg-type]
+        self.batch_size = 2**62  # all particles at once: the networks are called in parts further down
+
+    def step(self, state, log_w, generator):
+        self.composed.way = int(state.k[0]) / max(1, self.length - 1)
+        return super().step(state, log_w, generator)
+
+    def notes(self, x, generator):
+        said = [f"steps of {type(self.scheduler).__name__}"]
+        return said + [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.composed.models for leaf in model.leaves)

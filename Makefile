@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits docs clean
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits bench-images bench-verdicts docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -42,6 +42,14 @@ bench-molecules: $(READY)  ## quality and speed of the molecule policies and the
 
 bench-digits: $(READY)  ## compositions of coloured digits by every road: proportions, Frechet distance and cost; hours, and goes on where it stopped
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/digits.py
+
+bench-images: $(READY)  ## images without training: fields whose answers are known, one large image, the referee, digits; hours, and goes on where it stopped
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/images.py $(PARTS)
+
+bench-verdicts: $(READY)  ## whether error bars of log Z cover and verdicts tell good runs from bad ones; an hour, and goes on where it stopped
+	@mkdir -p train_state/verdicts
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/coverage.py --file train_state/verdicts/coverage.jsonl
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/verdicts.py --runs train_state/verdicts/runs.jsonl
 
 docs: $(READY)  ## the API pages, from the docstrings, into docs-html/
 	@$(BIN)/python -c 'import furo, importlib; importlib.import_module("sphinx-mathjax-offline")' 2>/dev/null || \

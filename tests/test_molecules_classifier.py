@@ -94,16 +94,17 @@ def test_trajectories_of_compositions_teach_what_two_models_hardly_share():
     env = FragmentTrees(VOCABULARY, 3)
     models = policies(env, 0.4)
     p = [exact.terminal_distribution(model) for model in models]
-    both, errors = models[0] & models[1], {}
+    both, errors = models[0] & models[1], {False: [], True: []}
     target = exact.target(both.formula, p)
     assert both.formula.value(torch.stack(p, -1).log()).exp().sum() < 0.005
-    for composed in (False, True):
-        torch.manual_seed(0)
+    # Trainings differ by their seeds: the middle one of three.
+    for composed, seed in ((False, 0), (True, 0), (True, 1), (True, 2)):
+        torch.manual_seed(seed)
         network = FragmentFeatures(env.vocabulary, env.slots, **SIZES)
         options = {"batch_size": 32, "samples": 2000, "children": True, "composed": composed, "progress": False}
-        classifier = sculpt.fit(models, network=network, steps=300, **options)
-        errors[composed] = exact.l1(exact.terminal_distribution(both.guided(classifier)), target)
-    assert errors[True] < 0.2 < 0.8 < errors[False], errors
+        classifier = sculpt.fit(models, network=network, steps=300, seed=seed, **options)
+        errors[composed].append(exact.l1(exact.terminal_distribution(both.guided(classifier)), target))
+    assert sorted(errors[True])[1] < 0.2 < 0.8 < errors[False][0], errors
 
 
 def test_a_composed_training_balances_label_sets_of_fewer_observations_too(fitted):

@@ -236,7 +236,10 @@ class TrackedChain(ActionChain):
         a = self.target.gradient(torch.zeros(len(self.models), dtype=torch.float64))
         i, n = int(a.argmax()), max(2, population.n // 2)
         x = self.models[i].sample(n, generator=self.generator, progress=False).x
-        ell = path_ratios(self.models, x, self.generator, made_by=i)
+        try:
+            ell = path_ratios(self.models, x, self.generator, made_by=i)
+        except NotImplementedError:  # the models cannot walk backwards
+            return 0.0
         log_w = self.target.value(ell) - ell[:, i]
         return max(0.0, float(log_w.logsumexp(0)) - math.log(n) - population.log_z)
 

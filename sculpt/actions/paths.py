@@ -21,6 +21,8 @@ __all__ = ["Disagreement", "backward_paths", "children_log_pb", "disagreement", 
 
 ERROR, FEW, MOST = 0.1, 64, 64
 """The standard error of an averaged log-density, in nats, that is good enough; samples that tell how many paths it takes, and paths at most."""
+UNCONVERGED = 0.2
+"""Nats between paths, from which on a model is called so."""
 PATHS = 16
 """Paths to a state, that tell how far they disagree."""
 
@@ -150,6 +152,8 @@ def disagreement(
     off = (_mean(formula.value(ell)) - formula.value(_mean(torch.stack(drawn)))).nan_to_num(nan=0.0, posinf=math.inf)
     parts = ", ".join(f"{model} {s:.2g}" for model, s in zip(models, spread, strict=True))
     said = f"path ratios to one state differ by (standard deviation, nats): {parts}"
+    if max(spread) >= UNCONVERGED:
+        said += ". An unconverged base model: what that does to weights is in the verdict"
     return Disagreement(float(off.std(correction=0)), abs(float(off.mean())), said)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers_models import exact_model, tight_rings
 from gflownet_models import ENVIRONMENTS, network_policy, perfect
+from gfn.gym import HyperGrid
 
 import sculpt
 from sculpt.actions.paths import disagreement, path_ratios
@@ -144,8 +145,7 @@ def test_a_terminal_head_that_the_densities_contradict_is_doubted():
 def test_what_is_composed_of_a_composition_is_no_more_trusted_than_that_is():
     p, q, r = pretending(4.0, 3)
     outer = ((p & q) - r).sample(100, sculpt.Tracked(particles=200), generator=generator(), progress=False)
-    assert outer.verdict.level == "doubtful"
-    assert outer.verdict.reason.startswith("it rests on log Z of") or "two looks" in outer.verdict.reason
+    assert outer.verdict.level == "doubtful" and outer.verdict.reason.startswith("it rests on log Z of p0 ⊗ p1")
     p, q, r = perfect(grid(), 3)
     samples = ((p & q) - r).sample(100, sculpt.Tracked(particles=400), generator=generator(), progress=False)
     inner = (p & q).sample(1, sculpt.Tracked(particles=400), generator=generator(1), progress=False)
@@ -153,19 +153,19 @@ def test_what_is_composed_of_a_composition_is_no_more_trusted_than_that_is():
 
 
 def test_mass_that_no_particle_came_to_is_missed_where_a_density_is_divided_by():
-    env = grid()
-    corners = [lambda s, c=c: -((s.double() - c) ** 2).sum(-1) / 4 for c in (1.0, 6.0)]
-    p, q = (exact.solve(env, corner, name=name) for corner, name in zip(corners, "pq", strict=True))
+    env = HyperGrid(ndim=2, height=20, validate_modes=False)
+    hills = [lambda s, c=c: -((s.double() - c) ** 2).sum(-1) / 20 for c in (3.0, 16.0)]
+    p, q = (exact.solve(env, hill, name=name) for hill, name in zip(hills, "pq", strict=True))
     formula = Product((1.5, -0.5))
     d = [exact.terminal_distribution(model) for model in (p, q)]
     log_z = float(formula.value(torch.stack(d, -1).log()).logsumexp(0))
-    samples = sculpt.product([p, q], [1.5, -0.5]).sample(
-        200, sculpt.Tracked(particles=200), generator=generator(), progress=False
-    )
-    missed = log_z - samples.log_z
-    assert samples.diagnostics.log_z_error > 0.4 * missed
-    if missed > 1.5:
-        assert samples.verdict.trust == "bad"
+    for seed in range(2):
+        samples = sculpt.product([p, q], [1.5, -0.5]).sample(
+            200, sculpt.Tracked(particles=200), generator=generator(seed), progress=False
+        )
+        # All particles leave at once, with equal weights: only the second look sees the nats that are missing.
+        assert log_z - samples.log_z > 1.5 and samples.diagnostics.ess[-1] > 199
+        assert samples.verdict.level == "doubtful" and samples.diagnostics.log_z_error > 0.8 * (log_z - samples.log_z)
 
 
 def test_negative_powers_are_looked_at_with_half_the_steps_too():
@@ -221,7 +221,7 @@ def test_lost_particles_are_doubted():
             return torch.where(z[:, :1] > 1.0, torch.nan, out)
 
     p, q = (exact_model(mixture, name=name) for mixture, name in zip(tight_rings()[:2], "pq", strict=True))
-    p.model = Broken(p.model) if hasattr(p, "model") else p
+    p.model = Broken(p.model)
     with pytest.warns(UserWarning, match="not finite"):
         samples = (p & q).sample(50, sculpt.Tracked(particles=200), steps=16, generator=generator(), progress=False)
     assert samples.diagnostics.lost > 2 and samples.verdict.level in ("doubtful", "collapsed")

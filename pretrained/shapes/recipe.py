@@ -320,7 +320,11 @@ class Model(Recipe):
 def read_vae(folder: Path) -> AutoencoderKL:
     if not (folder / "vae" / "config.json").exists():
         raise ValueError(f"{folder / 'vae'} holds no autoencoder. Run recipe.py vae first.")
-    return AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval().requires_grad_(False)
+    saved = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+    vae = autoencoder()  # of its own, without the folder that the saved one remembers
+    vae.load_state_dict(saved.state_dict())
+    vae.register_to_config(scaling_factor=saved.config.scaling_factor)
+    return vae.eval().requires_grad_(False)
 
 
 def encoded(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class Remembering:
         self.shape, self.dtype, self.device, self.autoencoder = first.shape, first.dtype, first.device, first.autoencoder
         self.s_min, self.s_max = noise_range(models)
         self.name = formula.write([str(model) for model in models])
-        self.way, self.d = 0.0, math.prod(self.shape)
+        self.k, self.way, self.d = 0, 0.0, math.prod(self.shape)
         self.before: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Remembering:
         """The composed denoised images. The same particles come with every call, in the same order."""
         s, exact = level(s, z.device), z.double()
         D, v = denoise_all(self.models, exact, s, self.batch_size), s**2
-        check_finite(D, "a base model gave", 0, s)
+        check_finite(D, "a base model gave", self.k, s)
         ell, S = self._followed(exact, v, D)
         a = fade(self.formula, self.way**2).gradient(ell)
         # Particles that go alone have no weights between each other.
@@ -97,7 +97,8 @@ class SolvedChain(SolverChain):
         self.batch_size = 2**62  # all particles at once: the networks are called in parts further down
 
     def step(self, state, log_w, generator):
-        self.composed.way = int(state.k[0]) / max(1, self.length - 1)
+        self.composed.k = int(state.k[0])
+        self.composed.way = self.composed.k / max(1, self.length - 1)
         return super().step(state, log_w, generator)
 
     def notes(self, x, generator):

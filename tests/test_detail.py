@@ -59,6 +59,31 @@ def test_the_level_is_found_from_the_models_and_is_where_their_ratio_begins_to_s
     assert detail_level([exact_model(mixture, name=name) for mixture, name in zip(three_rings(), "pqr", strict=True)]) == 0
 
 
+class Apart(Fields):
+    """White fields around means whose log-ratio spreads by ``rate(s)`` nats in an e-fold of noise."""
+
+    def __init__(self, name, rate, sign):
+        super().__init__(name, [1, 1e-300, 1e-300, 1e-300])
+        self.rate, self.sign = rate, sign
+
+    def denoise(self, z, s):
+        return super().denoise(z, s) + self.sign * float(s) * math.sqrt(self.rate(float(s)) / z[0].numel()) / 2
+
+
+@pytest.mark.parametrize(
+    ("rate", "level"),
+    [
+        (lambda s: 12 * math.exp(-2 * math.log(s / 0.8) ** 2), 0.8 * math.exp(-math.sqrt(math.log(12 / 0.3) / 2))),
+        (lambda s: 3 / s, 1.0),
+        (lambda s: 1.5, 0.0),
+    ],
+    ids=["prompts of one network agree on details", "what was trained apart differs by them", "hardly different"],
+)
+def test_the_level_is_where_the_models_no_longer_differ_or_else_where_they_begin_to(rate, level):
+    models = [Apart(f"{name} of {level}", rate, sign) for name, sign in (("one", 1), ("two", -1))]
+    assert detail_level(models) == pytest.approx(level, rel=0.1)
+
+
 def test_what_is_finer_is_painted_by_the_anchor_alone_and_by_survivors_only():
     one, two = Fields("one", ONE), Fields("two", TWO)
     (one & two).sample(8, sculpt.Tracked(particles=64, detail=2.0), steps=30, generator=generator(), progress=False)

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["DetailedChain", "detail_level", "painters"]
 
 RATE = 3.0
-"""Nats in an e-fold of noise by which the models' ratio may spread at the detail level: what some hundred particles can follow."""
+"""Nats in an e-fold of noise by which the ratio of models that were trained apart may spread at the detail level: what some hundred particles can follow."""
+LITTLE = 0.3
+"""The same where the models agree on what is left: nothing is decided below."""
 SPREADS = 4.0
 """The detail level at most, in standard deviations of the data: beyond it the observers see nothing."""
 BELIEVED = 0.3
@@ -238,8 +240,10 @@ _KNOWN: OrderedDict[tuple[str, ...], float] = OrderedDict()
 def detail_level(models: Sequence[Denoiser]) -> float:
     r"""The detail level of these models where nobody says: zero in few dimensions, where all of a density counts.
 
-    In many it is zero as well where the models hardly differ, and otherwise where their log-ratio begins to spread faster than particles can
-    follow, by :data:`RATE` nats in an e-fold of noise; the data's spread bounds it. It is found from a few samples of the models alone, whatever is composed of them.
+    In many it is zero as well where the models hardly differ, and otherwise at the end of the noise levels where they do. Prompts of one
+    network agree again when it is decided what is to be seen, and below there nothing is left to observe. Networks that were trained apart
+    differ more and more, by details: their level is where the log-ratio begins to spread faster than particles can follow, by :data:`RATE`
+    nats in an e-fold of noise; the data's spread bounds it. It is found from a few samples of the models alone, whatever is composed of them.
     """
     if math.prod(models[0].shape) <= FEW_DIMENSIONS or len(models) < 2:
         return 0.0
@@ -273,17 +277,19 @@ def _found(models: Sequence[Denoiser]) -> float:
             z = z + kappa * (step - z) + levels[k + 1] * kappa.sqrt() * randn(z.shape, generator, z)
             before = mine
     spread = float((mine - mine.mean(0)).square().mean().sqrt())
-    at = next((k for k, rate in enumerate(rates) if rate > RATE), None)
-    if at is None:
+    begin = next((k for k, rate in enumerate(rates) if rate > RATE), None)
+    if begin is None:
         return 0.0
-    s = min(_where(rates, levels, at), SPREADS * spread, float(levels[1]))
+    end = next((k for k in range(begin, len(rates)) if rates[k] < LITTLE), None)
+    s = _where(rates, levels, begin, RATE) if end is None else _where(rates, levels, end, LITTLE)
+    s = min(s, SPREADS * spread, float(levels[1]))
     return float(f"{s:.2g}") if s > 2 * levels[-1] else 0.0
 
 
-def _where(rates: list[float], levels: Tensor, k: int) -> float:
-    """Where the rate passes its bound, between two levels."""
+def _where(rates: list[float], levels: Tensor, k: int, bound: float) -> float:
+    """Where the rate passes a bound, between two levels."""
     if k == 0:
         return float(levels[k])
-    low, high = (math.log(max(rate, 1e-12)) for rate in rates[k - 1 : k + 1])
-    t = (math.log(RATE) - low) / (high - low)
+    before, here = (math.log(max(rate, 1e-12)) for rate in rates[k - 1 : k + 1])
+    t = (math.log(bound) - before) / (here - before)
     return float(torch.lerp(levels[k - 1].log(), levels[k].log(), t).exp())

@@ -114,6 +114,12 @@ class BaseModel(abc.ABC):
         detail level, of x seen through noise of that level; averaged over so many paths, where several lead to one x."""
         raise ValueError(f"{self} does not know log-densities of finished samples: pass a classifier, or a function that does.")
 
+    def ratio_source(self, models: Sequence[BaseModel]) -> tuple[str, int]:
+        """What :meth:`log_ratios` of these models are, in words, and how often each model is called for a sample at most."""
+        return "the models' own densities" if all(
+            model.knows_density for model in models
+        ) else "tracked densities, an approximation,", 1
+
     @property
     def decoder(self) -> Callable[[Tensor], Any] | None:
         """From samples to what a person looks at; ``None`` where that is the samples themselves."""

@@ -92,6 +92,16 @@ def test_what_is_finer_is_painted_by_the_anchor_alone_and_by_survivors_only():
     assert two.calls >= 64 * above
 
 
+def test_an_overlap_of_images_is_told_by_denoising_errors():
+    models = [Fields("one", ONE), Fields("two", TWO)]
+    data = [model.draw(100, generator(i)) for i, model in enumerate(models)]
+    found = sculpt.overlap(models, data=data, generator=generator())
+    assert "denoising errors, seen through noise of s_d=" in found.source
+    p = torch.tensor([ONE, TWO], dtype=torch.float64)
+    exact = float((p * (p / p.mean(0)).log()).sum()) / 2
+    assert found.js == pytest.approx(exact, abs=0.08)
+
+
 def test_the_anchor_can_be_chosen_and_is_told():
     one, two = Fields("one", ONE), Fields("two", TWO)
     road = sculpt.Tracked(particles=16, detail=2.0, anchor=two)

@@ -20,8 +20,8 @@ from sculpt.diffusion.chains import DenoisingChain, GuidedChain
 from sculpt.diffusion.clock import Level, level, like, noise_range
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
-from sculpt.diffusion.ratios import path_ratios
-from sculpt.diffusion.referee import Referee
+from sculpt.diffusion.ratios import PATH, path_ratios
+from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.states import DiffusionStore
 from sculpt.diffusion.together import at_once
 from sculpt.diffusion.tracked import TrackedChain
@@ -175,6 +175,12 @@ class Denoiser(Steppable):
             return path_ratios(models, x, generator, made_by)
         z = x.double() + s * randn(x.shape, generator, torch.empty((), dtype=torch.float64, device=x.device))
         return Referee(models, s, at_once(self.shape))(z, generator)
+
+    def ratio_source(self, models: Sequence[BaseModel]) -> tuple[str, int]:
+        s = detail_level(models)
+        if not s:
+            return super().ratio_source(models)[0], PATH
+        return f"denoising errors, seen through noise of s_d={s:.2g},", MOST
 
     def store(self, models: Sequence[BaseModel], **options: Any) -> DiffusionStore:
         return DiffusionStore(models, **options)

@@ -20,12 +20,15 @@ from sculpt.model import randn
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser
 
-__all__ = ["path_ratios"]
+__all__ = ["PATH", "path_ratios"]
+
+PATH = 64
+"""Steps of a path of destruction."""
 
 
 @torch.no_grad()
 def path_ratios(
-    models: Sequence[Denoiser], x: Float[Tensor, "N *x"], generator: torch.Generator | None, made_by: int, steps: int = 64
+    models: Sequence[Denoiser], x: Float[Tensor, "N *x"], generator: torch.Generator | None, made_by: int, steps: int = PATH
 ) -> Float[Tensor, "N m"]:
     r"""Log-densities of all models at samples x of model ``made_by``, up to a constant common to all.
 

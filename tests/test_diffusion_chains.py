@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from diffusers_models import exact_model, three_rings
+from diffusers_models import exact_model, three_rings, tight_rings
 from oracles import ExactGuide, GaussianMixture
 
 import sculpt
 from sculpt.chain import Selection, Settings, run
-from sculpt.diffusion import tracked
+from sculpt.diffusion import control, tracked
 from sculpt.diffusion.chains import GuidedChain
+from sculpt.diffusion.control import Control
 from sculpt.diffusion.kernels import analytic_variance, kernel_variance
 from sculpt.diffusion.tracked import TrackedChain
 from sculpt.formula import Posterior, PowerMean, Product
@@ -250,3 +251,42 @@ def test_in_the_limit_of_small_steps_the_weights_grow_as_the_scores_say(formula,
     expected = drift.square().sum(1) - torch.einsum("ni,nii->n", a, inner) + torch.einsum("nij,nij->n", H, inner)
     expected = expected + (1 / formula.degree - 1) * (divergence + drift.square().sum(1))
     torch.testing.assert_close(growth, expected / 2, rtol=0.05, atol=0.05 * float(inner.abs().max()))
+
+
+# The drift that takes variance out of the weights -----------------------------------------------------------------------------------
+
+APART = [GaussianMixture([[x, 0.0]], torch.tensor(1.0)) for x in (-1.0, 1.0)]
+
+
+def normaliser(formula, mixtures, half_width=9.0, n=400):
+    axis = ((torch.arange(n, dtype=torch.float64) + 0.5) / n * 2 - 1) * half_width
+    points = torch.cartesian_prod(axis, axis)
+    ell = torch.stack([mixture.log_prob(points) for mixture in mixtures], -1)
+    return float(formula.value(ell).logsumexp(0)) + 2 * math.log(2 * half_width / n)
+
+
+@pytest.mark.parametrize("theta", [(0.0, 0.0, 0.0, 0.0), (0.3, -0.2, 0.0, 0.0), (0.1, 0.0, 0.5, -0.4)])
+def test_the_weights_of_a_path_are_right_whatever_drift_it_has(theta, monkeypatch):
+    monkeypatch.setattr(Control, "learn", lambda control, *rest: control.theta.copy_(torch.tensor(theta)))
+    p, q = (exact_model(mixture, name=name) for mixture, name in zip(APART, "pq", strict=True))
+    found = (p & q).sample(10, sculpt.Tracked(particles=3000), steps=64, generator=generator(), progress=False)
+    off = found.log_z - normaliser(Posterior(2, (0, 1)), APART)
+    assert abs(off) < 3 * found.diagnostics.log_z_error < 0.4
+
+
+def test_the_drift_leaves_more_families():
+    rings = [exact_model(mixture, name=name) for mixture, name in zip(tight_rings(), "pqr", strict=True)]
+    composition, families = sculpt.posterior(rings, (0, 1, 2)), []
+    for least in (16, math.inf):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(control, "PARTICLES", least)
+            found = composition.sample(10, sculpt.Tracked(particles=2000), steps=64, generator=generator(), progress=False)
+        families.append(found.diagnostics.families)
+    assert families[0] > 1.5 * families[1], families
+
+
+def test_a_few_particles_have_no_drift():
+    drift = Control(2, 63, torch.zeros(()))
+    assert not drift.learns and Control(2, 64, torch.zeros(())).learns
+    drift.learn(*(torch.randn(63, *shape) for shape in ((), (4, 2), (4, 2), (2,), (2,), ())))
+    assert (drift.theta == 0).all()

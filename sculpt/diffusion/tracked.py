@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import einsum, reduce
@@ -24,10 +24,11 @@ from torch import Tensor
 
 from sculpt.chain import Selection, Settings, run, watch
 from sculpt.diffusion.chains import NoisyChain
+from sculpt.diffusion.control import Control
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import Walk, analytic_variance, check_finite, inner, kernel_variance, surprise
 from sculpt.diffusion.together import denoise_all
-from sculpt.formula import Formula, divides
+from sculpt.formula import Formula, Product, divides
 from sculpt.model import randn
 from sculpt.state import State
 
@@ -92,8 +93,11 @@ class TrackedChain(NoisyChain):
         if d <= FEW_DIMENSIONS and divides(formula) and not alone and self.length >= 4:
             settings = dataclasses.replace(settings, steps=self.length // 2)
             self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
-        # The target of each level: what the formula pushes away from is faded in.
-        self.targets = [fade(formula, (k / self.last) ** 2) for k in range(self.last + 1)]
+        # In few dimensions a drift takes variance out of the weights.
+        self.controls, self.control = d <= FEW_DIMENSIONS and not alone, None
+        # The target of each level: what the formula pushes away from is faded in. Powers that are the same everywhere the control can follow.
+        faded = not (self.controls and isinstance(formula, Product))
+        self.targets = [fade(formula, (k / self.last) ** 2) if faded else formula for k in range(self.last + 1)]
 
     def turn(self) -> int:
         """The last level at which densities are tracked."""
@@ -107,6 +111,7 @@ class TrackedChain(NoisyChain):
         normal = 0.5 * self.d * torch.log(2 * math.pi * v0)
         ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, len(self.models)).clone()
         log_w = self.targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * self.d * math.log(self.degree)
+        self.control = Control(len(self.models), n, z) if self.controls else None
         began = time.monotonic()
         state, bad = self._at(0, z, ell, torch.zeros_like(log_w), log_w)
         self._tell_cost(n, time.monotonic() - began)
@@ -121,15 +126,20 @@ class TrackedChain(NoisyChain):
         w = torch.softmax(torch.zeros_like(log_w) if self.alone else log_w, dim=0)
         c, c_composed = analytic_variance(z, D, a, w, v)
         walk, tau = Walk.of(self.degree, c_composed, v, v_next), kernel_variance(c, v, delta)
+        g, ahead = self._drift(a, S, delta)
         xi = randn(z.shape, generator, z)
-        step = walk.ahead * einsum(a, S, "N m, N m ... -> N ...") + walk.tau.sqrt() * xi
+        step = walk.ahead * einsum(a, S, "N m, N m ... -> N ...") + ahead + walk.tau.sqrt() * xi
         ratio = self._normal(step[:, None] - delta * S, tau) - self._normal(step[:, None], delta)
         new, bad = self._at(k + 1, z + step, ell + ratio, state.slip, log_w)
         a_next = self.targets[k + 1].gradient(new.ell)
         S_next = (new.D - new.z[:, None]) / v_next
-        return_ = step + walk.back * einsum(a_next, S_next, "N m, N m ... -> N ...")
+        pull = einsum(a_next, S_next, "N m, N m ... -> N ...")
+        g_next, behind = self._drift(a_next, S_next, delta)
+        return_ = step + walk.back * pull - behind
         kernels = self._normal(return_[:, None], walk.beta) - self._normal((walk.tau.sqrt() * xi)[:, None], walk.tau)
         increment = self.targets[k + 1].value(new.ell) - self.targets[k].value(ell) + kernels[:, 0]
+        if self.control is not None:
+            self.control.learn(increment, delta * g, delta * g_next, return_ / walk.beta, pull, w)
         r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
         H = self.targets[k + 1].hessian(new.ell)
         new.slip = (
@@ -137,6 +147,13 @@ class TrackedChain(NoisyChain):
             + (einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")) / 2
         )
         return new, torch.where(bad, math.nan, increment)
+
+    def _drift(self, a: Float[Tensor, "N m"], S: Float[Tensor, "N m *x"], delta: Tensor) -> tuple[Any, Tensor]:
+        """What the control's drift is made of, and how far it goes in this step."""
+        if self.control is None:
+            return None, torch.zeros((), dtype=S.dtype, device=S.device)
+        g = self.control.features(a, S)
+        return g, delta * self.control.drift(g)
 
     def end(self, state, log_w, generator):
         # One unweighted composed denoising: weights stop at the least noise level.

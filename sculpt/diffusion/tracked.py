@@ -35,6 +35,7 @@ from sculpt.state import State
 if TYPE_CHECKING:
     from sculpt.diffusion.correctors import Corrector
     from sculpt.diffusion.denoiser import Denoiser
+    from sculpt.samples import Samples
 
 __all__ = ["Tracked", "TrackedChain"]
 
@@ -90,7 +91,7 @@ class TrackedChain(NoisyChain):
             corrector.reset()
         check_powers(self.degree, self.levels)
         self.last, self.halved = self.turn(), None
-        if d <= FEW_DIMENSIONS and divides(formula) and not alone and self.length >= 4:
+        if d <= FEW_DIMENSIONS and (divides(formula) or self.degree != 1) and not alone and self.length >= 4:
             settings = dataclasses.replace(settings, steps=self.length // 2)
             self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
         # In few dimensions a drift takes variance out of the weights.
@@ -164,15 +165,20 @@ class TrackedChain(NoisyChain):
         if self.alone:
             return 0.0
         slip = abs(float(torch.softmax(population.log_w, 0) @ state.slip))
-        # Negative powers are biased by a share of a step that particles do not see: half as many steps show it.
-        return slip if self.halved is None else math.hypot(slip, population.log_z - self._with_half(population.n))
+        if self.halved is None:
+            return slip
+        # Powers that do not sum to one are biased by a share of a step that particles do not see: half as many steps show it, as far as
+        # they can tell. Negative ones fall slower, like the root of a step: their bias is twice the difference and more.
+        half = self._with_half(population.n)
+        change = (2 if divides(self.targets[-1]) else 1) * (population.log_z - half.log_z)
+        return math.hypot(slip, change, half.diagnostics.log_z_error)
 
-    def _with_half(self, n: int) -> float:
-        """Log Z of a run with half the particles and half the steps."""
+    def _with_half(self, n: int) -> Samples:
+        """A run with half the particles and half the steps."""
         chain = self.halved()
         chain.halved = None
         settings = Settings(generator=self.generator)
-        return watch(run(chain, 1, "", settings, selection=Selection(max(2, n // 2))), show=False).log_z
+        return watch(run(chain, 1, "", settings, selection=Selection(max(2, n // 2))), show=False)
 
     def notes(self, x, generator):
         return super().notes(x, generator) + ([] if self.corrector is None else [self.corrector.note])

@@ -1,0 +1,221 @@
+"""Probing: a pipeline's networks are answered for, and its samples chosen, so that what goes where can be read off.
+
+Every number of a sample says in a few steps, in digits of base 256, which one it is: these are exact in any dtype. What a network
+is called with, and what the scheduler is given, then tells where each of its numbers comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sculpt.diffusion.diffusers.trees import entries, mapped
+from sculpt.diffusion.diffusers.watch import Lead, Seen, Step
+
+__all__ = ["BASE", "Phase", "Probe", "Still", "Twice"]
+
+BASE = 256
+
+
+def digits(numel: int) -> int:
+    """How many digits tell so many numbers apart."""
+    return max(1, math.ceil(math.log(max(2, numel), BASE) - 1e-9))
+
+
+def numbers(shape: torch.Size, d: int, like: Tensor) -> Tensor:
+    """The d-th digit of every place."""
+    place = torch.arange(shape.numel(), device=like.device) // BASE**d % BASE
+    return place.to(like.dtype).reshape(shape)
+
+
+@dataclass
+class Phase:
+    """Steps of one kind: the same networks are called, with inputs of the same shapes."""
+
+    key: Any
+    steps: list[Step] = field(default_factory=list)
+    digits: int = 1
+    """of the largest of what is traced"""
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def random(self) -> tuple[int, int]:
+        """Which two of its steps are filled with noise."""
+        return 3 + self.digits, 4 + self.digits
+
+    @property
+    def length(self) -> int:
+        return 6 + self.digits
+
+    @property
+    def complete(self) -> bool:
+        return len(self.steps) >= self.length
+
+    def filled(self, like: Tensor, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """What the next step is filled with: ones, digits, noise. The first step of a phase is left aside."""
+        k = len(self.steps)
+        if k in (1, 2):
+            return torch.ones(shape, dtype=like.dtype, device=like.device)
+        if 3 <= k < 3 + self.digits:
+            return numbers(shape, k - 3, like)
+        if k < self.length:
+            return torch.randn(shape, generator=generator).to(like)
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+class Probe(Lead):
+    """The lead of a run that is learned from. Networks answer themselves when they are called for the first time, and once more for the check."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        self.steps = 0
+        self.known: dict[Any, Any] = {}
+        """for every kind of call an output, without its numbers"""
+        self.first: Tensor | None = None
+        self.clean: tuple[Tensor, float] | None = None
+        self.codes: list[Any] = []
+        """what the pipeline's encoding methods gave"""
+        self.changed = self.again = False
+        self._phase: Phase | None = None
+        self._given: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(0)
+        self._now: list[Any] = []
+
+    def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
+        kind = kind_of(seen)
+        self._now.append(kind)
+        phase = self._phase
+        if kind not in self.known or phase is None or len(phase.steps) == phase.length - 1:
+            out = real()
+            self.known[kind] = mapped(lambda _, v: Blank.of(v) if isinstance(v, Tensor) else v, out)
+            return out
+        out, listed = self.known[kind], is_listed(self.known[kind])
+        return mapped(lambda _, v: v.filled(phase, self._generator, listed) if isinstance(v, Blank) else v, out)
+
+    def after(self, step: Step) -> Tensor:
+        key, self._now = tuple(self._now), []
+        self.steps += 1
+        self.again |= not step.calls
+        if self.first is None:
+            self.first = step.x
+        # Some pipelines keep samples in the networks' precision.
+        if self._given is not None:
+            given = self._given.to(step.x)
+            self.changed |= given.shape != step.x.shape or not torch.allclose(given, step.x, rtol=1e-2, atol=1e-2)
+        self._phase = next((phase for phase in self.phases if phase.key == key), None)
+        if self._phase is None:
+            self.phases.append(Phase(key))
+            self._phase = self.phases[-1]
+        phase = self._phase
+        phase.times.append(step.t)
+        if not phase.complete:
+            phase.steps.append(step)
+        if len(phase.steps) == 1:
+            outs = [v for seen in step.calls for _, v in entries(seen.output) if isinstance(v, Tensor) and v.ndim]
+            phase.digits = digits(max(v[:1].numel() for v in [step.x, *outs]))
+        self._given = self._sample(phase, step.x)
+        return self._given.clone()
+
+    def _sample(self, phase: Phase, x: Tensor) -> Tensor:
+        if len(phase.steps) == 1:
+            return torch.zeros_like(x)
+        # All rows of a sample that goes through twice are the same.
+        return phase.filled(x, x[:1].shape, self._generator).expand_as(x)
+
+    def noised(self, clean: Tensor, t: Tensor) -> None:
+        if self.steps == 0:
+            self.clean = clean, float(torch.as_tensor(t).flatten()[0])
+
+    def encoded(self, name: str, real: Callable[[], Any]) -> Any:
+        self.codes.append(real())
+        return self.codes[-1]
+
+
+class Twice(Lead):
+    """The lead of a run with two samples, which tells the axes that count them. Networks are hardly called."""
+
+    def __init__(self, known: dict[Any, Any]):
+        self.known = {kind[0]: out for kind, out in known.items()}
+        self.whole: dict[int, Any] = {}
+        self.steps: list[Step] = []
+
+    def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
+        out = self.known.get(id(seen.network))
+        if out is None:
+            return real()
+        if is_listed(out):  # with an entry for every sample, or for every block of the network: it knows
+            if id(seen.network) not in self.whole:
+                self.whole[id(seen.network)] = mapped(lambda _, v: Blank.of(v) if isinstance(v, Tensor) else v, real())
+            return mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, self.whole[id(seen.network)])
+        return mapped(lambda _, v: v.zeros(2) if isinstance(v, Blank) else v, out)
+
+    def after(self, step: Step) -> Tensor:
+        self.steps.append(step)
+        return step.x
+
+
+class Still(Lead):
+    """The lead of a run whose networks and scheduler stand still: it ends in given samples."""
+
+    def __init__(self, x: Tensor, steps: int, known: dict[Any, Any], codes: list[Any]):
+        self.x, self.left, self.known, self.codes = x, steps, known, list(codes)
+
+    def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
+        out = self.known.get(kind_of(seen))
+        return real() if out is None else mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, out)
+
+    def after(self, step: Step) -> Tensor:
+        self.left -= 1
+        if self.left:
+            return step.x
+        return self.x.to(step.x).repeat(len(step.x), *[1] * (self.x.ndim - 1))
+
+    def encoded(self, name: str, real: Callable[[], Any]) -> Any:
+        return self.codes.pop(0) if self.codes else real()
+
+
+def kind_of(seen: Seen) -> Any:
+    """Calls of one kind have outputs of the same shapes."""
+    shapes = tuple((path, tuple(v.shape)) for path, v in entries(seen.inputs) if isinstance(v, Tensor))
+    return id(seen.network), shapes
+
+
+def is_listed(out: Any) -> bool:
+    """Whether an output is a list with an entry for every sample, and not one tensor."""
+    return isinstance(first(out), list)
+
+
+def first(out: Any) -> Any:
+    """What counts of an output."""
+    return out if not isinstance(out, (tuple, Mapping)) else out[0] if isinstance(out, tuple) else next(iter(out.values()))
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A tensor without its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Tensor) -> Blank:
+        return cls(value.shape, value.dtype, value.device)
+
+    def zeros(self, times: int = 1) -> Tensor:
+        """As many rows, or more."""
+        shape = (times * self.shape[0], *self.shape[1:]) if self.shape else self.shape
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def filled(self, phase: Phase, generator: torch.Generator, listed: bool) -> Tensor:
+        """As the phase fills it: all rows alike, but for noise."""
+        if not self.dtype.is_floating_point or not self.shape:
+            return self.zeros()
+        if listed or len(phase.steps) in phase.random:
+            return phase.filled(self.zeros(), self.shape, generator)
+        return phase.filled(self.zeros(), self.shape[1:], generator).expand(self.shape).clone()

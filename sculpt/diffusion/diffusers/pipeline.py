@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,22 +180,25 @@ class PipelineCall:
 
     def _twice(self, steps: int, probe: Probe) -> list[Step]:
         """Steps of the same call with two samples; none where the pipeline makes one only."""
-        lead, takes = Twice(probe.known), parameters(self.pipe)
-        changes: dict[str, Any] = {"generator": None, "output_type": "latent"}
-        if several := [name for name in takes if re.fullmatch(r"num_\w+_per_prompt|batch_size", name)]:
-            changes[several[0]] = 2
-        elif (given := next((name for name in ("class_labels", "prompt") if name in self.call), None)) is None:
-            return []
-        else:
-            for name in (given, f"negative_{given}"):
-                if (value := self.call.get(name)) is not None:
-                    changes[name] = list(value) * 2 if isinstance(value, (list, tuple)) else [value] * 2
-        try:
-            self._run(lead, steps, **changes)
-        except Exception:
+        for changes in self._doubled():
+            lead = Twice(probe.known)
             # What comes after all steps is no matter, and what makes one sample only is called for one at a time.
-            pass
-        return lead.steps[1:]
+            with contextlib.suppress(Exception):
+                self._run(lead, steps, **{"generator": None, "output_type": "latent", **changes})
+            if len(lead.steps) > 1 and probe.first is not None and len(lead.steps[-1].x) == 2 * len(probe.first):
+                return lead.steps[1:]
+        return []
+
+    def _doubled(self) -> Iterator[dict[str, Any]]:
+        """Ways to ask for two samples of the same kind."""
+        for name in parameters(self.pipe):
+            if re.fullmatch(r"num_\w+_per_prompt|batch_size", name):
+                yield {name: 2}
+        for given in ("class_labels", "prompt"):
+            twice = {name: self.call.get(name) for name in (given, f"negative_{given}")}
+            if twice[given] is not None:
+                lists = {name: list(v) if isinstance(v, (list, tuple)) else [v] for name, v in twice.items() if v is not None}
+                yield {name: value * 2 for name, value in lists.items()}
 
     @torch.no_grad()
     def _checked(self, phase: Phase, twice: Step | None, scheduler: Any) -> tuple[list[Strand], float]:

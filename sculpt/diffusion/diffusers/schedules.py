@@ -127,11 +127,13 @@ class VariancePreserving(Schedule):
 class Flow(Schedule):
     r""".. math:: \alpha + \sigma = 1, \qquad t = T \sigma
 
-    Shifts only choose the times at which a solver steps; a network's time argument is its noise level all the same.
+    Shifts only choose the times at which a solver steps; a network's time argument is its noise level all the same. Inverted, it
+    counts from noise to data, :math:`t = T (1 - \sigma)`, and the velocity points the other way.
     """
 
-    def __init__(self, T: int, prediction_type: str = "flow_prediction"):
-        self.T, self.prediction_type, self.identity = T, prediction_type, ("flow", prediction_type, T)
+    def __init__(self, T: int, prediction_type: str = "flow_prediction", inverted: bool = False):
+        self.T, self.prediction_type, self.inverted = T, prediction_type, inverted
+        self.identity = ("flow", prediction_type, T, *["inverted"] * inverted)
         self.s_min = 1 / (T - 1)  # sigma = 1/T, the first of the T training times
         self.s_max = self.s_min * (T - 1) ** 2 if prediction_type == "epsilon" else math.inf
 
@@ -139,14 +141,15 @@ class Flow(Schedule):
         return 1 / (1 + s)
 
     def time(self, s):
-        return (self.T * s / (1 + s)).float()
+        return (self.T * (1 if self.inverted else s) / (1 + s)).float()
 
     def sigma(self, t):
-        sigma = t.double() / self.T
+        sigma = 1 - t.double() / self.T if self.inverted else t.double() / self.T
         return sigma / (1 - sigma).clamp(min=0)
 
     def coefficients(self, s):
-        return PREDICTIONS[self.prediction_type](s)
+        a, b = PREDICTIONS[self.prediction_type](s)
+        return a, -b if self.inverted else b
 
 
 class Preconditioned(Schedule):
@@ -227,12 +230,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     if family == "variance exploding":
         return VarianceExploding(config.sigma_min, config.sigma_max)
     if family == "flow matching":
-        if config.get("invert_sigmas"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with invert_sigmas=True counts time from noise to data, which is not supported. "
-                "Wrap the model in a callable (x, t) that inverts its time argument and sign, and pass invert_sigmas=False."
-            )
-        return Flow(config.num_train_timesteps)
+        return Flow(config.num_train_timesteps, inverted=bool(config.get("invert_sigmas")))
     return _discrete(scheduler)
 
 

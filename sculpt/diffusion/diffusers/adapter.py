@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from sculpt.diffusion.diffusers.direct import (
     probed_time,
     splits,
 )
-from sculpt.diffusion.diffusers.pipeline import PipelineCall
+from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.networks import first_state, is_a
@@ -334,16 +334,3 @@ class Diffusion(Denoiser):
         new._phases = tuple((t, tuple(strand.with_adapters(adapters) for strand in strands)) for t, strands in new._phases)
         return new
 
-
-def joined(parts: Iterable[Any]) -> Any:
-    """What a pipeline made of several batches, as one."""
-    parts = list(parts)
-    if len(parts) == 1:
-        return parts[0]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts)
-    if hasattr(parts[0], "shape"):
-        import numpy as np
-
-        return np.concatenate(parts)
-    return [one for part in parts for one in part]

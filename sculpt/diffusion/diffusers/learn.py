@@ -50,7 +50,8 @@ def learned(phase: Phase, twice: Step | None, T: int) -> list[Strand]:
 class _Learner:
     def __init__(self, phase: Phase, twice: Step | None, T: int):
         self.T = T
-        self.phase, self.steps, self.last = phase, phase.steps[1:], phase.steps[-1]
+        self.phase, self.last = phase, phase.steps[-1]
+        self.steps = phase.steps[1:] + ([] if phase.late is None else [phase.late])
         self.zero, self.one = self.steps[0], self.steps[1]
         self.coded = self.steps[2 : 2 + phase.digits]
         self.random = [phase.steps[k] for k in phase.random]
@@ -86,6 +87,9 @@ class _Learner:
 
     def _traced(self) -> tuple[Tensor | None, Any]:
         """Which numbers of a row are F's, and a function that gives these numbers of all rows."""
+        if len({id(self.last.calls[c].network) for c in self.final}) > 1:
+            names = " and ".join(dict.fromkeys(type(self.last.calls[c].network).__name__ for c in self.final))
+            raise Unknown(f"{names} are called in one step, and what one answers is changed before the next takes it")
         total = self._F(self.one).double()
         if not (total.isfinite().all() and (total.abs() > 0.05).all()):
             raise Unknown(NOT_A_SUM)
@@ -110,9 +114,10 @@ class _Learner:
         error = tolerance(*(row.dtype for c in self.final for row in _rows(self.last.calls[c])), self._F(fitted).dtype)
         nice = (1000 * w).round() / 1000
         w = torch.where((nice - w).abs() < error, nice, w)
-        miss = _relative(columns(held_out).cpu() @ w, self._F(held_out).double().flatten().cpu())
-        if not miss < error * (1 + float(w.abs().sum())):
-            raise Unknown(f"{NOT_A_SUM} (relative error {miss:.2g})")
+        for step in (held_out, *([] if self.phase.late is None else [self.phase.late])):
+            miss = _relative(columns(step).cpu() @ w, self._F(step).double().flatten().cpu())
+            if not miss < error * (1 + float(w.abs().sum())):
+                raise Unknown(f"{NOT_A_SUM} (relative error {miss:.2g})")
         return w.tolist()
 
     def _F(self, step: Step) -> Tensor:
@@ -224,7 +229,10 @@ def _merged(strands: list[Strand]) -> list[Strand]:
     return list(found.values())
 
 
-NOT_A_SUM = "what it gives to its scheduler is no weighted sum of what its networks answer, as under guidance rescale or normalisation"
+NOT_A_SUM = (
+    "what it gives to its scheduler is no fixed weighted sum of what its networks answer. Turn off what rescales or normalises guidance, or "
+    "changes it on the way (guidance_rescale=0, cfg_normalization=False, guidance_scale=1)"
+)
 
 
 def _refused() -> Any:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sculpt.diffusion.diffusers.calls import Strand, answers
 from sculpt.diffusion.diffusers.learn import Unknown, learned, tolerance
-from sculpt.diffusion.diffusers.probing import Phase, Probe, Still, Twice
+from sculpt.diffusion.diffusers.probing import Border, Phase, Probe, Still, Twice
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.diffusers.watch import Step, denoisers, parameters, schedulers, watched
 from sculpt.diffusion.networks import is_a
 
-__all__ = ["Learned", "PipelineCall"]
+__all__ = ["Learned", "PipelineCall", "joined"]
 
 STEPS = (16, 64, 200)
 """of a run that is learned from: more where a part of it has too few"""
+BISECTED = 40
+"""steps of a run that looks for a border between two times"""
 SOLVERS = ("num_inference_steps", "timesteps", "sigmas", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps")
 """What says how a solver steps is no part of a model."""
 
@@ -74,11 +79,20 @@ class PipelineCall:
     """
 
     def __init__(self, pipe: Any, args: Sequence[Any], call: Mapping[str, Any]):
-        self.pipe, self.kind, takes = pipe, type(pipe).__name__, parameters(pipe)
+        self.pipe, self.kind = pipe, type(pipe).__name__
+        if not (callable(pipe) and hasattr(pipe, "components")):
+            raise TypeError(
+                f"A model is made of a pipeline of diffusers, which has parts and can be called; got a {self.kind}. Pass a network to "
+                "sculpt.Diffusion(model, scheduler, shape)."
+            )
+        takes = parameters(pipe)
         self.call = {**dict(zip(takes, args, strict=False)), **call}
-        open_ = any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        if len(args) > len(takes) or (unknown := sorted(set(call) - set(takes))) and not open_:
-            raise ValueError(f"{', '.join(unknown)}: nothing that {self.kind} takes, which is {', '.join(takes)}.")
+        if len(args) > len(takes) or (unknown := sorted(set(call) - {name for name, p in takes.items() if p.kind is not p.VAR_KEYWORD})):
+            said = f"{len(args)} values" if len(args) > len(takes) else ", ".join(unknown)
+            raise ValueError(f"{said}: no option of {self.kind}, which takes {', '.join(takes)}.")
+        for name in ("prompt", "class_labels"):
+            if isinstance(value := self.call.get(name), (list, tuple)) and len(value) > 1:
+                raise ValueError(f"{name} has {len(value)} entries, and a base model has one condition. Make a model of each.")
         if "prompt" in takes and not any(value is not None for name, value in self.call.items() if "prompt" in name):
             self.call["prompt"] = ""  # without one, a text-conditional network is its unconditional self
         self.adapters: Mapping[str, float] | None = None
@@ -132,17 +146,17 @@ class PipelineCall:
         if probe.again:
             raise self._refused("it steps two samples at once, and a base model has one")
         if probe.changed:
-            raise self._refused("it changes its samples between steps, as with parts of an image that are put back")
+            raise self._refused("it changes its samples between steps, as where parts of an image are put back")
         twice = self._twice(steps, probe)
         (name, scheduler), *others = self._scheduler()
         phases, worst = [], 0.0
         for phase in self._phases(probe):
             match = next((step for step in twice if [id(s.network) for s in step.calls] == [id(s.network) for s in phase.steps[-1].calls]), None)
             strands, error = self._checked(phase, match, scheduler)
-            phases.append((min(phase.times), tuple(strands)))
+            phases.append((phase, tuple(strands)))
             worst = max(worst, error)
-        last = self._phases(probe)[-1].steps[-1]
-        return Learned(tuple(last.x.shape[1:]), last.x.dtype, scheduler, tuple(phases), probe.clean, worst, steps, probe.steps, probe.known, probe.codes)
+        last = phases[-1][0].steps[-1]
+        return Learned(tuple(last.x.shape[1:]), last.x.dtype, scheduler, self._from(phases, probe), probe.clean, worst, steps, probe.steps, probe.known, probe.codes)
 
     def _scheduler(self) -> list[tuple[str, Any]]:
         found = list(schedulers(self.pipe).items())
@@ -154,6 +168,19 @@ class PipelineCall:
         """But for what comes before all steps: encoders are called there."""
         last = probe.phases[-1].key if probe.phases else ()
         return [phase for k, phase in enumerate(probe.phases) if k or len(probe.phases) == 1 or not set(last) < set(phase.key)]
+
+    def _from(self, phases: list[tuple[Phase, tuple[Strand, ...]]], probe: Probe) -> tuple[tuple[float, tuple[Strand, ...]], ...]:
+        """Every phase with the time from which on up it is."""
+        phases, found = sorted(phases, key=lambda pair: -max(pair[0].times)), []
+        for (phase, strands), (below, _) in itertools.pairwise(phases):
+            border = Border(probe.known, phase.key, min(phase.times), max(below.times))
+            if border.low < border.high:
+                with contextlib.suppress(Exception):
+                    self._run(border, BISECTED, output_type="latent")
+            if border.found is None:
+                raise self._refused("which networks are called depends on more than the time. Turn off what ends after a share of the steps")
+            found.append((border.found, strands))
+        return (*found, (-math.inf, phases[-1][1]))
 
     def _run(self, lead: Any, steps: int, **changes: Any) -> Any:
         takes = parameters(self.pipe)
@@ -239,7 +266,10 @@ class PipelineCall:
         """The pipeline's own tail for finished samples: its networks and its scheduler stand still."""
         lead = Still(x, learned.total, learned.known, learned.codes)
         out = self._run(lead, learned.steps, output_type=self.call.get("output_type", "pt"), return_dict=False)
-        return out[0] if isinstance(out, tuple) else out
+        out = out[0] if isinstance(out, tuple) else out
+        if len(x) > 1 and len(out) != len(x):  # some pipelines count before their steps how many samples there are
+            return joined([self.decode(one, learned) for one in x.split(1)])
+        return out
 
     # Errors
 
@@ -251,7 +281,16 @@ class PipelineCall:
         return ValueError(f"{self.kind} failed when its own call was run: {why}. Check what it is called with: {', '.join(self.call) or 'nothing'}.")
 
     def _refused(self, why: str) -> ValueError:
-        return ValueError(f"Cannot make a base model of {self.kind} with {', '.join(self.call) or 'nothing'}: {why}. Pass a network and its inputs to sculpt.Diffusion(model, scheduler, shape).")
+        return ValueError(f"Cannot make a base model of {self.kind} with {', '.join(self.call) or 'nothing'}: {why}.")
+
+
+def joined(parts: Sequence[Any]) -> Any:
+    """What a pipeline made of several batches, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    return np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [one for part in parts for one in part]
 
 
 def _relative(got: Any, expected: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor
 from sculpt.diffusion.diffusers.trees import entries, mapped
 from sculpt.diffusion.diffusers.watch import Lead, Seen, Step
 
-__all__ = ["BASE", "Phase", "Probe", "Still", "Twice"]
+__all__ = ["BASE", "Border", "Phase", "Probe", "Still", "Twice"]
 
 BASE = 256
 
@@ -42,6 +42,8 @@ class Phase:
     digits: int = 1
     """of the largest of what is traced"""
     times: list[float] = field(default_factory=list)
+    late: Step | None = None
+    """its last step: what is learned has to hold there too"""
 
     @property
     def random(self) -> tuple[int, int]:
@@ -63,9 +65,7 @@ class Phase:
             return torch.ones(shape, dtype=like.dtype, device=like.device)
         if 3 <= k < 3 + self.digits:
             return numbers(shape, k - 3, like)
-        if k < self.length:
-            return torch.randn(shape, generator=generator).to(like)
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return torch.randn(shape, generator=generator).to(like)
 
 
 class Probe(Lead):
@@ -113,7 +113,9 @@ class Probe(Lead):
             self._phase = self.phases[-1]
         phase = self._phase
         phase.times.append(step.t)
-        if not phase.complete:
+        if phase.complete:
+            phase.late = step
+        else:
             phase.steps.append(step)
         if len(phase.steps) == 1:
             outs = [v for seen in step.calls for _, v in entries(seen.output) if isinstance(v, Tensor) and v.ndim]
@@ -159,6 +161,61 @@ class Twice(Lead):
         return step.x
 
 
+class Border(Lead):
+    """The lead of a run that looks for the time at which one kind of steps gives way to another.
+
+    A pipeline's loop takes its times out of the scheduler's tensor, one after another, so the next one is written into it.
+
+    Args:
+        known: outputs of the networks.
+        above: the kind of step at the time ``high``.
+        high: and from there on up.
+        low: where another kind of step is known to be.
+    """
+
+    def __init__(self, known: dict[Any, Any], above: Any, high: float, low: float):
+        self.known, self.above, self.high, self.low = known, above, high, low
+        self.ends, self.left, self.consistent = (low, high), [low, high], True
+        self.finest = 1e-4 * abs(high)
+        self._now: list[Any] = []
+        self._step = 0
+
+    @property
+    def found(self) -> float | None:
+        """The time with the fewest digits that is in between, where the kind of step depends on nothing else."""
+        if not self.consistent or self.left or self.high - self.low > self.finest:
+            return None
+        rounded = (math.ceil(self.low * 10**k + 1e-9) / 10**k for k in range(-3, 8))
+        return next((t for t in rounded if self.low < t <= self.high), self.high)
+
+    def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
+        kind = kind_of(seen)
+        self._now.append(kind)
+        out = self.known.get(kind)
+        return real() if out is None else mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, out)
+
+    def after(self, step: Step) -> Tensor:
+        above, self._now, self._step = tuple(self._now) == self.above, [], self._step + 1
+        if self._step > 1:  # encoders are called before the first one
+            self._learn(step.t, above)
+        times, last = step.scheduler.timesteps, self._step >= len(step.scheduler.timesteps) - 2
+        self.finest = max(self.finest, 0.0 if times.is_floating_point() else 1.0)
+        # The two ends come at the beginning and again at the end: it is the time that decides, and not the number of the step.
+        if self._step < len(times):
+            if last and not self.left:
+                self.left = list(self.ends)
+            times[self._step] = self.left.pop() if self.left else (self.low + self.high) / 2
+        return step.x
+
+    def _learn(self, t: float, above: bool) -> None:
+        if t <= self.ends[0] or t >= self.ends[1]:
+            self.consistent &= above == (t >= self.ends[1])
+        elif above:
+            self.high = min(self.high, t)
+        else:
+            self.low = max(self.low, t)
+
+
 class Still(Lead):
     """The lead of a run whose networks and scheduler stand still: it ends in given samples."""
 
@@ -173,7 +230,8 @@ class Still(Lead):
         self.left -= 1
         if self.left:
             return step.x
-        return self.x.to(step.x).repeat(len(step.x), *[1] * (self.x.ndim - 1))
+        x = self.x.to(step.x)
+        return x if len(step.x) == 1 else x.repeat(len(step.x), *[1] * (x.ndim - 1))
 
     def encoded(self, name: str, real: Callable[[], Any]) -> Any:
         return self.codes.pop(0) if self.codes else real()
@@ -216,6 +274,6 @@ class Blank:
         """As the phase fills it: all rows alike, but for noise."""
         if not self.dtype.is_floating_point or not self.shape:
             return self.zeros()
-        if listed or len(phase.steps) in phase.random:
+        if listed or phase.complete or len(phase.steps) in phase.random:
             return phase.filled(self.zeros(), self.shape, generator)
         return phase.filled(self.zeros(), self.shape[1:], generator).expand(self.shape).clone()

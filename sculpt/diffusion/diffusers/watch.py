@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ class Step:
     F: Tensor
     t: float
     x: Tensor
-    calls: list[Seen] = field(default_factory=list)
+    calls: list[Seen]
+    scheduler: Any
+    """a copy of the pipeline's, of this run"""
 
 
 class Lead(abc.ABC):
@@ -152,7 +154,7 @@ class _Watch:
         """A copy whose steps are seen, and go where the lead wants. It scales nothing: what it is given is what the networks see."""
         new = copy.deepcopy(scheduler)
         if (step := getattr(new, "step", None)) is not None:
-            new.step = self._stepping(step)
+            new.step = self._stepping(new, step)
         if (scale := getattr(new, "scale_model_input", None)) is not None:
             new.scale_model_input = functools.wraps(scale)(lambda sample, *args, **kwargs: (scale(sample, *args, **kwargs), sample)[1])
         for name, clean in (("add_noise", "original_samples"), ("scale_noise", "sample")):
@@ -160,13 +162,13 @@ class _Watch:
                 setattr(new, name, self._noising(real, clean))
         return new
 
-    def _stepping(self, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _stepping(self, scheduler: Any, real: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(real)
 
         @functools.wraps(real)
         def step(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            seen = Step(given["model_output"], float(given["timestep"]), given["sample"], self.calls)
+            seen = Step(given["model_output"], float(given["timestep"]), given["sample"], self.calls, scheduler)
             self.calls = []
             out, x = real(*args, **kwargs), self.lead.after(seen)
             if isinstance(out, tuple):

@@ -172,7 +172,9 @@ def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, 
         if unknown := sorted(set(condition) - set(_OPTIONS)):
             raise ValueError(f"{', '.join(unknown)}: no option of a diffusion model, which takes {', '.join(_OPTIONS)}.")
         parts, options = pipe.components, {"name": None if "class_label" in condition else name, **condition}
-        model = Diffusion(network, parts["scheduler"], options.pop("shape", None), autoencoder=parts.get("vae") or parts.get("vqvae"))
+        model = Diffusion(
+            network, parts["scheduler"], options.pop("shape", None), autoencoder=parts.get("vae") or parts.get("vqvae")
+        )
         model = model.with_condition(**options)
         model.check_answer()
     else:

@@ -40,7 +40,13 @@ def tokenizer(length=12, **options):
 
 
 def clip(projection=False, width=8, length=12, seed=0):
-    size = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": width}
+    size = {
+        "hidden_size": width,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": width,
+    }
     ends = {"bos_token_id": 3, "eos_token_id": 1, "pad_token_id": 0}
     config = transformers.CLIPTextConfig(vocab_size=len(VOCABULARY), max_position_embeddings=length, **size, **ends)
     cls = transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel
@@ -118,7 +124,13 @@ NO_CHECKER = {"safety_checker": None, "feature_extractor": None}
 
 
 def sd_parts(**config):
-    return {"vae": vae(shift_factor=None), "unet": unet(**config), "text_encoder": clip(), "tokenizer": tokenizer(), "scheduler": ddim()}
+    return {
+        "vae": vae(shift_factor=None),
+        "unet": unet(**config),
+        "text_encoder": clip(),
+        "tokenizer": tokenizer(),
+        "scheduler": ddim(),
+    }
 
 
 def sd(cls=diffusers.StableDiffusionPipeline, scheduler=None, more=None, **config):
@@ -132,7 +144,12 @@ def sd2():
 
 
 def xl_parts(**config):
-    texts = {"text_encoder": clip(), "text_encoder_2": clip(projection=True), "tokenizer": tokenizer(), "tokenizer_2": tokenizer()}
+    texts = {
+        "text_encoder": clip(),
+        "text_encoder_2": clip(projection=True),
+        "tokenizer": tokenizer(),
+        "tokenizer_2": tokenizer(),
+    }
     scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1)
     made = unet(cross_attention_dim=16, **XL, **config)
     return {"vae": vae(shift_factor=None, force_upcast=True), "unet": made, "scheduler": scheduler, **texts}
@@ -180,7 +197,12 @@ def ip_adapter():
     pipe, _ = sd(more={"image_encoder": vision(), "feature_extractor": transformers.CLIPImageProcessor(size=16, crop_size=16)})
     torch.manual_seed(0)
     state = {"image_proj": {}, "ip_adapter": {}}
-    projection = {"proj.weight": torch.randn(4 * 8, 8), "proj.bias": torch.randn(32), "norm.weight": torch.ones(8), "norm.bias": torch.zeros(8)}
+    projection = {
+        "proj.weight": torch.randn(4 * 8, 8),
+        "proj.bias": torch.randn(32),
+        "norm.weight": torch.ones(8),
+        "norm.bias": torch.zeros(8),
+    }
     state["image_proj"] = projection
     key = 1
     for name, processor in pipe.unet.attn_processors.items():
@@ -194,7 +216,12 @@ def ip_adapter():
 
 
 def inpainting():
-    return sd(diffusers.StableDiffusionInpaintPipeline, in_channels=9)[0], {"image": image(), "mask_image": mask(), "height": 16, "width": 16}
+    return sd(diffusers.StableDiffusionInpaintPipeline, in_channels=9)[0], {
+        "image": image(),
+        "mask_image": mask(),
+        "height": 16,
+        "width": 16,
+    }
 
 
 def image_to_image():
@@ -223,7 +250,9 @@ def dit():
 
 def flux_parts(guidance=True, **config):
     size = SIZE | {"in_channels": 16, "num_single_layers": 1, "joint_attention_dim": 16, "pooled_projection_dim": 8}
-    made = seeded(lambda: diffusers.FluxTransformer2DModel(**size, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance, **config))
+    made = seeded(
+        lambda: diffusers.FluxTransformer2DModel(**size, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance, **config)
+    )
     texts = {"text_encoder": clip(), "tokenizer": tokenizer(), "text_encoder_2": t5(), "tokenizer_2": tokenizer()}
     return {"transformer": made, "scheduler": flow(use_dynamic_shifting=True), "vae": vae(), **texts}
 
@@ -237,7 +266,12 @@ def flux2():
     made = seeded(lambda: diffusers.Flux2Transformer2DModel(**size, axes_dims_rope=(2, 2, 2, 2)))
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     coder = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 4, "layers_per_block": 1}
-    parts = {"transformer": made, "scheduler": flow(), "tokenizer": tokenizer(512), "text_encoder": causal("Mistral", "ForCausalLM")}
+    parts = {
+        "transformer": made,
+        "scheduler": flow(),
+        "tokenizer": tokenizer(512),
+        "text_encoder": causal("Mistral", "ForCausalLM"),
+    }
     parts["vae"] = seeded(lambda: diffusers.AutoencoderKLFlux2(**blocks, **coder))
     options = {"height": 16, "width": 16, "max_sequence_length": 300, "text_encoder_out_layers": (1, 2)}
     return diffusers.Flux2Pipeline(**parts), options
@@ -246,7 +280,11 @@ def flux2():
 def qwen_image():
     size = SIZE | {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 16, "axes_dims_rope": (2, 2, 4)}
     made = seeded(lambda: diffusers.QwenImageTransformer2DModel(**size))
-    parts = {"transformer": made, "scheduler": flow(use_dynamic_shifting=True), "vae": wan_vae(diffusers.AutoencoderKLQwenImage)}
+    parts = {
+        "transformer": made,
+        "scheduler": flow(use_dynamic_shifting=True),
+        "vae": wan_vae(diffusers.AutoencoderKLQwenImage),
+    }
     pipe = diffusers.QwenImagePipeline(**parts, text_encoder=causal("Qwen2", "ForCausalLM"), tokenizer=tokenizer(512))
     return pipe, {"height": 16, "width": 16}
 
@@ -254,56 +292,146 @@ def qwen_image():
 def pixart():
     size = SIZE | {"in_channels": 4, "out_channels": 8, "sample_size": 8, "cross_attention_dim": 16, "caption_channels": 16}
     made = seeded(lambda: diffusers.PixArtTransformer2DModel(**size, norm_type="ada_norm_single"))
-    parts = {"transformer": made, "vae": vae(shift_factor=None), "text_encoder": t5(), "tokenizer": tokenizer(), "scheduler": ddim()}
-    return diffusers.PixArtSigmaPipeline(**parts), {"max_sequence_length": 12, "use_resolution_binning": False, "height": 16, "width": 16}
+    parts = {
+        "transformer": made,
+        "vae": vae(shift_factor=None),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+        "scheduler": ddim(),
+    }
+    return diffusers.PixArtSigmaPipeline(**parts), {
+        "max_sequence_length": 12,
+        "use_resolution_binning": False,
+        "height": 16,
+        "width": 16,
+    }
 
 
 def sana():
     size = SIZE | {"in_channels": 4, "out_channels": 4, "num_cross_attention_heads": 2, "cross_attention_head_dim": 8}
     widths = {"cross_attention_dim": 16, "caption_channels": 16, "sample_size": 8}
     made = seeded(lambda: diffusers.SanaTransformer2DModel(**size, **widths))
-    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock", "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1)}
-    coder = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ())}
+    blocks = {
+        "encoder_block_types": "ResBlock",
+        "decoder_block_types": "ResBlock",
+        "encoder_layers_per_block": (1, 1),
+        "decoder_layers_per_block": (1, 1),
+    }
+    coder = {
+        "encoder_block_out_channels": (8, 8),
+        "decoder_block_out_channels": (8, 8),
+        "encoder_qkv_multiscales": ((), ()),
+        "decoder_qkv_multiscales": ((), ()),
+    }
     parts = {"transformer": made, "text_encoder": causal("Gemma2"), "tokenizer": tokenizer(512), "scheduler": flow()}
-    parts["vae"] = seeded(lambda: diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.5, **blocks, **coder))
-    options = {"height": 32, "width": 32, "use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 12}
+    parts["vae"] = seeded(
+        lambda: diffusers.AutoencoderDC(latent_channels=4, attention_head_dim=2, scaling_factor=0.5, **blocks, **coder)
+    )
+    options = {
+        "height": 32,
+        "width": 32,
+        "use_resolution_binning": False,
+        "complex_human_instruction": None,
+        "max_sequence_length": 12,
+    }
     return diffusers.SanaPipeline(**parts), options
 
 
 def auraflow():
     size = {"sample_size": 8, "in_channels": 4, "out_channels": 4, "num_mmdit_layers": 1, "num_single_dit_layers": 1}
-    widths = {"attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16, "pos_embed_max_size": 64}
+    widths = {
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 16,
+        "pos_embed_max_size": 64,
+    }
     made = seeded(lambda: diffusers.AuraFlowTransformer2DModel(**size, **widths))
-    parts = {"transformer": made, "vae": vae(shift_factor=None), "text_encoder": t5(umt5=True), "tokenizer": tokenizer(), "scheduler": flow()}
+    parts = {
+        "transformer": made,
+        "vae": vae(shift_factor=None),
+        "text_encoder": t5(umt5=True),
+        "tokenizer": tokenizer(),
+        "scheduler": flow(),
+    }
     return diffusers.AuraFlowPipeline(**parts), {"height": 16, "width": 16, "max_sequence_length": 12}
 
 
 def lumina2():
-    size = {"sample_size": 8, "in_channels": 4, "hidden_size": 24, "num_layers": 1, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
+    size = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "hidden_size": 24,
+        "num_layers": 1,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 2,
+        "num_kv_heads": 1,
+    }
     widths = {"multiple_of": 8, "axes_dim_rope": (4, 4, 4), "axes_lens": (400, 16, 16), "cap_feat_dim": 16}
     made = seeded(lambda: diffusers.Lumina2Transformer2DModel(**size, **widths))
-    parts = {"transformer": made, "scheduler": flow(), "vae": vae(), "text_encoder": causal("Gemma2"), "tokenizer": tokenizer(512)}
+    parts = {
+        "transformer": made,
+        "scheduler": flow(),
+        "vae": vae(),
+        "text_encoder": causal("Gemma2"),
+        "tokenizer": tokenizer(512),
+    }
     options = {"height": 16, "width": 16, "cfg_normalization": False, "max_sequence_length": 300}
     return diffusers.Lumina2Pipeline(**parts), options
 
 
 def hunyuan_dit():
     size = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "hidden_size": 16, **SIZE} | {"num_layers": 2}
-    widths = {"cross_attention_dim": 8, "cross_attention_dim_t5": 16, "pooled_projection_dim": 4, "text_len": 77, "text_len_t5": 256}
+    widths = {
+        "cross_attention_dim": 8,
+        "cross_attention_dim_t5": 16,
+        "pooled_projection_dim": 4,
+        "text_len": 77,
+        "text_len_t5": 256,
+    }
     made = seeded(lambda: diffusers.HunyuanDiT2DModel(**size, **widths, activation_fn="gelu-approximate"))
-    bert = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(VOCABULARY)}
+    bert = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": len(VOCABULARY),
+    }
     encoder = seeded(lambda: transformers.BertModel(transformers.BertConfig(**bert)))
     texts = {"text_encoder": encoder, "tokenizer": tokenizer(77), "text_encoder_2": t5(), "tokenizer_2": tokenizer(256)}
-    parts = {"transformer": made, "vae": vae(shift_factor=None), "scheduler": ddim(prediction_type="v_prediction"), **texts, **NO_CHECKER}
+    parts = {
+        "transformer": made,
+        "vae": vae(shift_factor=None),
+        "scheduler": ddim(prediction_type="v_prediction"),
+        **texts,
+        **NO_CHECKER,
+    }
     pipe = diffusers.HunyuanDiTPipeline(**parts, requires_safety_checker=False)
     return pipe, {"height": 16, "width": 16, "use_resolution_binning": False}
 
 
 def cogview4():
-    size = SIZE | {"in_channels": 4, "out_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "condition_dim": 4, "sample_size": 8, "rope_axes_dim": (8, 8)}
+    size = SIZE | {
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_embed_dim": 16,
+        "time_embed_dim": 8,
+        "condition_dim": 4,
+        "sample_size": 8,
+        "rope_axes_dim": (8, 8),
+    }
     made = seeded(lambda: diffusers.CogView4Transformer2DModel(**size))
-    parts = {"transformer": made, "vae": vae(shift_factor=None), "text_encoder": causal("Glm", partial_rotary_factor=0.5), "tokenizer": tokenizer(padding_side="left")}
-    return diffusers.CogView4Pipeline(**parts, scheduler=flow(use_dynamic_shifting=True)), {"height": 16, "width": 16, "max_sequence_length": 16}
+    parts = {
+        "transformer": made,
+        "vae": vae(shift_factor=None),
+        "text_encoder": causal("Glm", partial_rotary_factor=0.5),
+        "tokenizer": tokenizer(padding_side="left"),
+    }
+    return diffusers.CogView4Pipeline(**parts, scheduler=flow(use_dynamic_shifting=True)), {
+        "height": 16,
+        "width": 16,
+        "max_sequence_length": 16,
+    }
 
 
 def chroma():
@@ -316,9 +444,21 @@ def chroma():
 
 def hidream():
     size = SIZE | {"patch_size": 2, "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "caption_channels": [16, 16]}
-    more = {"text_emb_dim": 16, "num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (4, 2, 2), "max_resolution": (16, 16), "llama_layers": (0, 1)}
+    more = {
+        "text_emb_dim": 16,
+        "num_routed_experts": 2,
+        "num_activated_experts": 1,
+        "axes_dims_rope": (4, 2, 2),
+        "max_resolution": (16, 16),
+        "llama_layers": (0, 1),
+    }
     made = seeded(lambda: diffusers.HiDreamImageTransformer2DModel(**size, **more, force_inference_output=True))
-    encoders = {"text_encoder": clip(True, length=128), "text_encoder_2": clip(True, length=128), "text_encoder_3": t5(), "text_encoder_4": causal("Llama", "ForCausalLM")}
+    encoders = {
+        "text_encoder": clip(True, length=128),
+        "text_encoder_2": clip(True, length=128),
+        "text_encoder_3": t5(),
+        "text_encoder_4": causal("Llama", "ForCausalLM"),
+    }
     tokenizers = {"tokenizer": tokenizer(), "tokenizer_2": tokenizer(), "tokenizer_3": tokenizer(), "tokenizer_4": tokenizer()}
     pipe = diffusers.HiDreamImagePipeline(transformer=made, scheduler=flow(), vae=vae(), **encoders, **tokenizers)
     pipe.default_sample_size = 8
@@ -326,7 +466,15 @@ def hidream():
 
 
 def z_image():
-    size = {"in_channels": 4, "dim": 16, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16}
+    size = {
+        "in_channels": 4,
+        "dim": 16,
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 16,
+    }
     made = seeded(lambda: diffusers.ZImageTransformer2DModel(**size, axes_dims=[4, 2, 2], axes_lens=[512, 16, 16]))
     parts = {"transformer": made, "scheduler": flow(), "vae": vae(), "text_encoder": causal("Qwen3"), "tokenizer": tokenizer()}
     return diffusers.ZImagePipeline(**parts), {"height": 16, "width": 16, "max_sequence_length": 12}
@@ -342,9 +490,20 @@ def wan_transformer(seed=0):
 
 def wan(second=False):
     more = {"transformer_2": wan_transformer(1), "boundary_ratio": 0.8} if second else {}
-    parts = {"transformer": wan_transformer(), "vae": wan_vae(), "text_encoder": t5(umt5=True), "tokenizer": tokenizer(), **more}
-    pipe = diffusers.WanPipeline(**parts, scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
-    return pipe, {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12} | ({"guidance_scale_2": 3.0} if second else {})
+    parts = {
+        "transformer": wan_transformer(),
+        "vae": wan_vae(),
+        "text_encoder": t5(umt5=True),
+        "tokenizer": tokenizer(),
+        **more,
+    }
+    pipe = diffusers.WanPipeline(
+        **parts,
+        scheduler=diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    return pipe, {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 12} | (
+        {"guidance_scale_2": 3.0} if second else {}
+    )
 
 
 def wan22():
@@ -357,9 +516,24 @@ def hunyuan_video():
     made = seeded(lambda: diffusers.HunyuanVideoTransformer3DModel(**size, **more))
     blocks = {"down_block_types": ("HunyuanVideoDownBlock3D",) * 4, "up_block_types": ("HunyuanVideoUpBlock3D",) * 4}
     coder = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
-    texts = {"text_encoder": causal("Llama", layers=4), "tokenizer": tokenizer(600), "text_encoder_2": clip(length=80), "tokenizer_2": tokenizer(77)}
-    parts = {"transformer": made, "vae": seeded(lambda: diffusers.AutoencoderKLHunyuanVideo(**blocks, **coder)), "scheduler": flow()}
-    options = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16, "prompt_template": {"template": "{}", "crop_start": 0}}
+    texts = {
+        "text_encoder": causal("Llama", layers=4),
+        "tokenizer": tokenizer(600),
+        "text_encoder_2": clip(length=80),
+        "tokenizer_2": tokenizer(77),
+    }
+    parts = {
+        "transformer": made,
+        "vae": seeded(lambda: diffusers.AutoencoderKLHunyuanVideo(**blocks, **coder)),
+        "scheduler": flow(),
+    }
+    options = {
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "max_sequence_length": 16,
+        "prompt_template": {"template": "{}", "crop_start": 0},
+    }
     return diffusers.HunyuanVideoPipeline(**parts, **texts), options
 
 
@@ -368,8 +542,16 @@ def ltx():
     made = seeded(lambda: diffusers.LTXVideoTransformer3DModel(**size))
     coder = {"latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
     coder |= {"layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1), "patch_size": 1}
-    coder |= {"spatio_temporal_scaling": (True, True, False, False), "decoder_spatio_temporal_scaling": (True, True, False, False)}
-    parts = {"transformer": made, "vae": seeded(lambda: diffusers.AutoencoderKLLTXVideo(**coder)), "text_encoder": t5(), "tokenizer": tokenizer()}
+    coder |= {
+        "spatio_temporal_scaling": (True, True, False, False),
+        "decoder_spatio_temporal_scaling": (True, True, False, False),
+    }
+    parts = {
+        "transformer": made,
+        "vae": seeded(lambda: diffusers.AutoencoderKLLTXVideo(**coder)),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+    }
     options = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 12}
     return diffusers.LTXPipeline(**parts, scheduler=flow(use_dynamic_shifting=True)), options
 
@@ -380,23 +562,56 @@ def cogvideox():
     made = seeded(lambda: diffusers.CogVideoXTransformer3DModel(**size, **frames))
     blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
     coder = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2, "latent_channels": 4}
-    parts = {"transformer": made, "vae": seeded(lambda: diffusers.AutoencoderKLCogVideoX(**blocks, **coder)), "text_encoder": t5(), "tokenizer": tokenizer()}
-    scheduler = diffusers.CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    return diffusers.CogVideoXPipeline(**parts, scheduler=scheduler), {"height": 64, "width": 64, "num_frames": 5, "max_sequence_length": 12}
+    parts = {
+        "transformer": made,
+        "vae": seeded(lambda: diffusers.AutoencoderKLCogVideoX(**blocks, **coder)),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+    }
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    return diffusers.CogVideoXPipeline(**parts, scheduler=scheduler), {
+        "height": 64,
+        "width": 64,
+        "num_frames": 5,
+        "max_sequence_length": 12,
+    }
 
 
 def mochi():
-    size = SIZE | {"in_channels": 4, "patch_size": 2, "pooled_projection_dim": 8, "text_embed_dim": 16, "time_embed_dim": 4, "max_sequence_length": 12}
+    size = SIZE | {
+        "in_channels": 4,
+        "patch_size": 2,
+        "pooled_projection_dim": 8,
+        "text_embed_dim": 16,
+        "time_embed_dim": 4,
+        "max_sequence_length": 12,
+    }
     made = seeded(lambda: diffusers.MochiTransformer3DModel(**size | {"num_layers": 2}))
-    coder = {"encoder_block_out_channels": (32, 32, 32, 32), "decoder_block_out_channels": (32, 32, 32, 32), "layers_per_block": (1, 1, 1, 1, 1)}
+    coder = {
+        "encoder_block_out_channels": (32, 32, 32, 32),
+        "decoder_block_out_channels": (32, 32, 32, 32),
+        "layers_per_block": (1, 1, 1, 1, 1),
+    }
     coder |= {"latent_channels": 4, "latents_mean": None, "latents_std": None, "add_attention_block": (False,) * 5}
-    parts = {"transformer": made, "vae": seeded(lambda: diffusers.AutoencoderKLMochi(**coder)), "text_encoder": t5(), "tokenizer": tokenizer()}
+    parts = {
+        "transformer": made,
+        "vae": seeded(lambda: diffusers.AutoencoderKLMochi(**coder)),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+    }
     pipe = diffusers.MochiPipeline(**parts, scheduler=flow(shift=1.0, invert_sigmas=True), force_zeros_for_empty_prompt=False)
     return pipe, {"height": 32, "width": 32, "num_frames": 7, "max_sequence_length": 12}
 
 
 def animatediff():
-    adapter = {"block_out_channels": (8, 16), "motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
+    adapter = {
+        "block_out_channels": (8, 16),
+        "motion_layers_per_block": 1,
+        "motion_norm_num_groups": 4,
+        "motion_num_attention_heads": 2,
+    }
     motion = seeded(lambda: diffusers.MotionAdapter(**adapter), 1)
     parts = sd_parts(cross_attention_dim=8)
     torch.manual_seed(0)
@@ -406,13 +621,32 @@ def animatediff():
 def stable_audio():
     from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 
-    size = SIZE | {"sample_size": 16, "in_channels": 4, "out_channels": 4, "num_key_value_attention_heads": 2, "cross_attention_dim": 8}
+    size = SIZE | {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_key_value_attention_heads": 2,
+        "cross_attention_dim": 8,
+    }
     more = {"time_proj_dim": 8, "global_states_input_dim": 16, "cross_attention_input_dim": 8}
     made = seeded(lambda: diffusers.StableAudioDiTModel(**size, **more))
-    coder = {"encoder_hidden_size": 4, "downsampling_ratios": [1, 2], "channel_multiples": [1, 1], "decoder_channels": 4, "decoder_input_channels": 4}
-    parts = {"transformer": made, "vae": seeded(lambda: diffusers.AutoencoderOobleck(**coder, sampling_rate=16)), "text_encoder": t5(), "tokenizer": tokenizer()}
+    coder = {
+        "encoder_hidden_size": 4,
+        "downsampling_ratios": [1, 2],
+        "channel_multiples": [1, 1],
+        "decoder_channels": 4,
+        "decoder_input_channels": 4,
+    }
+    parts = {
+        "transformer": made,
+        "vae": seeded(lambda: diffusers.AutoencoderOobleck(**coder, sampling_rate=16)),
+        "text_encoder": t5(),
+        "tokenizer": tokenizer(),
+    }
     projection = seeded(lambda: StableAudioProjectionModel(text_encoder_dim=16, conditioning_dim=8, min_value=0, max_value=32))
-    scheduler = diffusers.EDMDPMSolverMultistepScheduler(solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential")
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
+    )
     return diffusers.StableAudioPipeline(**parts, projection_model=projection, scheduler=scheduler), {"audio_end_in_s": 1.5}
 
 

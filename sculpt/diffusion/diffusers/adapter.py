@@ -317,7 +317,9 @@ class Diffusion(Denoiser):
             name: of the model; by default its own, with the adapters in brackets.
         """
         adapters = {k: float(v) for k, v in (adapters or {}).items()}
-        networks = {id(c.network): c.network for _, strands in self._phases for strand in strands for c in strand.calls}.values()
+        networks = {
+            id(c.network): c.network for _, strands in self._phases for strand in strands for c in strand.calls
+        }.values()
         loaded = set[str]().union(*(adapters_of(network) for network in networks))
         if unknown := sorted(set(adapters) - loaded):
             raise ValueError(
@@ -333,4 +335,3 @@ class Diffusion(Denoiser):
         new._switches = Switches() if self._pipeline is not None else self._switches.with_adapters(self.model, adapters)
         new._phases = tuple((t, tuple(strand.with_adapters(adapters) for strand in strands)) for t, strands in new._phases)
         return new
-

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.diffusion.diffusers.switches import Switches
-from sculpt.diffusion.diffusers.trees import LISTED, Path, at, entries, joined, mapped
+from sculpt.diffusion.diffusers.trees import LISTED, Path, at, entries, first, joined, mapped
 from sculpt.diffusion.networks import first_state
 from sculpt.identity import digest
 
@@ -214,20 +214,14 @@ class Call:
 class Answer:
     """How the numbers of F are found in a network's output."""
 
-    path: Path | None = None
-    """of the output; ``None`` for the first tensor, or the one called ``sample``"""
     axis: int = 0
+    """that counts samples"""
     index: Int[Tensor, "r"] | None = None
     """which of the numbers of a row; all of them where there is none"""
 
     def rows(self, out: Any) -> Tensor:
         """One row for every sample of every strand."""
-        found = at(out, self.path) if self.path is not None else out if isinstance(out, Tensor) else _first(out)
-        return torch.stack(list(found)) if self.axis == LISTED else found.movedim(self.axis, 0)
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out.sample
+        return torch.stack(first(out)) if self.axis == LISTED else first(out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +238,7 @@ class Strand:
     @functools.cached_property
     def kind(self) -> Any:
         """Strands of the same kind are one call."""
-        return (id(self) if self.single else None), tuple(call.kind for call in self.calls), self.answer.path, self.answer.axis
+        return (id(self) if self.single else None), tuple(call.kind for call in self.calls), self.answer.axis
 
     @property
     def plain(self) -> bool:
@@ -292,7 +286,11 @@ def answers(
         # Some networks take one time for all, and some strands cannot be told apart along a batch.
         apart = len(x) > 1 and (members[0].single or (t.ndim > 0 and _one_time(members[0])))
         parts = [_together(members, x[i : i + 1], t[i] if t.ndim else t) for i in range(len(x))] if apart else None
-        outs = _together(members, x, t) if parts is None else [torch.stack(own, 1).flatten(0, 1) for own in zip(*parts, strict=True)]
+        outs = (
+            _together(members, x, t)
+            if parts is None
+            else [torch.stack(own, 1).flatten(0, 1) for own in zip(*parts, strict=True)]
+        )
         for i, rows in zip(group, outs, strict=True):
             found[i] = strands[i].weighed(rows if dtype is None else rows.to(dtype), x.shape[1:])
     return [found[i] for i in range(len(strands))]

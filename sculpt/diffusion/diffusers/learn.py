@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sculpt.diffusion.diffusers.calls import Answer, Call, Given, Output, Source, State, Strand, Time
-from sculpt.diffusion.diffusers.probing import BASE, Phase, first
+from sculpt.diffusion.diffusers.probing import BASE, Phase
 from sculpt.diffusion.diffusers.switches import Switches
-from sculpt.diffusion.diffusers.trees import LISTED, Path, axes, entries, mapped, rows
+from sculpt.diffusion.diffusers.trees import LISTED, Path, at, axes, entries, first, mapped, rows
 from sculpt.diffusion.diffusers.watch import Seen, Step
 from sculpt.identity import digest
 
@@ -56,9 +56,13 @@ class _Learner:
         self.coded = self.steps[2 : 2 + phase.digits]
         self.random = [phase.steps[k] for k in phase.random]
         self.shape = tuple(self.last.x.shape[1:])
-        self.axes = None if twice is None else [self._axes(one, two) for one, two in zip(self.last.calls, twice.calls, strict=True)]
+        self.axes = (
+            None if twice is None else [self._axes(one, two) for one, two in zip(self.last.calls, twice.calls, strict=True)]
+        )
         self.feeds = [_feeds(self.last.calls, c) for c in range(len(self.last.calls))]
-        self.final = [c for c in range(len(self.last.calls)) if not any(feed[0] == c for feeds in self.feeds for feed in feeds.values())]
+        self.final = [
+            c for c in range(len(self.last.calls)) if not any(feed[0] == c for feeds in self.feeds for feed in feeds.values())
+        ]
 
     def _axes(self, one: Seen, two: Seen) -> dict[Path, int | None]:
         try:
@@ -69,7 +73,10 @@ class _Learner:
     def strands(self) -> list[Strand]:
         index, columns = self._traced()
         weights = self._weights(columns)
-        answer = Answer(index=None if index is None else index, axis=LISTED if isinstance(first(self.last.calls[self.final[0]].output), list) else 0)
+        answer = Answer(
+            index=None if index is None else index,
+            axis=LISTED if isinstance(first(self.last.calls[self.final[0]].output), list) else 0,
+        )
         strands = []
         for c, own in itertools.groupby(zip(self._parts(), weights, strict=True), lambda pair: pair[0][0]):
             pairs = list(own)
@@ -104,7 +111,10 @@ class _Learner:
         def columns(step: Step) -> Tensor:
             return torch.stack([row.flatten().double()[index] for c in self.final for row in _rows(step.calls[c])], -1)
 
-        plain = torch.equal(index, torch.arange(min(sizes), device=index.device)) and tuple(_rows(self.last.calls[self.final[0]])[0].shape) == self.shape
+        plain = (
+            torch.equal(index, torch.arange(min(sizes), device=index.device))
+            and tuple(_rows(self.last.calls[self.final[0]])[0].shape) == self.shape
+        )
         return (None if plain else index), columns
 
     def _weights(self, columns: Any) -> list[float]:
@@ -127,7 +137,9 @@ class _Learner:
             if n == 2 * m:
                 F = F.narrow(axis, 0, m)
         if tuple(F.shape) != self.shape:
-            raise Unknown(f"the scheduler steps samples of shape {self.shape} with an output of shape {tuple(step.F.shape[1:])}")
+            raise Unknown(
+                f"the scheduler steps samples of shape {self.shape} with an output of shape {tuple(step.F.shape[1:])}"
+            )
         return F
 
     # The inputs
@@ -149,7 +161,10 @@ class _Learner:
                 call, place = self.feeds[c][path]
                 return Output(needed.index(call), place, axis)
             try:
-                series = [rows(_at(step.calls[c].inputs, path), axis, part or 0, parts if part is not None else 1) for step in self.steps]
+                series = [
+                    rows(at(step.calls[c].inputs, path), axis, part or 0, parts if part is not None else 1)
+                    for step in self.steps
+                ]
                 return self._source(series, axis)
             except (Unknown, ValueError) as error:
                 raise Unknown(f"the input {'.'.join(map(str, path))} of {type(seen.network).__name__} {error}") from None
@@ -173,7 +188,11 @@ class _Learner:
         if series[0].ndim == 0 or axis is None and series[0].numel() == 1:
             # Networks of diffusers take a time for every sample where they take one for all.
             a, b = self._times(series)
-            return Time(0, a.reshape(()), b.reshape(()), _float(series[0].dtype)) if self.axes is not None else Time(None, a, b, _float(series[0].dtype))
+            return (
+                Time(0, a.reshape(()), b.reshape(()), _float(series[0].dtype))
+                if self.axes is not None
+                else Time(None, a, b, _float(series[0].dtype))
+            )
         try:
             return self._state(series, axis)
         except Unknown:
@@ -191,7 +210,11 @@ class _Learner:
             return _refused()
         b = (values[high] - values[low]) / (t[high] - t[low])
         for plain_a, plain_b in ((0.0, 1.0), (0.0, 1 / self.T), (1.0, -1 / self.T), (float(self.T), -1.0), (None, None)):
-            a_, b_ = (values[high] - b * t[high], b) if plain_a is None else (torch.full_like(b, plain_a), torch.full_like(b, plain_b))
+            a_, b_ = (
+                (values[high] - b * t[high], b)
+                if plain_a is None
+                else (torch.full_like(b, plain_a), torch.full_like(b, plain_b))
+            )
             if ((a_ + b_ * t - values).abs() <= error * values.abs().max()).all():
                 return a_, b_
         return _refused()
@@ -279,9 +302,3 @@ def _needed(feeds: Sequence[dict[Path, tuple[int, Path]]], c: int) -> set[int]:
     """The calls that a call rests on."""
     own = {call for call, _ in feeds[c].values()}
     return own.union(*(_needed(feeds, call) for call in own))
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree

@@ -28,7 +28,15 @@ STEPS = (16, 64, 200)
 """of a run that is learned from: more where a part of it has too few"""
 BISECTED = 40
 """steps of a run that looks for a border between two times"""
-SOLVERS = ("num_inference_steps", "timesteps", "sigmas", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps")
+SOLVERS = (
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "callback",
+    "callback_steps",
+)
 """What says how a solver steps is no part of a model."""
 
 
@@ -87,7 +95,9 @@ class PipelineCall:
             )
         takes = parameters(pipe)
         self.call = {**dict(zip(takes, args, strict=False)), **call}
-        if len(args) > len(takes) or (unknown := sorted(set(call) - {name for name, p in takes.items() if p.kind is not p.VAR_KEYWORD})):
+        if len(args) > len(takes) or (
+            unknown := sorted(set(call) - {name for name, p in takes.items() if p.kind is not p.VAR_KEYWORD})
+        ):
             said = f"{len(args)} values" if len(args) > len(takes) else ", ".join(unknown)
             raise ValueError(f"{said}: no option of {self.kind}, which takes {', '.join(takes)}.")
         for name in ("prompt", "class_labels"):
@@ -102,7 +112,7 @@ class PipelineCall:
         """The same with other values."""
         names = list(parameters(self.pipe))
         new = PipelineCall(self.pipe, (), {**self.call, **dict(zip(names, args, strict=False)), **call})
-        new.adapters = self.adapters
+        new.adapters, new.parts = self.adapters, self.parts
         return new
 
     def with_adapters(self, adapters: Mapping[str, float]) -> PipelineCall:
@@ -129,7 +139,9 @@ class PipelineCall:
     def name(self) -> str | None:
         """What the call asks for, in a word."""
         for key in ("prompt", "class_labels"):
-            if (value := self.call.get(key)) is not None and (one := value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value) != "":
+            if (value := self.call.get(key)) is not None and (
+                one := value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+            ) != "":
                 return str(one) if key == "prompt" else f"class {one}"
         return None
 
@@ -142,7 +154,9 @@ class PipelineCall:
             if all(phase.complete for phase in self._phases(probe)):
                 break
         else:
-            raise self._refused(f"its networks are called in {len(self._phases(probe))} ways in {steps} steps, which change too often to be learned")
+            raise self._refused(
+                f"its networks are called in {len(self._phases(probe))} ways in {steps} steps, which change too often to be learned"
+            )
         if probe.again:
             raise self._refused("it steps two samples at once, and a base model has one")
         if probe.changed:
@@ -151,12 +165,30 @@ class PipelineCall:
         (name, scheduler), *others = self._scheduler()
         phases, worst = [], 0.0
         for phase in self._phases(probe):
-            match = next((step for step in twice if [id(s.network) for s in step.calls] == [id(s.network) for s in phase.steps[-1].calls]), None)
+            match = next(
+                (
+                    step
+                    for step in twice
+                    if [id(s.network) for s in step.calls] == [id(s.network) for s in phase.steps[-1].calls]
+                ),
+                None,
+            )
             strands, error = self._checked(phase, match, scheduler)
             phases.append((phase, tuple(strands)))
             worst = max(worst, error)
         last = phases[-1][0].steps[-1]
-        return Learned(tuple(last.x.shape[1:]), last.x.dtype, scheduler, self._from(phases, probe), probe.clean, worst, steps, probe.steps, probe.known, probe.codes)
+        return Learned(
+            tuple(last.x.shape[1:]),
+            last.x.dtype,
+            scheduler,
+            self._from(phases, probe),
+            probe.clean,
+            worst,
+            steps,
+            probe.steps,
+            probe.known,
+            probe.codes,
+        )
 
     def _scheduler(self) -> list[tuple[str, Any]]:
         found = list(schedulers(self.pipe).items())
@@ -169,7 +201,9 @@ class PipelineCall:
         last = probe.phases[-1].key if probe.phases else ()
         return [phase for k, phase in enumerate(probe.phases) if k or len(probe.phases) == 1 or not set(last) < set(phase.key)]
 
-    def _from(self, phases: list[tuple[Phase, tuple[Strand, ...]]], probe: Probe) -> tuple[tuple[float, tuple[Strand, ...]], ...]:
+    def _from(
+        self, phases: list[tuple[Phase, tuple[Strand, ...]]], probe: Probe
+    ) -> tuple[tuple[float, tuple[Strand, ...]], ...]:
         """Every phase with the time from which on up it is."""
         phases, found = sorted(phases, key=lambda pair: -max(pair[0].times)), []
         for (phase, strands), (below, _) in itertools.pairwise(phases):
@@ -178,7 +212,9 @@ class PipelineCall:
                 with contextlib.suppress(Exception):
                     self._run(border, BISECTED, output_type="latent")
             if border.found is None:
-                raise self._refused("which networks are called depends on more than the time. Turn off what ends after a share of the steps")
+                raise self._refused(
+                    "which networks are called depends on more than the time. Turn off what ends after a share of the steps"
+                )
             found.append((border.found, strands))
         return (*found, (-math.inf, phases[-1][1]))
 
@@ -236,7 +272,10 @@ class PipelineCall:
             try:
                 strands = learned(phase, twice if match == id(twice) else None, T)
                 error = self._error(strands, step)
-                limit = tolerance(step.F.dtype, *(p.dtype for s in strands for p in list(s.calls[-1].network.parameters())[:1])) * 10
+                limit = (
+                    tolerance(step.F.dtype, *(p.dtype for s in strands for p in list(s.calls[-1].network.parameters())[:1]))
+                    * 10
+                )
                 if error <= limit:
                     return strands, error
                 failures.append(f"a step of ours is off by {error:.2g}, expected at most {limit:.2g}")
@@ -277,8 +316,12 @@ class PipelineCall:
         gone = sorted(self.parts - {name for name, part in self.pipe.components.items() if part is not None})
         why = f"{type(error).__name__}: {error!s:.300}"
         if gone:
-            return ValueError(f"{self.kind} has to run again for this, and has lost its {', '.join(gone)} since. Put that back, or make all models first. ({why})")
-        return ValueError(f"{self.kind} failed when its own call was run: {why}. Check what it is called with: {', '.join(self.call) or 'nothing'}.")
+            return ValueError(
+                f"{self.kind} has to run again for this, and has lost its {', '.join(gone)} since. Put that back, or make all models first. ({why})"
+            )
+        return ValueError(
+            f"{self.kind} failed when its own call was run: {why}. Check what it is called with: {', '.join(self.call) or 'nothing'}."
+        )
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"Cannot make a base model of {self.kind} with {', '.join(self.call) or 'nothing'}: {why}.")

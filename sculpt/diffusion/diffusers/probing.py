@@ -7,14 +7,14 @@ is called with, and what the scheduler is given, then tells where each of its nu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sculpt.diffusion.diffusers.trees import entries, mapped
+from sculpt.diffusion.diffusers.trees import entries, first, mapped
 from sculpt.diffusion.diffusers.watch import Lead, Seen, Step
 
 __all__ = ["BASE", "Border", "Phase", "Probe", "Still", "Twice"]
@@ -246,11 +246,6 @@ def kind_of(seen: Seen) -> Any:
 def is_listed(out: Any) -> bool:
     """Whether an output is a list with an entry for every sample, and not one tensor."""
     return isinstance(first(out), list)
-
-
-def first(out: Any) -> Any:
-    """What counts of an output."""
-    return out if not isinstance(out, (tuple, Mapping)) else out[0] if isinstance(out, tuple) else next(iter(out.values()))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["LISTED", "Path", "at", "axes", "entries", "joined", "mapped", "rows"]
+__all__ = ["LISTED", "Path", "at", "axes", "entries", "first", "joined", "mapped", "rows"]
 
 Path = tuple[Any, ...]
 
@@ -42,6 +42,13 @@ def at(tree: Any, path: Path) -> Any:
     for key in path:
         tree = tree[key]
     return tree
+
+
+def first(out: Any) -> Any:
+    """What counts of a network's output: its first part, or the one called ``sample``."""
+    if isinstance(out, (Tensor, list)):
+        return out
+    return out[0] if isinstance(out, tuple) else next(iter(out.values())) if isinstance(out, Mapping) else out.sample
 
 
 def _inside(tree: Any) -> list[tuple[Any, Any]] | None:

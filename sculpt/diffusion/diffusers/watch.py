@@ -105,7 +105,9 @@ def _unchanged(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        hooks = {name: vars(pipe)[name] for name in ("_all_hooks",) if name in vars(pipe)}  # of offloading, made anew by the call itself
+        hooks = {
+            name: vars(pipe)[name] for name in ("_all_hooks",) if name in vars(pipe)
+        }  # of offloading, made anew by the call itself
         vars(pipe).clear()
         vars(pipe).update({**kept, **hooks})
         for part, before in processors:
@@ -156,7 +158,9 @@ class _Watch:
         if (step := getattr(new, "step", None)) is not None:
             new.step = self._stepping(new, step)
         if (scale := getattr(new, "scale_model_input", None)) is not None:
-            new.scale_model_input = functools.wraps(scale)(lambda sample, *args, **kwargs: (scale(sample, *args, **kwargs), sample)[1])
+            new.scale_model_input = functools.wraps(scale)(
+                lambda sample, *args, **kwargs: (scale(sample, *args, **kwargs), sample)[1]
+            )
         for name, clean in (("add_noise", "original_samples"), ("scale_noise", "sample")):
             if (real := getattr(new, name, None)) is not None:
                 setattr(new, name, self._noising(real, clean))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
-from sculpt.diffusion.diffusers.calls import Strand, answers
+from sculpt.diffusion.diffusers.calls import Call, Stage, answers
 from sculpt.diffusion.diffusers.direct import (
     batched,
     check_conditions,
@@ -28,6 +28,7 @@ from sculpt.diffusion.diffusers.direct import (
     probed_time,
     splits,
 )
+from sculpt.diffusion.diffusers.learning import Learned, learn
 from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
@@ -79,7 +80,8 @@ class Diffusion(Denoiser):
         self.condition, self.null_condition, self.guidance_scale = condition or {}, null_condition, float(guidance_scale)
         check_conditions(str(self), self.condition, self.null_condition, self.guidance_scale)
         self.shape = tuple(shape) if shape is not None else config_shape(model)
-        self._pipeline = self._learned = None
+        self._pipeline: PipelineCall | None = None
+        self._learned: Learned | None = None
         if isinstance(model, nn.Module):
             model.eval()
         self._switches = Switches.of(model)
@@ -104,7 +106,7 @@ class Diffusion(Denoiser):
         if self.guidance_scale != 1:
             weighed.insert(0, (1 - self.guidance_scale, self.null_condition or {}))
         own = [direct_strand(self.model, c, self._time, self.shape, self._split, self._switches, w) for w, c in weighed]
-        self._phases: tuple[tuple[float, tuple[Strand, ...]], ...] = ((-math.inf, tuple(own)),)
+        self._stages: tuple[Stage, ...] = (Stage(-math.inf, tuple(own)),)
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +123,7 @@ class Diffusion(Denoiser):
     @property
     def extrapolated(self) -> bool:
         """Whether the score is extrapolated by guidance: several conditions are weighed."""
-        return any(len(strands) > 1 or len(strands[0].weights) > 1 for _, strands in self._phases)
+        return any(stage.guided for stage in self._stages)
 
     @property
     def key(self) -> str:
@@ -129,12 +131,13 @@ class Diffusion(Denoiser):
         guidance = (self.guidance_scale, self.null_condition) if self.extrapolated else None
         if self._learned is None:
             return digest(self._known(self.model, self._switches), self.schedule.identity, self.shape, self.condition, guidance)
-        calls = [call for _, strands in self._phases for strand in strands for call in strand.calls]
-        known = [self._known(call.network, call.switches) for call in {id(call.network): call for call in calls}.values()]
+        known = [self._known(call.network, call.switches) for call in {id(c.network): c for c in self._calls()}.values()]
         if self._learned.plain:
             return digest(*known, self.schedule.identity, self.shape, self.condition, guidance)
-        said = [(t, [strand.described for strand in strands]) for t, strands in self._phases]
-        return digest(known, self.schedule.identity, self.shape, said)
+        return digest(known, self.schedule.identity, self.shape, [stage.described for stage in self._stages])
+
+    def _calls(self) -> list[Call]:
+        return [call for stage in self._stages for strand in stage.strands for call in strand.calls]
 
     def _known(self, network: Any, switches: Switches) -> Any:
         return switches.known(network, self._given_name if network is self.model else None, self._anonymous)
@@ -142,7 +145,7 @@ class Diffusion(Denoiser):
     @property
     def together(self) -> Any:
         """The networks and the path: other conditions are one call of them where they are built alike."""
-        networks = tuple(id(call.network) for _, strands in self._phases for call in strands[0].calls)
+        networks = tuple(dict.fromkeys(id(call.network) for call in self._calls()))
         return networks, self.schedule.identity, self.shape
 
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
@@ -158,24 +161,24 @@ class Diffusion(Denoiser):
 
     def _outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
         """F(x, t) of all of them, guided."""
-        if all(len(p._phases) == 1 for p in models):
-            return self._in_phase([p._phases[0][1] for p in models], x, t)
-        which = [[p._phase(one) for p in models] for one in (t.tolist() if t.ndim else [float(t)])]
-        if all(own == which[0] for own in which):
-            return self._in_phase([p._phases[k][1] for p, k in zip(models, which[0], strict=True)], x, t)
+        if all(len(p._stages) == 1 for p in models):
+            return self._in_stages([p._stages[0] for p in models], x, t)
+        which = [tuple(p._stage(one) for p in models) for one in t.flatten().tolist()]
+        if len(set(which)) == 1:
+            return self._in_stages([p._stages[k] for p, k in zip(models, which[0], strict=True)], x, t)
         F = [torch.empty_like(x) for _ in models]
-        for phase in {tuple(own) for own in which}:
-            rows = torch.tensor([tuple(own) == phase for own in which], device=x.device)
-            parts = self._in_phase([p._phases[k][1] for p, k in zip(models, phase, strict=True)], x[rows], t[rows])
+        for chosen in set(which):
+            rows = torch.tensor([own == chosen for own in which], device=x.device)
+            parts = self._in_stages([p._stages[k] for p, k in zip(models, chosen, strict=True)], x[rows], t[rows])
             F = [whole.index_put((rows,), part) for whole, part in zip(F, parts, strict=True)]
         return F
 
-    def _phase(self, t: float) -> int:
+    def _stage(self, t: float) -> int:
         """Which of the networks is asked at this time."""
-        return next((k for k, (least, _) in enumerate(self._phases) if t >= least), len(self._phases) - 1)
+        return next(k for k, stage in enumerate(self._stages) if t >= stage.least)
 
-    def _in_phase(self, strands: Sequence[Sequence[Strand]], x: Tensor, t: Tensor) -> list[Tensor]:
-        found = answers([strand for own in strands for strand in own], x, t, x.dtype)
+    def _in_stages(self, stages: Sequence[Stage], x: Tensor, t: Tensor) -> list[Tensor]:
+        found = answers([strand for stage in stages for strand in stage.strands], x, t, x.dtype)
         for F in found:
             if F.shape != x.shape:
                 raise ValueError(
@@ -183,7 +186,7 @@ class Diffusion(Denoiser):
                     "give the scheduler variance_type='learned_range'; otherwise check shape=."
                 )
         each = iter(found)
-        return [sum((next(each) for _ in own[1:]), next(each)) for own in strands]
+        return [stage.total([next(each) for _ in stage.strands]) for stage in stages]
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -290,11 +293,10 @@ class Diffusion(Denoiser):
         return type(self).__new__(type(self))._learn(call, name)
 
     def _learn(self, call: PipelineCall, name: str | None) -> Diffusion:
-        learned = call.learn()
-        strands = learned.phases[0][1]
-        self._begin(strands[-1].calls[-1].network, learned.scheduler, name, call.autoencoder)
+        learned = learn(call)
+        self._pipeline, self._learned, self._stages, self.shape = call, learned, learned.stages, learned.shape
+        self._begin(self._calls()[-1].network, learned.scheduler, name, call.autoencoder)
         self.name = name or call.name or self.name
-        self.shape, self._phases, self._pipeline, self._learned = learned.shape, learned.phases, call, learned
         self.condition, self.null_condition, self.guidance_scale = learned.guidance
         return self
 
@@ -303,7 +305,7 @@ class Diffusion(Denoiser):
         """What the pipeline makes of finished latents, as its ``output_type`` says, by default tensors with images in [0, 1]; pixels as they are."""
         if self._pipeline is None or self.autoencoder is None:
             return super().decode(x, batch_size)
-        return joined([self._pipeline.decode(part, self._learned) for part in x.split(batch_size)])
+        return joined([self._pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
 
     # Adapters
 
@@ -317,10 +319,7 @@ class Diffusion(Denoiser):
             name: of the model; by default its own, with the adapters in brackets.
         """
         adapters = {k: float(v) for k, v in (adapters or {}).items()}
-        networks = {
-            id(c.network): c.network for _, strands in self._phases for strand in strands for c in strand.calls
-        }.values()
-        loaded = set[str]().union(*(adapters_of(network) for network in networks))
+        loaded = set[str]().union(*(adapters_of(call.network) for call in self._calls()))
         if unknown := sorted(set(adapters) - loaded):
             raise ValueError(
                 f"{', '.join(unknown)}: no adapter of {self}, which has {', '.join(sorted(loaded)) or 'none'}. Load it first, "
@@ -329,9 +328,9 @@ class Diffusion(Denoiser):
         said = ",".join(f"{k}={v:g}" for k, v in adapters.items())
         name = name or f"{self.name.partition('[')[0]}[{said or 'plain'}]"
         new = copy.copy(self)
-        if self._pipeline is not None and self._pipeline.encoders_adapted():
+        if self._pipeline is not None and self._pipeline.encoders_adapted:
             new = self._of(self._pipeline.with_adapters(adapters), name)
         new.name, new._given_name = name, self._given_name
         new._switches = Switches() if self._pipeline is not None else self._switches.with_adapters(self.model, adapters)
-        new._phases = tuple((t, tuple(strand.with_adapters(adapters) for strand in strands)) for t, strands in new._phases)
+        new._stages = tuple(stage.with_adapters(adapters) for stage in new._stages)
         return new

@@ -8,7 +8,6 @@ Notation: ``n`` samples, ``k`` rows of a strand in a network's batch, ``*x`` one
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,158 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sculpt.diffusion.diffusers.sources import Given, Output, Source, State, Time
 from sculpt.diffusion.diffusers.switches import Switches
 from sculpt.diffusion.diffusers.trees import LISTED, Path, at, entries, first, joined, mapped
 from sculpt.diffusion.networks import first_state
-from sculpt.identity import digest
 
-__all__ = ["Answer", "Call", "Given", "Output", "Source", "State", "Strand", "Time", "answers"]
-
-
-class Source(abc.ABC):
-    """Where one input of a network comes from."""
-
-    axis: int | None
-    """that counts samples; ``None`` for what all samples and strands share"""
-
-    @abc.abstractmethod
-    def value(self, x: Float[Tensor, "n *x"], t: Float[Tensor, "*t"]) -> Any:
-        """The input for these samples."""
-
-    @property
-    @abc.abstractmethod
-    def kind(self) -> Any:
-        """What has to be the same in strands that are one call."""
-
-    @property
-    @abc.abstractmethod
-    def described(self) -> Any:
-        """What tells it from others, for the model's key; ``None`` for the sample and the time as they are."""
-
-
-@dataclass(frozen=True, eq=False)
-class Given(Source):
-    """A condition, which is the same at every step."""
-
-    kept: Any
-    axis: int | None = None
-    cast: bool = False
-    """whether it is brought to the dtype of x"""
-
-    def value(self, x, t):
-        if self.axis == LISTED:
-            return list(self.kept) * len(x)
-        if not isinstance(self.kept, Tensor):
-            return self.kept
-        kept = self.kept.to(x.device, x.dtype if self.cast and self.kept.is_floating_point() else self.kept.dtype)
-        if self.axis is None or len(x) == 1:
-            return kept
-        if kept.shape[self.axis] == 1:
-            return kept.expand(*(len(x) if i == self.axis else n for i, n in enumerate(kept.shape)))
-        return torch.cat([kept] * len(x), self.axis)
-
-    @functools.cached_property
-    def kind(self):
-        if self.axis == LISTED:
-            return "list"
-        if self.axis is None or not isinstance(self.kept, Tensor):
-            return digest(self.kept)
-        return self.axis, self.kept.dtype, tuple(self.kept.shape)
-
-    @property
-    def described(self):
-        return self.axis, self.kept
-
-
-@dataclass(frozen=True, eq=False)
-class State(Source):
-    """The noisy sample, as it is or rearranged: each number of the input is one of x, or a constant."""
-
-    axis: int | None
-    shape: tuple[int, ...] | None = None
-    """of a strand's rows; that of x where there is none"""
-    dtype: torch.dtype | None = None
-    index: Int[Tensor, "r"] | None = None
-    """which of x's numbers each is; in x's own order where there is none"""
-    base: Float[Tensor, "r"] | None = None
-    factor: Float[Tensor, "r"] | None = None
-
-    def value(self, x, t):
-        rows = x
-        if self.index is not None:
-            rows = x.flatten(1)[:, self.index.to(x.device)]
-            rows = rows if self.factor is None else rows * self.factor.to(rows) + self.base.to(rows)  # type: ignore[union-attr]
-        if self.shape is not None:
-            rows = rows.reshape(len(x), *self.shape)
-        rows = rows if self.dtype is None else rows.to(self.dtype)
-        return rows if self.shape is None else _along(rows, self.axis)
-
-    @property
-    def kind(self):
-        return self.axis, self.shape, self.dtype
-
-    @property
-    def described(self):
-        return None if self.index is None else ("x", self.shape, self.index, self.base, self.factor)
-
-
-@dataclass(frozen=True, eq=False)
-class Time(Source):
-    """The time, or what is affine in it: a + b t, a number or one for every place."""
-
-    axis: int | None
-    a: Tensor
-    b: Tensor
-    dtype: torch.dtype | None = torch.float32
-    """``None`` for a plain number"""
-
-    def value(self, x, t):
-        if self.axis is None:
-            new = self.a.to(t.device) + self.b.to(t.device) * t.double()
-            return new.item() if self.dtype is None else self._typed(new)
-        t = t.double().expand(len(x)).reshape(-1, *[1] * self.a.ndim)
-        return _along(self._typed(self.a.to(t.device) + self.b.to(t.device) * t), self.axis)
-
-    def _typed(self, t: Tensor) -> Tensor:
-        return (t if self.dtype.is_floating_point else t.round()).to(self.dtype)  # type: ignore[union-attr]
-
-    @property
-    def kind(self):
-        return self.axis, tuple(self.a.shape), self.dtype, None if self.axis is not None else digest(self.a, self.b)
-
-    @property
-    def described(self):
-        plain = self.a.numel() == 1 and float(self.a) == 0 and float(self.b) == 1
-        return None if plain else ("t", self.a, self.b)
-
-
-@dataclass(frozen=True)
-class Output(Source):
-    """What an earlier call of the same strand answered."""
-
-    call: int
-    path: Path
-    axis: int | None = 0
-
-    def value(self, x, t):
-        raise TypeError("the output of a call is known after the call only")
-
-    @property
-    def kind(self):
-        return self.call, self.path
-
-    @property
-    def described(self):
-        return "output", self.call, self.path
-
-
-def _along(rows: Tensor, axis: int | None) -> Any:
-    """(n, *rows of a sample) as a network takes it: sample after sample along the axis."""
-    if axis == LISTED:
-        return list(rows.unbind(0))
-    if axis is None or rows.ndim == 1:
-        return rows[0] if axis is None else rows
-    return rows.movedim(0, axis).flatten(axis, axis + 1)
+__all__ = ["Answer", "Call", "Rescale", "Stage", "Strand", "answers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,6 +117,57 @@ class Strand:
             rows = rows.flatten(1)[:, self.answer.index.to(rows.device)].reshape(len(rows), *shape)
         parts = rows.unflatten(0, (len(self.weights), -1))
         return sum(w * part for w, part in zip(self.weights, parts, strict=True)) if self.weights != (1.0,) else parts[0]
+
+
+@dataclass(frozen=True)
+class Rescale:
+    r"""Guidance that is brought back to the size of the condition's own answer c: :math:`F (1 - \varphi + \varphi \, |c| / |F|)`."""
+
+    own: int
+    """the strand that answers with c"""
+    share: float = 1.0
+    along_last: bool = False
+    """whether sizes are norms along the last axis, or else standard deviations of whole samples"""
+
+    def __call__(self, F: Float[Tensor, "n *x"], c: Float[Tensor, "n *x"]) -> Float[Tensor, "n *x"]:
+        if self.along_last:
+            ratio = c.norm(dim=-1, keepdim=True) / F.norm(dim=-1, keepdim=True)
+        else:
+            every = tuple(range(1, F.ndim))
+            ratio = c.std(dim=every, keepdim=True) / F.std(dim=every, keepdim=True)
+        return F * (1 - self.share + self.share * ratio)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What is done from a time on up: several strands, whose weighed answers add up."""
+
+    least: float
+    strands: tuple[Strand, ...]
+    rescale: Rescale | None = None
+
+    def total(self, parts: Sequence[Tensor]) -> Tensor:
+        """F from the strands' shares of it."""
+        F = sum(parts[1:], parts[0])
+        if self.rescale is None:
+            return F
+        k = self.rescale.own
+        # The weight has the output's sign, which c has too.
+        return self.rescale(F, parts[k] / abs(self.strands[k].weights[0]))
+
+    def with_adapters(self, adapters: Mapping[str, float]) -> Stage:
+        """The same with these adapters in its networks."""
+        return dataclasses.replace(self, strands=tuple(strand.with_adapters(adapters) for strand in self.strands))
+
+    @property
+    def guided(self) -> bool:
+        """Whether several answers are weighed."""
+        return len(self.strands) > 1 or len(self.strands[0].weights) > 1
+
+    @property
+    def described(self) -> Any:
+        """What tells it from others, for the model's key."""
+        return self.least, [strand.described for strand in self.strands], self.rescale
 
 
 def answers(

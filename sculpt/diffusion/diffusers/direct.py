@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.diffusion.diffusers.calls import Answer, Call, Given, State, Strand, Time
+from sculpt.diffusion.diffusers.calls import Answer, Call, Strand
+from sculpt.diffusion.diffusers.sources import Given, State, Time
 from sculpt.diffusion.diffusers.switches import Switches
 from sculpt.diffusion.diffusers.trees import entries, mapped
 from sculpt.diffusion.networks import is_a

@@ -76,7 +76,8 @@ class Probe(Lead):
         self.steps = 0
         self.known: dict[Any, Any] = {}
         """for every kind of call an output, without its numbers"""
-        self.first: Tensor | None = None
+        self.rows = 0
+        """of the pipeline's samples"""
         self.clean: tuple[Tensor, float] | None = None
         self.codes: list[Any] = []
         """what the pipeline's encoding methods gave"""
@@ -101,8 +102,7 @@ class Probe(Lead):
         key, self._now = tuple(self._now), []
         self.steps += 1
         self.again |= not step.calls
-        if self.first is None:
-            self.first = step.x
+        self.rows = len(step.x)
         # Some pipelines keep samples in the networks' precision.
         if self._given is not None:
             given = self._given.to(step.x)
@@ -219,8 +219,8 @@ class Border(Lead):
 class Still(Lead):
     """The lead of a run whose networks and scheduler stand still: it ends in given samples."""
 
-    def __init__(self, x: Tensor, steps: int, known: dict[Any, Any], codes: list[Any]):
-        self.x, self.left, self.known, self.codes = x, steps, known, list(codes)
+    def __init__(self, x: Tensor, asked: int, made: int, known: dict[Any, Any], codes: list[Any]):
+        self.x, self.asked, self.left, self.known, self.codes = x, asked, made, known, list(codes)
 
     def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
         out = self.known.get(kind_of(seen))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lead", "Seen", "Step", "denoisers", "parameters", "schedulers", "watched"]
+__all__ = ["Lead", "Seen", "Step", "networks", "parameters", "schedulers", "watched"]
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Step:
     calls: list[Seen]
     scheduler: Any
     """a copy of the pipeline's, of this run"""
+    name: str
+    """of that part"""
 
 
 class Lead(abc.ABC):
@@ -71,7 +73,7 @@ def schedulers(pipe: Any) -> dict[str, Any]:
     return {name: part for name, part in pipe.components.items() if hasattr(part, "set_timesteps")}
 
 
-def denoisers(pipe: Any) -> dict[str, nn.Module]:
+def networks(pipe: Any) -> dict[str, nn.Module]:
     """The parts that may be called on the way, each once."""
     found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     return {name: part for name, part in found.items() if next(n for n, p in found.items() if p is part) == name}
@@ -82,10 +84,10 @@ def watched(pipe: Any, call: Mapping[str, Any], lead: Lead) -> Any:
     watch = _Watch(lead)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_unchanged(pipe, call))
-        for network in denoisers(pipe).values():
+        for network in networks(pipe).values():
             stack.enter_context(watch.network(network))
         for name, scheduler in schedulers(pipe).items():
-            vars(pipe)[name] = watch.scheduler(scheduler)
+            vars(pipe)[name] = watch.scheduler(name, scheduler)
         for name in dir(type(pipe)):
             if re.fullmatch("_?encode_.*", name) and callable(getattr(type(pipe), name)):
                 vars(pipe)[name] = watch.encoder(name, getattr(pipe, name))
@@ -97,7 +99,7 @@ def watched(pipe: Any, call: Mapping[str, Any], lead: Lead) -> Any:
 def _unchanged(pipe: Any, call: Mapping[str, Any]) -> Iterator[None]:
     """Put back at the end what a call may change: attributes of the pipeline, attention processors, and the state of generators."""
     kept = dict(vars(pipe))
-    processors = [(part, dict(part.attn_processors)) for part in denoisers(pipe).values() if hasattr(part, "attn_processors")]
+    processors = [(part, dict(part.attn_processors)) for part in networks(pipe).values() if hasattr(part, "attn_processors")]
     given = call.get("generator")
     generators = [(g, g.get_state()) for g in (given if isinstance(given, list) else [given]) if g is not None]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -152,27 +154,27 @@ class _Watch:
             else:
                 del network.forward
 
-    def scheduler(self, scheduler: Any) -> Any:
+    def scheduler(self, name: str, scheduler: Any) -> Any:
         """A copy whose steps are seen, and go where the lead wants. It scales nothing: what it is given is what the networks see."""
         new = copy.deepcopy(scheduler)
         if (step := getattr(new, "step", None)) is not None:
-            new.step = self._stepping(new, step)
+            new.step = self._stepping(name, new, step)
         if (scale := getattr(new, "scale_model_input", None)) is not None:
             new.scale_model_input = functools.wraps(scale)(
                 lambda sample, *args, **kwargs: (scale(sample, *args, **kwargs), sample)[1]
             )
-        for name, clean in (("add_noise", "original_samples"), ("scale_noise", "sample")):
-            if (real := getattr(new, name, None)) is not None:
-                setattr(new, name, self._noising(real, clean))
+        for method, clean in (("add_noise", "original_samples"), ("scale_noise", "sample")):
+            if (real := getattr(new, method, None)) is not None:
+                setattr(new, method, self._noising(real, clean))
         return new
 
-    def _stepping(self, scheduler: Any, real: Callable[..., Any]) -> Callable[..., Any]:
+    def _stepping(self, name: str, scheduler: Any, real: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(real)
 
         @functools.wraps(real)
         def step(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            seen = Step(given["model_output"], float(given["timestep"]), given["sample"], self.calls, scheduler)
+            seen = Step(given["model_output"], float(given["timestep"]), given["sample"], self.calls, scheduler, name)
             self.calls = []
             out, x = real(*args, **kwargs), self.lead.after(seen)
             if isinstance(out, tuple):

@@ -355,7 +355,7 @@ def test_guidance_that_is_rescaled_is_learned_as_it_is(kind, changes):
     # Not because nothing is rescaled.
     plain = {"guidance_rescale": 0.0} if kind == "SD 1.5" else {"cfg_normalization": False} if kind == "Lumina2" else {"true_cfg_scale": 1.0}
     other = model.with_condition(**plain)
-    assert max(off(other, pipe.scheduler, step) for step in steps[1:]) > 0.05 and other.key != model.key
+    assert max(off(other, pipe.scheduler, step) for step in steps[1:]) > 1e-3 and other.key != model.key
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

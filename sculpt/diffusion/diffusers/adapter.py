@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sculpt.checks import real
 from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.diffusers.calls import Call, Stage, answers
@@ -130,11 +131,17 @@ class Diffusion(Denoiser):
         """A hash of the weights, the schedule and the condition, or of the name of a callable without weights."""
         guidance = (self.guidance_scale, self.null_condition) if self.extrapolated else None
         if self._learned is None:
-            return digest(self._known(self.model, self._switches), self.schedule.identity, self.shape, self.condition, guidance)
+            return digest(
+                self._known(self.model, self._switches), self.schedule.identity, self.shape, self.condition, guidance, *self._begun
+            )
         known = [self._known(call.network, call.switches) for call in {id(c.network): c for c in self._calls()}.values()]
         if self._learned.plain:
-            return digest(*known, self.schedule.identity, self.shape, self.condition, guidance)
-        return digest(known, self.schedule.identity, self.shape, [stage.described for stage in self._stages])
+            return digest(*known, self.schedule.identity, self.shape, self.condition, guidance, *self._begun)
+        return digest(known, self.schedule.identity, self.shape, [stage.described for stage in self._stages], *self._begun)
+
+    @property
+    def _begun(self) -> list[Any]:
+        return [] if self.start is None else [self.s_max, self.start]
 
     def _calls(self) -> list[Call]:
         return [call for stage in self._stages for strand in stage.strands for call in strand.calls]
@@ -298,6 +305,9 @@ class Diffusion(Denoiser):
         self._begin(self._calls()[-1].network, learned.scheduler, name, call.autoencoder)
         self.name = name or call.name or self.name
         self.condition, self.null_condition, self.guidance_scale = learned.guidance
+        if learned.start is not None:
+            clean, t = learned.start
+            self._begin_at(clean[:1], float(self.schedule.sigma(torch.tensor(t))))
         return self
 
     @torch.no_grad()
@@ -306,6 +316,28 @@ class Diffusion(Denoiser):
         if self._pipeline is None or self.autoencoder is None:
             return super().decode(x, batch_size)
         return joined([self._pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
+
+    def with_start(self, start: Float[Tensor, "1 *x"], strength: float, name: str | None = None) -> Diffusion:
+        """The same model, sampled from a noisy version of an image and not from pure noise. Models of image-to-image pipelines start so by themselves.
+
+        Args:
+            start: a clean sample in the model's own coordinates, for latents those of the network.
+            strength: the share of the training's times that are left, from 0 (nothing is changed) to 1.
+            name: of the model.
+        """
+        if tuple(start.shape) not in (self.shape, (1, *self.shape)):
+            raise ValueError(f"{self} makes samples of shape {self.shape}, and start is one of them; got {tuple(start.shape)}.")
+        if not 0 < real("strength", strength) <= 1:
+            raise ValueError(f"strength is a share from 0 to 1, got {strength}.")
+        new = copy.copy(self)
+        new._begin_at(start.reshape(1, *self.shape), self.schedule.at_share(strength))
+        new.name, new._given_name = name or self.name, name or self._given_name
+        return new
+
+    def _begin_at(self, start: Tensor, s: float) -> None:
+        self.start, self.s_max = start.float(), min(self.schedule.s_max, s)
+        if not self.s_max > self.s_min:
+            raise ValueError(f"{self} would start at s={s:.3g}, at or below its least noise level s={self.s_min:.3g}. Take more strength.")
 
     # Adapters
 

@@ -51,6 +51,14 @@ class Schedule(abc.ABC):
     def coefficients(self, s: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         """The a and b of D = a z + b F."""
 
+    def at_share(self, share: float) -> float:
+        """The noise level where this share of the times of training is left."""
+        T = getattr(self, "T", None)
+        if T is None:  # noise levels are all that there is
+            return self.s_max**share * self.s_min ** (1 - share)
+        t = torch.tensor(share * T)
+        return float(self.sigma(T - t if getattr(self, "inverted", False) else t))
+
     def denoised(self, z: Float[Tensor, "b *x"], s: Level, output: Float[Tensor, "b *x"]) -> Float[Tensor, "b *x"]:
         """D from the network's output F."""
         a, b = self.coefficients(level(s, z.device))

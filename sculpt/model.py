@@ -173,6 +173,7 @@ class BaseModel(abc.ABC):
             )
         if self.default_steps is None:
             settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver", "latents")
+            settings.refuse_each("its chains are as long as they happen to be")
         return self.stream(n, road, settings)
 
     @_named
@@ -306,5 +307,3 @@ def operand_names(models: Sequence[BaseModel]) -> list[str]:
     """The models' names as operands of a formula: what is more than a word goes into parentheses."""
     names = [str(model) for model in models]
     return [name if re.fullmatch(r"[\w./:@~#+=\[\],-]+", name) else f"({name})" for name in names]
-
-

@@ -11,6 +11,7 @@ import torch
 
 import sculpt
 from sculpt import Diffusion, Tracked
+from sculpt.chain import Settings
 
 pytest.importorskip("transformers")
 import pipelines  # noqa: E402
@@ -353,7 +354,13 @@ def test_guidance_that_is_rescaled_is_learned_as_it_is(kind, changes):
     steps, _ = own_run(pipe, {"prompt": "a dog", **call})
     assert max(off(model, pipe.scheduler, step) for step in steps[1:]) < 1e-5
     # Not because nothing is rescaled.
-    plain = {"guidance_rescale": 0.0} if kind == "SD 1.5" else {"cfg_normalization": False} if kind == "Lumina2" else {"true_cfg_scale": 1.0}
+    plain = (
+        {"guidance_rescale": 0.0}
+        if kind == "SD 1.5"
+        else {"cfg_normalization": False}
+        if kind == "Lumina2"
+        else {"true_cfg_scale": 1.0}
+    )
     other = model.with_condition(**plain)
     assert max(off(other, pipe.scheduler, step) for step in steps[1:]) > 1e-3 and other.key != model.key
 
@@ -368,3 +375,100 @@ def test_half_precision_is_as_good_as_its_numbers(kind, dtype):
     assert model.dtype == dtype and max(off(model, pipe.scheduler, step) for step in steps[1:]) < 8 * torch.finfo(dtype).eps
     exact = {w for stage in model._stages for strand in stage.strands for w in strand.weights}
     assert exact == {"SD 1.5": {-6.5, 7.5}, "SD3": {-6.0, 7.0}, "Flux": {1.0}, "Wan 2.1": {5.0, -4.0}}[kind]
+
+
+# Starts other than noise ------------------------------------------------------------------------------------------------------------
+
+
+def test_image_to_image_starts_where_the_pipeline_does():
+    pipe, call = built("img2img")
+    model = Diffusion.from_pipeline(pipe, prompt="a dog", **call)
+    torch.manual_seed(0)
+    clean = pipe.vae.config.scaling_factor * pipe.vae.encode(pipe.image_processor.preprocess(call["image"])).latent_dist.sample(
+        torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(model.start, clean, rtol=1e-4, atol=1e-4)
+    for n in (50, 20):
+        steps, _ = own_run(pipe, {"prompt": "a dog", **call}, steps=n)
+        model = model if n == 50 else model.with_condition(num_inference_steps=n)
+        assert model.s_max == pytest.approx(float(model.schedule.sigma(torch.as_tensor(steps[0][1]))), rel=1e-6)
+    pure = Diffusion.from_pipeline(built("SD 1.5")[0], prompt="a dog")
+    assert model.key != pure.key and model.s_max < pure.s_max
+    with pytest.raises(ValueError, match="start from different samples.*Give both the same image and strength"):
+        _ = model & pure
+
+
+@pytest.mark.parametrize("solver", [None, "DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_little_strength_changes_an_image_a_little(solver):
+    import diffusers
+
+    pipe, _ = built("SD 1.5")
+    dog = Diffusion.from_pipeline(pipe, prompt="a dog", guidance_scale=1.0)
+    x = torch.randn(1, *dog.shape, generator=torch.Generator().manual_seed(3))
+    solver = None if solver is None else getattr(diffusers, solver)()
+    off = []
+    for strength in (0.02, 0.3, 1.0):
+        model = dog.with_start(x, strength)
+        samples = model.sample(4, steps=60, solver=solver, generator=torch.Generator().manual_seed(0), progress=False)
+        off.append(float((samples.x - x).square().mean().sqrt()))
+    assert off[0] < 0.3 and off[0] < off[1] < off[2]
+    both = dog.with_start(x, 0.02) & dog.with_condition(prompt="a cat").with_start(x, 0.02)
+    samples = both.sample(2, Tracked(particles=1), steps=8, generator=torch.Generator().manual_seed(0), progress=False)
+    assert float((samples.x - x).square().mean().sqrt()) < 0.3
+    with pytest.raises(ValueError, match="at or below its least noise level"):
+        dog.with_start(x, 1e-9)
+    with pytest.raises(ValueError, match=r"samples of shape \(4, 8, 8\), and start is one of them; got \(4, 8, 9\)"):
+        dog.with_start(torch.zeros(4, 8, 9), 0.5)
+
+
+@pytest.mark.parametrize("solver", [None, "DDIMScheduler"])
+def test_given_noise_is_where_sampling_starts(solver):
+    import diffusers
+
+    pipe, _ = built("SD3")
+    dog = Diffusion.from_pipeline(pipe, prompt="a dog", max_sequence_length=12)
+    solver = None if solver is None else diffusers.FlowMatchEulerDiscreteScheduler()
+    noise = torch.randn(2, *dog.shape, generator=torch.Generator().manual_seed(5))
+    drawn = dog.sample(2, steps=4, solver=solver, generator=torch.Generator().manual_seed(5), progress=False)
+    generator = torch.Generator().manual_seed(5)
+    torch.randn(2, *dog.shape, generator=generator)  # what was drawn for the start
+    given = dog.sample(2, steps=4, solver=solver, latents=noise, generator=generator, progress=False)
+    torch.testing.assert_close(given.x, drawn.x)
+    cat = dog.with_condition(prompt="a cat")
+    assert (dog & cat).sample(2, steps=3, latents=noise, progress=False, road=Tracked(particles=1)).x.isfinite().all()
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 8, 8\), one row for each sample; got \(2, 4, 8, 8\)"):
+        dog.sample(3, steps=4, latents=noise, progress=False)
+    with pytest.raises(ValueError, match="latents: not an option of samples that do not go alone"):
+        (dog & cat).sample(2, Tracked(particles=4), steps=4, latents=noise, progress=False)
+
+
+def test_every_sample_may_have_a_generator_of_its_own():
+    import diffusers
+
+    pipe, _ = built("SD 1.5")
+    dog = Diffusion.from_pipeline(pipe, prompt="a dog")
+
+    def seeds(*numbers):
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    for solver in (None, diffusers.EulerAncestralDiscreteScheduler()):
+        together = dog.sample(3, steps=4, solver=solver, generator=seeds(1, 2, 3), progress=False).x
+        for i, number in enumerate((1, 2, 3)):
+            alone = dog.sample(1, steps=4, solver=solver, generator=seeds(number), progress=False).x
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="Got 2 generators for 3 samples"):
+        dog.sample(3, steps=4, generator=seeds(1, 2), progress=False)
+    both = dog & dog.with_condition(prompt="a cat")
+    with pytest.raises(ValueError, match="one for each sample, and here particles are selected"):
+        both.sample(2, Tracked(particles=4), steps=4, generator=seeds(1, 2), progress=False)
+    with pytest.raises(TypeError, match="has a torch.Generator for each sample"):
+        Settings(generator=[1, 2])
+
+
+def test_a_callback_sees_every_step():
+    pipe, _ = built("SD 1.5")
+    dog = Diffusion.from_pipeline(pipe, prompt="a dog")
+    seen = []
+    dog.sample(2, steps=5, callback=lambda progress: seen.append(progress), progress=False)
+    assert [progress.state.z.shape for progress in seen if progress.state is not None] == [(2, 4, 8, 8)] * 6
+    assert seen[-1].samples is not None

@@ -33,7 +33,11 @@ def classes() -> dict[str, type]:
     for name in sorted(dir(diffusers)):
         with contextlib.suppress(Exception):
             cls = getattr(diffusers, name)
-            if isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline) and cls is not diffusers.DiffusionPipeline:
+            if (
+                isinstance(cls, type)
+                and issubclass(cls, diffusers.DiffusionPipeline)
+                and cls is not diffusers.DiffusionPipeline
+            ):
                 found[name] = cls
     return found
 
@@ -55,8 +59,12 @@ def parts(cls: type, families: dict[str, tuple[dict, dict]]):
     needed = [name for name, p in own.items() if p.default is p.empty]
     lacking = {}
     for kind, (components, call) in families.items():
-        have = components | dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_noising_scheduler", "watermarker"))
-        lacking[kind] = [name for name in needed if name not in have or (have[name] is not None and not fits(have[name], hints.get(name)))]
+        have = components | dict.fromkeys(
+            ("safety_checker", "feature_extractor", "image_encoder", "image_noising_scheduler", "watermarker")
+        )
+        lacking[kind] = [
+            name for name in needed if name not in have or (have[name] is not None and not fits(have[name], hints.get(name)))
+        ]
         if not lacking[kind]:
             chosen = {name: have[name] for name in own if name in have and (name in needed or have[name] is not None)}
             if "requires_safety_checker" in own:
@@ -70,9 +78,22 @@ def calls_of(cls: type, call: dict):
     """Options that the pipeline's call takes, first without pictures that it can do without, then with them."""
     takes, side = inspect.signature(cls.__call__).parameters, call.get("height", 16)
     filled = {name: value for name, value in {"prompt": "a dog", **call}.items() if name in takes and name not in IMAGES}
-    pictures = {name: image(side=side) for name in IMAGES} | {"mask_image": mask(side), "mask": mask(side), "last_image": image(1, side)}
-    pictures |= {name: [image(k, side) for k in range(call.get("num_frames", 4))] for name in ("video", "conditioning_frames", "control_video")}
-    pictures |= {"class_labels": [7], "source_prompt": "a cat", "strength": 0.8, "_auto_resize": False, "image_embeds": torch.zeros(1, 8)}
+    pictures = {name: image(side=side) for name in IMAGES} | {
+        "mask_image": mask(side),
+        "mask": mask(side),
+        "last_image": image(1, side),
+    }
+    pictures |= {
+        name: [image(k, side) for k in range(call.get("num_frames", 4))]
+        for name in ("video", "conditioning_frames", "control_video")
+    }
+    pictures |= {
+        "class_labels": [7],
+        "source_prompt": "a cat",
+        "strength": 0.8,
+        "_auto_resize": False,
+        "image_embeds": torch.zeros(1, 8),
+    }
     for optional in (False, True):
         more = {
             name: pictures[name]
@@ -114,7 +135,9 @@ def row(name: str, cls: type, known: dict) -> tuple[str, str]:
     if not steps:
         return "not built", f"{kind}: it never steps"
     try:
-        generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(cls.__call__).parameters else {}
+        generator = (
+            {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(cls.__call__).parameters else {}
+        )
         model = sculpt.Diffusion.from_pipeline(pipe, **options, **generator)
     except Exception as error:
         return ("refused" if isinstance(error, ValueError) else "ERROR"), f"{kind}: {' '.join(str(error).split())[:260]}"

@@ -132,7 +132,12 @@ class Diffusion(Denoiser):
         guidance = (self.guidance_scale, self.null_condition) if self.extrapolated else None
         if self._learned is None:
             return digest(
-                self._known(self.model, self._switches), self.schedule.identity, self.shape, self.condition, guidance, *self._begun
+                self._known(self.model, self._switches),
+                self.schedule.identity,
+                self.shape,
+                self.condition,
+                guidance,
+                *self._begun,
             )
         known = [self._known(call.network, call.switches) for call in {id(c.network): c for c in self._calls()}.values()]
         if self._learned.plain:
@@ -307,7 +312,7 @@ class Diffusion(Denoiser):
         self.condition, self.null_condition, self.guidance_scale = learned.guidance
         if learned.start is not None:
             clean, t = learned.start
-            self._begin_at(clean[:1], float(self.schedule.sigma(torch.tensor(t))))
+            self._begin_at(clean, float(self.schedule.sigma(torch.tensor(t))))
         return self
 
     @torch.no_grad()
@@ -317,7 +322,7 @@ class Diffusion(Denoiser):
             return super().decode(x, batch_size)
         return joined([self._pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
 
-    def with_start(self, start: Float[Tensor, "1 *x"], strength: float, name: str | None = None) -> Diffusion:
+    def with_start(self, start: Tensor, strength: float, name: str | None = None) -> Diffusion:
         """The same model, sampled from a noisy version of an image and not from pure noise. Models of image-to-image pipelines start so by themselves.
 
         Args:
@@ -336,8 +341,10 @@ class Diffusion(Denoiser):
 
     def _begin_at(self, start: Tensor, s: float) -> None:
         self.start, self.s_max = start.float(), min(self.schedule.s_max, s)
-        if not self.s_max > self.s_min:
-            raise ValueError(f"{self} would start at s={s:.3g}, at or below its least noise level s={self.s_min:.3g}. Take more strength.")
+        if not self.s_max > 1.001 * self.s_min:
+            raise ValueError(
+                f"{self} would start at s={s:.3g}, at or below its least noise level s={self.s_min:.3g}. Take more strength."
+            )
 
     # Adapters
 

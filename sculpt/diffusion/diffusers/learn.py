@@ -83,7 +83,9 @@ class _Learner:
                 call, place = self.feeds[c][path]
                 return Output(needed.index(call), place, axis)
             try:
-                return self.inputs.source([rows(at(step.calls[c].inputs, path), axis, part, parts) for step in self.steps], axis)
+                return self.inputs.source(
+                    [rows(at(step.calls[c].inputs, path), axis, part, parts) for step in self.steps], axis
+                )
             except ValueError as error:
                 raise Unknown(f"the input {'.'.join(map(str, path))} of {type(seen.network).__name__} {error}") from None
 

@@ -17,7 +17,7 @@ from sculpt.diffusion.diffusers.inputs import Unknown, relative
 from sculpt.diffusion.diffusers.learn import learned
 from sculpt.diffusion.diffusers.outputs import without_variance
 from sculpt.diffusion.diffusers.pipeline import PipelineCall
-from sculpt.diffusion.diffusers.probing import Border, Phase, Probe, Still, Twice
+from sculpt.diffusion.diffusers.probing import Border, Clean, Phase, Probe, Still, Twice
 from sculpt.diffusion.diffusers.watch import Step, networks, schedulers
 
 __all__ = ["Learned", "learn"]
@@ -26,6 +26,8 @@ STEPS = (16, 64, 200)
 """of a run that is learned from: more where a part of it has too few"""
 BISECTED = 40
 """of a run that looks for the border between two networks' times"""
+
+LOOKS_INSIDE = "when its networks are answered for it fails ({!s:.200}), as where it looks at what is inside of them"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Learned:
         """Whether a network, a condition and a guidance scale say all of it."""
         (strands, rescale), called = (self.stages[0].strands, self.stages[0].rescale), [s.calls for s in self.stages[0].strands]
         said = len(self.stages) == 1 == len({id(call.network) for calls in called for call in calls}) and rescale is None
-        return said and len(strands) <= 2 and all(s.plain for s in strands) and abs(sum(s.weights[0] for s in strands) - 1) < 1e-6
+        return (
+            said and len(strands) <= 2 and all(s.plain for s in strands) and abs(sum(s.weights[0] for s in strands) - 1) < 1e-6
+        )
 
     @property
     def guidance(self) -> tuple[dict[str, Any], dict[str, Any] | None, float]:
@@ -105,7 +109,21 @@ class _Learning:
         stages = tuple(replace(stage, least=t) for (_, stage, _), t in zip(found, borders, strict=True))
         p, error = self.probe, max(error for *_, error in found)
         shape = tuple(found[0][0].steps[-1].x.shape[1:])
-        return Learned(stages, shape, self.scheduler, error, p.clean, self.steps, p.steps, p.known, p.codes)
+        return Learned(stages, shape, self.scheduler, error, self._start(), self.steps, p.steps, p.known, p.codes)
+
+    def _start(self) -> tuple[Tensor, float] | None:
+        """What the pipeline noises and goes on from, as image-to-image does."""
+        start = t = None
+        if self.probe.noised:
+            lead = Clean(self.probe.known)
+            with contextlib.suppress(Exception):  # where the start is depends on the steps that the caller has in mind
+                self.call.run(lead, self.call.steps or self.steps, output_type="latent")
+            start, t = lead.start, lead.t
+        if start is None and self.call.starts_within:
+            raise self.call.refused(
+                "it starts from an image in a way of its own. Pass strength=1.0, and with_start(...) for the image"
+            )
+        return None if start is None or t is None else (start[:1], t)
 
     @property
     def phases(self) -> list[Phase]:
@@ -120,7 +138,9 @@ class _Learning:
         except Exception as error:
             # What comes after all steps is no matter here.
             if not self.phases or not all(phase.complete for phase in self.phases):
-                raise self.call.failed(error) from error
+                raise (
+                    self.call.refused(LOOKS_INSIDE.format(error)) if self.probe.steps else self.call.failed(error)
+                ) from error
         if not self.probe.phases:
             raise self.call.refused("it has no scheduler whose step it calls")
         return self.probe
@@ -149,7 +169,10 @@ class _Learning:
             error = self._error(stage, phase.steps[-1])
             if error <= (limit := _limit(stage, phase.steps[-1])):
                 return stage, error
-            failures.append(f"a step of ours is off by {error:.2g}, expected at most {limit:.2g}")
+            failures.append(
+                f"a step of ours is off by {error:.2g}, expected at most {limit:.2g}: something in its networks is changed while it runs, as "
+                "for perturbed-attention guidance"
+            )
         raise self.call.refused("; ".join(dict.fromkeys(failures)))
 
     def _error(self, stage: Stage, step: Step) -> float:
@@ -177,6 +200,9 @@ class _Learning:
 
 def _limit(stage: Stage, step: Step) -> float:
     """Of an error, in the precision of the networks: guidance multiplies it."""
-    dtypes = [step.F.dtype, *(p.dtype for strand in stage.strands for p in itertools.islice(strand.calls[-1].network.parameters(), 1))]
+    dtypes = [
+        step.F.dtype,
+        *(p.dtype for strand in stage.strands for p in itertools.islice(strand.calls[-1].network.parameters(), 1)),
+    ]
     eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return max(1e-5, 2 * eps) * (1 + sum(abs(w) for strand in stage.strands for w in strand.weights))

@@ -64,7 +64,9 @@ class _Output:
         self.held_out = held_out + ([] if phase.late is None else [phase.late])
         networks = {id(self.last.calls[c].network): type(self.last.calls[c].network).__name__ for c in final}
         if len(networks) > 1:
-            raise Unknown(f"{' and '.join(networks.values())} are called in one step, and what one answers is changed before the next takes it")
+            raise Unknown(
+                f"{' and '.join(networks.values())} are called in one step, and what one answers is changed before the next takes it"
+            )
         rows = self._rows(self.last)
         self.sizes, self.dtypes = {row.numel() for row in rows}, [row.dtype for row in rows]
         self.error = tolerance(*self.dtypes, self.fitted.F.dtype)
@@ -91,7 +93,9 @@ class _Output:
         """Of one sample."""
         F = without_variance(step.F[:1], self.shape)
         if tuple(F.shape[1:]) != self.shape:
-            raise Unknown(f"the scheduler steps samples of shape {self.shape} with an output of shape {tuple(step.F.shape[1:])}")
+            raise Unknown(
+                f"the scheduler steps samples of shape {self.shape} with an output of shape {tuple(step.F.shape[1:])}"
+            )
         return F.flatten().double().cpu()
 
     def _columns(self, step: Step, index: Tensor) -> Tensor:

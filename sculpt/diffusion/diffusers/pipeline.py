@@ -95,6 +95,19 @@ class PipelineCall:
         return None
 
     @property
+    def steps(self) -> int | None:
+        """That the pipeline itself would make."""
+        return self.call.get("num_inference_steps") or (p.default if (p := self.takes.get("num_inference_steps")) else None)
+
+    @property
+    def starts_within(self) -> bool:
+        """Whether it is asked to start from an image, and not from pure noise."""
+        default = self.takes["strength"].default if "strength" in self.takes else None
+        strength = self.call.get("strength", default)
+        given = any(self.call.get(name) is not None for name in ("image", "video", "init_image"))
+        return given and isinstance(strength, (int, float)) and strength < 1
+
+    @property
     def numbers(self) -> set[float]:
         """That it is called with, those of the pipeline's defaults among them."""
         values = {name: p.default for name, p in self.takes.items()} | self.call
@@ -134,7 +147,10 @@ class PipelineCall:
 
     def failed(self, error: Exception) -> ValueError:
         """The pipeline's own call raised this."""
-        gone, why = sorted(name for name in self.parts if self.pipe.components[name] is None), f"{type(error).__name__}: {error!s:.300}"
+        gone, why = (
+            sorted(name for name in self.parts if self.pipe.components[name] is None),
+            f"{type(error).__name__}: {error!s:.300}",
+        )
         if gone:
             return ValueError(
                 f"{self.kind} has to run again for this, and has lost its {', '.join(gone)} since. Put that back, or make all models "

@@ -17,7 +17,7 @@ from torch import Tensor
 from sculpt.diffusion.diffusers.trees import entries, first, mapped
 from sculpt.diffusion.diffusers.watch import Lead, Seen, Step
 
-__all__ = ["BASE", "Border", "Phase", "Probe", "Still", "Twice"]
+__all__ = ["BASE", "Border", "Clean", "Phase", "Probe", "Still", "Twice"]
 
 BASE = 256
 
@@ -78,7 +78,8 @@ class Probe(Lead):
         """for every kind of call an output, without its numbers"""
         self.rows = 0
         """of the pipeline's samples"""
-        self.clean: tuple[Tensor, float] | None = None
+        self.noised = False
+        """whether the scheduler noised something before all steps"""
         self.codes: list[Any] = []
         """what the pipeline's encoding methods gave"""
         self.changed = self.again = False
@@ -129,13 +130,41 @@ class Probe(Lead):
         # All rows of a sample that goes through twice are the same.
         return phase.filled(x, x[:1].shape, self._generator).expand_as(x)
 
-    def noised(self, clean: Tensor, t: Tensor) -> None:
-        if self.steps == 0:
-            self.clean = clean, float(torch.as_tensor(t).flatten()[0])
+    def noised(self, clean: Tensor, t: float, real: Callable[[], Tensor]) -> Tensor:
+        self.noised |= self.steps == 0
+        return real()
 
     def encoded(self, name: str, real: Callable[[], Any]) -> Any:
         self.codes.append(real())
         return self.codes[-1]
+
+
+class Clean(Lead):
+    """The lead of a run that adds no noise to what it starts from: its first sample is then that, in the form that the networks see."""
+
+    def __init__(self, known: dict[Any, Any]):
+        self.known, self.clean, self.first, self.t = known, [], None, None  # type: ignore[var-annotated]
+
+    def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
+        return blank(self.known.get(kind_of(seen)), real)
+
+    def after(self, step: Step) -> Tensor:
+        if self.first is None:
+            self.first, self.t = step.x, step.t
+        return step.x
+
+    def noised(self, clean: Tensor, t: float, real: Callable[[], Tensor]) -> Tensor:
+        self.clean.append(clean)
+        return clean
+
+    @property
+    def start(self) -> Tensor | None:
+        """The first sample, where it is what was to be noised, perhaps in another order."""
+        for clean in self.clean:
+            if self.first is not None and clean.numel() == self.first.numel():
+                if torch.equal(clean.to(self.first).flatten().sort()[0], self.first.flatten().sort()[0]):
+                    return self.first
+        return None
 
 
 class Twice(Lead):
@@ -189,10 +218,8 @@ class Border(Lead):
         return next((t for t in rounded if self.low < t <= self.high), self.high)
 
     def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
-        kind = kind_of(seen)
-        self._now.append(kind)
-        out = self.known.get(kind)
-        return real() if out is None else mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, out)
+        self._now.append(kind_of(seen))
+        return blank(self.known.get(self._now[-1]), real)
 
     def after(self, step: Step) -> Tensor:
         above, self._now, self._step = tuple(self._now) == self.above, [], self._step + 1
@@ -223,8 +250,7 @@ class Still(Lead):
         self.x, self.asked, self.left, self.known, self.codes = x, asked, made, known, list(codes)
 
     def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
-        out = self.known.get(kind_of(seen))
-        return real() if out is None else mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, out)
+        return blank(self.known.get(kind_of(seen)), real)
 
     def after(self, step: Step) -> Tensor:
         self.left -= 1
@@ -241,6 +267,11 @@ def kind_of(seen: Seen) -> Any:
     """Calls of one kind have outputs of the same shapes."""
     shapes = tuple((path, tuple(v.shape)) for path, v in entries(seen.inputs) if isinstance(v, Tensor))
     return id(seen.network), shapes
+
+
+def blank(out: Any, real: Callable[[], Any]) -> Any:
+    """An output of zeros, where one is known."""
+    return real() if out is None else mapped(lambda _, v: v.zeros() if isinstance(v, Blank) else v, out)
 
 
 def is_listed(out: Any) -> bool:

@@ -62,14 +62,18 @@ class SolverChain(Chain):
             self.scheduler.set_begin_index(self.first)
         clean, t = self.model.start.to(noise).expand_as(noise), self.times[self.first : self.first + 1].expand(n)
         flows = hasattr(self.scheduler, "scale_noise")
-        return Scheduled(k, self.scheduler.scale_noise(clean, t, noise) if flows else self.scheduler.add_noise(clean, noise, t)), None
+        return Scheduled(
+            k, self.scheduler.scale_noise(clean, t, noise) if flows else self.scheduler.add_noise(clean, noise, t)
+        ), None
 
     def _below(self, s_max: float) -> int:
         """The first time at which there is no more noise than this."""
         s = self.unet.schedule.sigma(torch.as_tensor(self.times))
         below = (s <= s_max * (1 + 1e-4)).nonzero().flatten().tolist()
         if not below:
-            raise ValueError(f"None of {self.length} steps is below s={s_max:.3g}, where {self.model} starts. Take more steps, or more strength.")
+            raise ValueError(
+                f"None of {self.length} steps is below s={s_max:.3g}, where {self.model} starts. Take more steps, or more strength."
+            )
         return below[0]
 
     def step(self, state, log_w, generator):

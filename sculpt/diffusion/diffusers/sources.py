@@ -121,7 +121,9 @@ class Time(Source):
 
     def value(self, x, t):
         if self.axis is None:
-            return self.affine(t.reshape(())).item() if self.dtype is None else self.affine(t.reshape(()) if t.numel() == 1 else t)
+            return (
+                self.affine(t.reshape(())).item() if self.dtype is None else self.affine(t.reshape(()) if t.numel() == 1 else t)
+            )
         return _along(self.affine(t.expand(len(x)).reshape(-1, *[1] * self.a.ndim)), self.axis)
 
     def affine(self, t: Tensor) -> Tensor:

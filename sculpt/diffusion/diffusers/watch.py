@@ -55,8 +55,9 @@ class Lead(abc.ABC):
     def after(self, step: Step) -> Tensor:
         """The sample that the scheduler gives back."""
 
-    def noised(self, clean: Tensor, t: Tensor) -> None:
-        """The scheduler was asked for a noisy version of a clean sample."""
+    def noised(self, clean: Tensor, t: float, real: Callable[[], Tensor]) -> Tensor:
+        """The scheduler is asked for a noisy version of a clean sample."""
+        return real()
 
     def encoded(self, name: str, real: Callable[[], Any]) -> Any:
         """What one of the pipeline's own encoding methods gives."""
@@ -190,8 +191,8 @@ class _Watch:
         @functools.wraps(real)
         def noise(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
-            self.lead.noised(given[clean], given.get("timesteps", given.get("timestep")))
-            return real(*args, **kwargs)
+            t = torch.as_tensor(given.get("timesteps", given.get("timestep")))
+            return self.lead.noised(given[clean], float(t.flatten()[0]), lambda: real(*args, **kwargs))
 
         return noise
 

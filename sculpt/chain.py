@@ -200,8 +200,6 @@ def run(
         result: makes what the caller gets of samples, log-weights and diagnostics.
         selection: of a population with weights. Without one every particle is a sample, and weights are there to look at.
     """
-    if selection is not None:
-        settings.refuse_each("here particles are selected")
     generator = settings.generator
     N = n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold

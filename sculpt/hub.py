@@ -163,6 +163,7 @@ _EXPECTED = (
 
 def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:
     from sculpt.diffusion.diffusers.adapter import Diffusion
+    from sculpt.diffusion.diffusers.direct import check_answer
 
     pipe = read_pipeline(folder, device, dtype)
     network = next(pipe.components[part] for part in NETWORKS if part in pipe.components)
@@ -176,7 +177,7 @@ def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, 
             network, parts["scheduler"], options.pop("shape", None), autoencoder=parts.get("vae") or parts.get("vqvae")
         )
         model = model.with_condition(**options)
-        model.check_answer()
+        check_answer(model)
     else:
         # Two prompts of one folder are two models: the prompt is then the better name.
         named = {} if {"name", "prompt", "class_labels"} & set(condition) else {"name": name}

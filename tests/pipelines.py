@@ -205,7 +205,7 @@ def ip_adapter():
     }
     state["image_proj"] = projection
     key = 1
-    for name, processor in pipe.unet.attn_processors.items():
+    for name in pipe.unet.attn_processors:
         if name.endswith("attn2.processor"):
             width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
             state["ip_adapter"] |= {f"{key}.to_{part}_ip.weight": torch.randn(width, 8) for part in "kv"}

@@ -114,7 +114,7 @@ def test_a_network_is_asked_once_whether_it_takes_what_it_is_called_with(tmp_pat
     )
     edit(save_parts(tmp_path / "odd") / "unet" / "config.json", downsample_padding=3)
     for small in (2**32, 0):  # with its numbers and without them
-        monkeypatch.setattr("sculpt.diffusion.diffusers.adapter.SMALL", small)
+        monkeypatch.setattr("sculpt.diffusion.diffusers.direct.SMALL", small)
         with pytest.raises(
             ValueError, match=r"odd cannot be called on samples of shape \(1, 8, 8\): RuntimeError: Sizes of tensors"
         ):

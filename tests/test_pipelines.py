@@ -14,8 +14,7 @@ from sculpt import Diffusion, Tracked
 from sculpt.chain import Settings
 
 pytest.importorskip("transformers")
-import pipelines  # noqa: E402
-from pipelines import KINDS  # noqa: E402
+from pipelines import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -60,7 +59,7 @@ def off(model, scheduler, seen):
     x, t, F, _ = seen
     s = model.schedule.sigma(torch.as_tensor(t).cpu())
     exploding = (
-        "Euler" in type(scheduler).__name__ and not model.schedule.s_max == float("inf") or "EDM" in type(scheduler).__name__
+        "Euler" in type(scheduler).__name__ and model.schedule.s_max != float("inf") or "EDM" in type(scheduler).__name__
     )
     z = x[:1].double() if exploding else x[:1].double() / model.schedule.scale(s)
     for axis, (n, m) in enumerate(zip(F.shape, x.shape, strict=True)):

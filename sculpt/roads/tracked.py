@@ -102,6 +102,8 @@ class Tracked(Road):
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         known: dict[str, Inner] = {}
         alone, leaves = self._alone_in(composition), composition.leaves
+        if not alone:
+            settings.refuse_each("here particles are selected")
         formula = yield from self._over_leaves(
             composition, settings, known, None if self.anchor is None else composition.anchored(self.anchor)
         )

@@ -17,10 +17,10 @@ import diffusers
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from pipelines import KINDS, image, mask  # noqa: E402
-from test_pipelines import off, own_run  # noqa: E402
+from pipelines import KINDS, image, mask
+from test_pipelines import off, own_run
 
-import sculpt  # noqa: E402
+import sculpt
 
 IMAGES = {"image", "control_image", "init_image", "reference_image", "map_image", "style_image", "subject_image"}
 MOST = 40

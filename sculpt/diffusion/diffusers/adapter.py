@@ -6,7 +6,6 @@ Notation: :math:`z = x_0 + s \varepsilon`, F the network's output; ``b`` batch, 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -37,9 +36,6 @@ from sculpt.diffusion.networks import first_state, is_a
 from sculpt.identity import digest
 
 __all__ = ["Diffusion"]
-
-SMALL = 2**32
-"""Parameters times numbers of a sample, where a call takes milliseconds."""
 
 
 class Diffusion(Denoiser):
@@ -89,7 +85,7 @@ class Diffusion(Denoiser):
         said = splits(model, self.shape, self.name)
         self._split = scheduler.config.get("variance_type") in ("learned", "learned_range") if said is None else said
         self._time = (True, torch.float32)
-        self._build()
+        self.build()
         if not is_a(model, "ModelMixin"):
             self._probe()
 
@@ -101,7 +97,7 @@ class Diffusion(Denoiser):
         self._given_name, self._anonymous = name, uuid.uuid4().hex
         self._device = torch.device(device or "cpu")
 
-    def _build(self) -> None:
+    def build(self) -> None:
         """Strands of the condition, and of the null condition where there is guidance."""
         weighed = [(self.guidance_scale, self.condition)]
         if self.guidance_scale != 1:
@@ -168,10 +164,10 @@ class Diffusion(Denoiser):
             raise ValueError(f"{self} takes samples of shape {self.shape}, got a batch of {tuple(z.shape[1:])}.")
         s, dtype = level(s, z.device), z.dtype
         z = z.to(torch.promote_types(dtype, torch.float32))  # D is a difference of large numbers where s is large
-        F = self._outputs(models, like(self.schedule.scale(s), z) * z, self.schedule.time(s))
+        F = self.outputs(models, like(self.schedule.scale(s), z) * z, self.schedule.time(s))
         return torch.stack([self.schedule.denoised(z, s, part) for part in F], dim=1).to(dtype)
 
-    def _outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
+    def outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
         """F(x, t) of all of them, guided."""
         if all(len(p._stages) == 1 for p in models):
             return self._in_stages([p._stages[0] for p in models], x, t)
@@ -208,41 +204,11 @@ class Diffusion(Denoiser):
 
         def call(form: tuple[bool, torch.dtype]) -> None:
             self._time = form
-            self._build()
-            self._outputs([self], noise, t)
+            self.build()
+            self.outputs([self], noise, t)
 
         forms = [torch.float32, self.dtype, *([torch.long] if self.schedule.integer_times else [])]
         probed_time(call, forms, self.shape, self.name)
-
-    def check_answer(self) -> None:
-        """Call a network of diffusers without its numbers, and a small one with them too: raise where it cannot take what it is called with."""
-        if not is_a(self.model, "ModelMixin"):
-            return
-        takes, config = {*inspect.signature(self.model.forward).parameters}, self.model.config
-        labelled = config.get("num_class_embeds") or config.get("class_embed_type")
-        if not self.condition and (labelled or takes - {"sample", "timestep", "class_labels", "return_dict"}):
-            return  # its condition comes later
-        state = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-        # Without numbers first: a setting may make a small network's images so large that it would never answer.
-        self._try(state, torch.device("meta"))
-        if sum(value.numel() for value in state.values()) * math.prod(self.shape) < SMALL:
-            self._try(state, self.device)
-
-    def _try(self, state: dict[str, Tensor], place: torch.device) -> None:
-        state = {name: value.to(place) for name, value in state.items()}
-        twin, x = copy.copy(self), torch.zeros(2, *self.shape, dtype=self.dtype, device=place)
-        twin.model = lambda x, t, **options: torch.func.functional_call(self.model, state, (x,), {"timestep": t, **options})
-        twin._build()
-        try:
-            with torch.no_grad():
-                twin._outputs([twin], x, torch.ones((), device=place))
-        except Exception as error:
-            # Some networks look at numbers.
-            if not isinstance(error, NotImplementedError) and "meta" not in str(error):
-                raise ValueError(
-                    f"{self} cannot be called on samples of shape {self.shape}: {type(error).__name__}: {error!s:.300} Check its config.json, "
-                    "and shape= and the condition that it was loaded with."
-                ) from None
 
     # Conditions
 
@@ -278,7 +244,7 @@ class Diffusion(Denoiser):
         new.null_condition = null_condition or new.null_condition
         new.guidance_scale = self.guidance_scale if guidance_scale is None else float(guidance_scale)
         check_conditions(str(new), new.condition, new.null_condition, new.guidance_scale)
-        new._build()
+        new.build()
         return new
 
     # Pipelines

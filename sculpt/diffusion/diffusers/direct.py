@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,7 +17,16 @@ from sculpt.diffusion.diffusers.switches import Switches
 from sculpt.diffusion.diffusers.trees import entries, mapped
 from sculpt.diffusion.networks import is_a
 
-__all__ = ["batched", "check_conditions", "class_condition", "config_shape", "direct_strand", "probed_time", "splits"]
+__all__ = [
+    "batched",
+    "check_answer",
+    "check_conditions",
+    "class_condition",
+    "config_shape",
+    "direct_strand",
+    "probed_time",
+    "splits",
+]
 
 TimeForm = tuple[bool, torch.dtype]
 """Whether the time goes in as ``(b,)`` or 0-dim, and its dtype."""
@@ -138,3 +149,37 @@ def probed_time(call: Callable[[TimeForm], Any], forms: list[torch.dtype], shape
         f"Cannot call {name} on x of shape {(b, *shape)}: it should answer (x, t) with x's shape.\n{listed}\n"
         "Check shape= and condition=, or wrap the network in a callable (x, t)."
     )
+
+
+SMALL = 2**32
+"""Parameters times numbers of a sample, where a call takes milliseconds."""
+
+
+def check_answer(model: Any) -> None:
+    """Call a model's network of diffusers without its numbers, and a small one with them too: raise where it cannot take what it is called with."""
+    takes, config = {*inspect.signature(model.model.forward).parameters}, model.model.config
+    labelled = config.get("num_class_embeds") or config.get("class_embed_type")
+    if not model.condition and (labelled or takes - {"sample", "timestep", "class_labels", "return_dict"}):
+        return  # its condition comes later
+    state = dict([*model.model.named_parameters(), *model.model.named_buffers()])
+    # Without numbers first: a setting may make a small network's images so large that it would never answer.
+    _try(model, state, torch.device("meta"))
+    if sum(value.numel() for value in state.values()) * math.prod(model.shape) < SMALL:
+        _try(model, state, model.device)
+
+
+def _try(model: Any, state: dict[str, Tensor], place: torch.device) -> None:
+    state = {name: value.to(place) for name, value in state.items()}
+    twin, x = copy.copy(model), torch.zeros(2, *model.shape, dtype=model.dtype, device=place)
+    twin.model = lambda x, t, **options: torch.func.functional_call(model.model, state, (x,), {"timestep": t, **options})
+    twin.build()
+    try:
+        with torch.no_grad():
+            twin.outputs([twin], x, torch.ones((), device=place))
+    except Exception as error:
+        # Some networks look at numbers.
+        if not isinstance(error, NotImplementedError) and "meta" not in str(error):
+            raise ValueError(
+                f"{model} cannot be called on samples of shape {model.shape}: {type(error).__name__}: {error!s:.300} Check its config.json, "
+                "and shape= and the condition that it was loaded with."
+            ) from None

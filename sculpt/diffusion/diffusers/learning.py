@@ -114,7 +114,7 @@ class _Learning:
     def _start(self) -> tuple[Tensor, float] | None:
         """What the pipeline noises and goes on from, as image-to-image does."""
         start = t = None
-        if self.probe.noised:
+        if self.probe.has_noised:
             lead = Clean(self.probe.known)
             with contextlib.suppress(Exception):  # where the start is depends on the steps that the caller has in mind
                 self.call.run(lead, self.call.steps or self.steps, output_type="latent")

@@ -133,7 +133,7 @@ class _Output:
         for w, own, along_last, share in itertools.product(scales, (0, 1), (True, False), shares):
             rescale = Rescale(own, share, along_last)
             weights = [w, 1 - w] if own == 0 else [1 - w, w]
-            made = [rescale((O @ torch.tensor(weights, dtype=O.dtype))[None], O[None, ..., own])[0] for O in columns]
+            made = [rescale((o @ torch.tensor(weights, dtype=o.dtype))[None], o[None, ..., own])[0] for o in columns]
             for sign in (1, -1):
                 if all(relative(sign * one, two) < self.error * (1 + 2 * abs(w)) for one, two in zip(made, F, strict=True)):
                     yield [sign * weight for weight in weights], own, rescale

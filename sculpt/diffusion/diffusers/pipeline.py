@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
-from sculpt.diffusion.diffusers.watch import Lead, networks, parameters, schedulers, watched
+from sculpt.diffusion.diffusers.watch import Lead, networks, parameters, watched
 from sculpt.diffusion.networks import is_a
 
 __all__ = ["PipelineCall", "joined"]
 
-SOLVERS = "num_inference_steps timesteps sigmas callback callback_steps callback_on_step_end callback_on_step_end_tensor_inputs".split()
+SOLVERS = [
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+]
 """How a solver steps, and what is looked at between steps, is no part of a model."""
 
 

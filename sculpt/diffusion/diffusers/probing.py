@@ -78,7 +78,7 @@ class Probe(Lead):
         """for every kind of call an output, without its numbers"""
         self.rows = 0
         """of the pipeline's samples"""
-        self.noised = False
+        self.has_noised = False
         """whether the scheduler noised something before all steps"""
         self.codes: list[Any] = []
         """what the pipeline's encoding methods gave"""
@@ -131,7 +131,7 @@ class Probe(Lead):
         return phase.filled(x, x[:1].shape, self._generator).expand_as(x)
 
     def noised(self, clean: Tensor, t: float, real: Callable[[], Tensor]) -> Tensor:
-        self.noised |= self.steps == 0
+        self.has_noised |= self.steps == 0
         return real()
 
     def encoded(self, name: str, real: Callable[[], Any]) -> Any:
@@ -162,8 +162,8 @@ class Clean(Lead):
         """The first sample, where it is what was to be noised, perhaps in another order."""
         for clean in self.clean:
             if self.first is not None and clean.numel() == self.first.numel():
-                if torch.equal(clean.to(self.first).flatten().sort()[0], self.first.flatten().sort()[0]):
-                    return self.first
+                ordered = (x.to(self.first).flatten().sort()[0] for x in (clean, self.first))
+                return self.first if torch.equal(*ordered) else None
         return None
 
 

@@ -16,7 +16,7 @@ LISTED = -1
 """The axis of what is a list with an entry for every sample."""
 
 
-def entries(tree: Any, path: Path = (), stop: Mapping[Path, Any] = {}) -> Iterator[tuple[Path, Any]]:  # noqa: B006
+def entries(tree: Any, path: Path = (), stop: Mapping[Path, Any] = {}) -> Iterator[tuple[Path, Any]]:
     """Every value with its place, those of dicts, lists and tuples inside among them; what is at a place in ``stop`` is one value."""
     inside = None if path in stop else _inside(tree)
     if inside is None:
@@ -26,7 +26,7 @@ def entries(tree: Any, path: Path = (), stop: Mapping[Path, Any] = {}) -> Iterat
             yield from entries(value, (*path, key), stop)
 
 
-def mapped(f: Callable[[Path, Any], Any], tree: Any, path: Path = (), stop: Mapping[Path, Any] = {}) -> Any:  # noqa: B006
+def mapped(f: Callable[[Path, Any], Any], tree: Any, path: Path = (), stop: Mapping[Path, Any] = {}) -> Any:
     """The same tree with f(place, value) in the place of every value."""
     inside = None if path in stop else _inside(tree)
     if inside is None:

@@ -47,8 +47,14 @@ def own_run(pipe, call, steps=4):
 
     pipe.scheduler.step = step
     try:
-        call = {**call, "generator": torch.Generator().manual_seed(0)}
-        out = pipe(**call, num_inference_steps=steps, output_type="pt", return_dict=False)[0]
+        takes = inspect.signature(type(pipe).__call__).parameters
+        how = {
+            "num_inference_steps": steps,
+            "output_type": "pt",
+            "return_dict": False,
+            "generator": torch.Generator().manual_seed(0),
+        }
+        out = pipe(**{**call, **{name: value for name, value in how.items() if name in takes}})[0]
     finally:
         del pipe.scheduler.step
     return seen, torch.as_tensor(out)

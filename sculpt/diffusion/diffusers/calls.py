@@ -104,7 +104,11 @@ class Strand:
         """What tells it from others, for the model's key."""
         index = self.answer.index
         moved = None if index is None or torch.equal(index.cpu(), torch.arange(len(index))) else index
-        return self.weights, moved, [[(p, s.described) for p, s in sorted(c.sources.items(), key=str)] for c in self.calls]
+        return (
+            self.weights,
+            moved,
+            [[(p, s.described) for p, s in sorted(c.sources.items(), key=lambda own: str(own[0]))] for c in self.calls],
+        )
 
     def with_adapters(self, adapters: Mapping[str, float]) -> Strand:
         """The same with these adapters in its networks."""

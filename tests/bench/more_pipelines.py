@@ -4,15 +4,14 @@ import diffusers
 import transformers
 from pipelines import (
     SIZE,
-    UNET,
     causal,
     clip,
     ddim,
     flow,
     image,
-    seeded,
-    sd_parts,
     sd3_parts,
+    sd_parts,
+    seeded,
     t5,
     tokenizer,
     unet,

@@ -11,7 +11,7 @@ from torch import Tensor
 from sculpt.diffusion.diffusers.probing import BASE
 from sculpt.diffusion.diffusers.sources import Given, Source, State, Time
 from sculpt.diffusion.diffusers.trees import LISTED
-from sculpt.diffusion.diffusers.watch import Step
+from sculpt.diffusion.diffusers.watch import Step, one
 
 __all__ = ["Inputs", "Unknown", "relative", "tolerance"]
 
@@ -39,11 +39,12 @@ class Inputs:
         digits: how many there are of these.
         T: where the scheduler's times end.
         batched: whether it is known which axes count samples.
+        rows: whether all rows that the scheduler is given are one sample.
     """
 
-    def __init__(self, steps: Sequence[Step], digits: int, T: int, batched: bool):
+    def __init__(self, steps: Sequence[Step], digits: int, T: int, batched: bool, rows: bool):
         self.digits, self.batched, self.T = digits, batched, float(T)
-        self.x = [step.x[0].double().flatten() for step in steps]
+        self.x = [one(step.x, rows).double().flatten() for step in steps]
         self.dtype = steps[0].x.dtype
         self.t = torch.tensor([step.t for step in steps], dtype=torch.float64)
 

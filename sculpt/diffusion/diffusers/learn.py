@@ -22,7 +22,7 @@ from sculpt.identity import digest
 __all__ = ["learned"]
 
 
-def learned(phase: Phase, twice: Step | None, T: int, numbers: Iterable[float]) -> Stage:
+def learned(phase: Phase, twice: Step | None, T: int, numbers: Iterable[float], rows: bool) -> Stage:
     """What is done in one kind of steps: a strand for every row of the batch, or, without a step of two samples, for every call.
 
     Args:
@@ -30,18 +30,19 @@ def learned(phase: Phase, twice: Step | None, T: int, numbers: Iterable[float]) 
         twice: the same step with two samples; without one, samples are kept apart.
         T: where the scheduler's times end.
         numbers: that the pipeline was called with.
+        rows: whether all rows that the scheduler is given are one sample.
 
     Raises:
         Unknown: where something else is done.
     """
-    return _Learner(phase, twice, T).stage(numbers)
+    return _Learner(phase, twice, T, rows).stage(numbers)
 
 
 class _Learner:
-    def __init__(self, phase: Phase, twice: Step | None, T: int):
-        self.phase, self.calls = phase, phase.steps[-1].calls
+    def __init__(self, phase: Phase, twice: Step | None, T: int, rows: bool):
+        self.phase, self.calls, self.rows = phase, phase.steps[-1].calls, rows
         self.steps = phase.steps[1:] + ([] if phase.late is None else [phase.late])
-        self.inputs = Inputs(self.steps, phase.digits, T, batched=twice is not None)
+        self.inputs = Inputs(self.steps, phase.digits, T, twice is not None, rows)
         self.axes = None if twice is None else [_axes(*pair) for pair in zip(self.calls, twice.calls, strict=True)]
         self.feeds = [_feeds(self.calls, c) for c in range(len(self.calls))]
         feeding = {call for feeds in self.feeds for call, _ in feeds.values()}
@@ -49,7 +50,7 @@ class _Learner:
 
     def stage(self, numbers: Iterable[float]) -> Stage:
         """What the steps do, as strands."""
-        found = learned_sum(self.phase, self.final, numbers)
+        found = learned_sum(self.phase, self.final, numbers, self.rows)
         listed = isinstance(first(self.calls[self.final[0]].output), list)
         answer = Answer(LISTED if listed else 0, found.index)
         parts = [(c, r) for c in self.final for r in range(len(rows_of(self.calls[c])))]

@@ -18,7 +18,7 @@ from sculpt.diffusion.diffusers.learn import learned
 from sculpt.diffusion.diffusers.outputs import without_variance
 from sculpt.diffusion.diffusers.pipeline import PipelineCall
 from sculpt.diffusion.diffusers.probing import Border, Clean, Phase, Probe, Still, Twice
-from sculpt.diffusion.diffusers.watch import Step, networks, schedulers
+from sculpt.diffusion.diffusers.watch import Step, networks, one, schedulers
 
 __all__ = ["Learned", "learn"]
 
@@ -50,6 +50,8 @@ class Learned:
     """outputs of its networks, without their numbers"""
     codes: list[Any]
     """what its encoding methods gave"""
+    rows: bool
+    """whether all rows that the scheduler is given are one sample, as where frames are"""
 
     @cached_property
     def plain(self) -> bool:
@@ -69,7 +71,7 @@ class Learned:
 
     def still(self, x: Tensor) -> Still:
         """The lead of a run that ends in these samples."""
-        return Still(x, self.asked, self.made, self.known, self.codes)
+        return Still(x, self.asked, self.made, self.known, self.codes, self.rows)
 
 
 def learn(call: PipelineCall) -> Learned:
@@ -83,8 +85,7 @@ class _Learning:
         for network in networks(call.pipe).values():
             network.eval()
         for self.steps in STEPS:
-            self.probe = self._probed()
-            if all(phase.complete for phase in self.phases):
+            if self._probed():
                 break
         else:
             raise call.refused(f"what it does changes too often in {self.steps} steps to be learned")
@@ -108,8 +109,8 @@ class _Learning:
         borders = [self._border(above[0], below[0]) for above, below in itertools.pairwise(found)] + [-math.inf]
         stages = tuple(replace(stage, least=t) for (_, stage, _), t in zip(found, borders, strict=True))
         p, error = self.probe, max(error for *_, error in found)
-        shape = tuple(found[0][0].steps[-1].x.shape[1:])
-        return Learned(stages, shape, self.scheduler, error, self._start(), self.steps, p.steps, p.known, p.codes)
+        shape = tuple(one(found[0][0].steps[-1].x, self.rows).shape[1:])
+        return Learned(stages, shape, self.scheduler, error, self._start(), self.steps, p.steps, p.known, p.codes, self.rows)
 
     def _start(self) -> tuple[Tensor, float] | None:
         """What the pipeline noises and goes on from, as image-to-image does."""
@@ -123,7 +124,7 @@ class _Learning:
             raise self.call.refused(
                 "it starts from an image in a way of its own. Pass strength=1.0, and with_start(...) for the image"
             )
-        return None if start is None or t is None else (start[:1], t)
+        return None if start is None or t is None else (one(start, self.rows), t)
 
     @property
     def phases(self) -> list[Phase]:
@@ -131,19 +132,22 @@ class _Learning:
         phases = self.probe.phases
         return [phase for k, phase in enumerate(phases) if k or len(phases) == 1 or not set(phases[1].key) < set(phase.key)]
 
-    def _probed(self) -> Probe:
-        self.probe = Probe()
+    def _probed(self) -> bool:
+        """Whether enough is seen in so many steps. What comes after them is no matter, an error least of all."""
+        self.probe, failure = Probe(), None
         try:
             self.call.run(self.probe, self.steps, output_type="latent")
         except Exception as error:
-            # What comes after all steps is no matter here.
-            if not self.phases or not all(phase.complete for phase in self.phases):
-                raise (
-                    self.call.refused(LOOKS_INSIDE.format(error)) if self.probe.steps else self.call.failed(error)
-                ) from error
-        if not self.probe.phases:
+            failure = error
+        if self.phases and all(phase.complete for phase in self.phases):
+            return True
+        if failure is not None and (not self.probe.steps or self.steps == STEPS[-1]):
+            raise (
+                self.call.refused(LOOKS_INSIDE.format(failure)) if self.probe.steps else self.call.failed(failure)
+            ) from failure
+        if not self.probe.steps and failure is None:
             raise self.call.refused("it has no scheduler whose step it calls")
-        return self.probe
+        return False
 
     def _twice(self) -> list[Step]:
         """Steps of the same call with two samples; none where the pipeline makes one only."""
@@ -160,13 +164,15 @@ class _Learning:
     def _checked(self, phase: Phase, twice: Step | None) -> tuple[Stage, float]:
         """What a phase does, and by how much a step of ours is off; samples are kept apart where their rows cannot be told apart."""
         T, failures = self.scheduler.config.get("num_train_timesteps", 1000), []
-        for match in (twice, None) if twice is not None else (None,):
+        matches = [twice, None] if twice is not None else [None]
+        for rows, match in itertools.product([False, True] if self.probe.rows > 1 else [False], matches):
+            self.rows = rows
             try:
-                stage = learned(phase, match, T, self.call.numbers)
-            except Unknown as error:
-                failures.append(str(error))
+                stage = learned(phase, match, T, self.call.numbers, self.rows)
+                error = self._error(stage, phase.steps[-1])
+            except Exception as raised:  # by a network that cannot take some of its rows, or two samples at once
+                failures.append(str(raised) if isinstance(raised, Unknown) else f"{type(raised).__name__}: {raised!s:.200}")
                 continue
-            error = self._error(stage, phase.steps[-1])
             if error <= (limit := _limit(stage, phase.steps[-1])):
                 return stage, error
             failures.append(
@@ -177,8 +183,8 @@ class _Learning:
 
     def _error(self, stage: Stage, step: Step) -> float:
         """The relative error of F, every strand by itself; and that of two samples and two models that go together."""
-        t, x = torch.tensor(step.t, dtype=torch.float64, device=step.x.device), step.x[:1]
-        F = without_variance(step.F[:1], x.shape[1:]).float()
+        t, x = torch.tensor(step.t, dtype=torch.float64, device=step.x.device), one(step.x, self.rows)
+        F = without_variance(one(step.F, self.rows), x.shape[1:]).float()
         alone = [answers([strand], x, t, F.dtype)[0] for strand in stage.strands]
         error = relative(stage.total(alone), F)
         if any(strand.single for strand in stage.strands):

@@ -13,7 +13,7 @@ from sculpt.diffusion.diffusers.calls import Rescale
 from sculpt.diffusion.diffusers.inputs import Unknown, relative, tolerance
 from sculpt.diffusion.diffusers.probing import BASE, Phase
 from sculpt.diffusion.diffusers.trees import first
-from sculpt.diffusion.diffusers.watch import Seen, Step
+from sculpt.diffusion.diffusers.watch import Seen, Step, one
 
 __all__ = ["Sum", "learned_sum", "rows_of", "without_variance"]
 
@@ -50,14 +50,14 @@ def without_variance(F: Tensor, shape: Sequence[int]) -> Tensor:
     return F
 
 
-def learned_sum(phase: Phase, final: Sequence[int], numbers: Iterable[float]) -> Sum:
+def learned_sum(phase: Phase, final: Sequence[int], numbers: Iterable[float], rows: bool) -> Sum:
     """How F comes out of the calls that count, ``final``; ``numbers`` are those that the pipeline was called with."""
-    return _Output(phase, final).learned(numbers)
+    return _Output(phase, final, rows).learned(numbers)
 
 
 class _Output:
-    def __init__(self, phase: Phase, final: Sequence[int]):
-        self.final, self.shape = final, tuple(phase.steps[-1].x.shape[1:])
+    def __init__(self, phase: Phase, final: Sequence[int], rows: bool):
+        self.final, self.rows, self.shape = final, rows, tuple(one(phase.steps[-1].x, rows).shape[1:])
         self.ones, self.last = phase.steps[1], phase.steps[-1]
         self.coded = phase.steps[3 : 3 + phase.digits]
         self.fitted, *held_out = (phase.steps[k] for k in phase.random)
@@ -91,7 +91,7 @@ class _Output:
 
     def _F(self, step: Step) -> Tensor:
         """Of one sample."""
-        F = without_variance(step.F[:1], self.shape)
+        F = without_variance(one(step.F, self.rows), self.shape)
         if tuple(F.shape[1:]) != self.shape:
             raise Unknown(
                 f"the scheduler steps samples of shape {self.shape} with an output of shape {tuple(step.F.shape[1:])}"

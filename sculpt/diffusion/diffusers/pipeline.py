@@ -28,6 +28,8 @@ SOLVERS = [
     "callback_on_step_end_tensor_inputs",
 ]
 """How a solver steps, and what is looked at between steps, is no part of a model."""
+SEVERAL = r"num_\w+_per_prompt|batch_size"
+"""What says how many samples are wanted."""
 
 
 class PipelineCall:
@@ -63,6 +65,9 @@ class PipelineCall:
         for name in ("prompt", "class_labels"):
             if isinstance(value := self.call.get(name), (list, tuple)) and len(value) != 1:
                 raise ValueError(f"{name} has {len(value)} entries, and a base model has one condition. Make a model of each.")
+        for name in self.takes:
+            if re.fullmatch(SEVERAL, name) and self.call.get(name, 1) != 1:
+                raise ValueError(f"{name} is no part of a model: it is sample(n) that says how many. Leave it out.")
         if self.call.get("latents") is not None:
             raise ValueError("latents are where sampling starts, and no part of a model. Pass them to sample(n, latents=...).")
 
@@ -124,7 +129,7 @@ class PipelineCall:
     def twice(self) -> Iterator[dict[str, Any]]:
         """Ways to ask for two samples of the same kind."""
         for name in self.takes:
-            if re.fullmatch(r"num_\w+_per_prompt|batch_size", name):
+            if re.fullmatch(SEVERAL, name):
                 yield {"generator": None, name: 2}
         for given in ("class_labels", "prompt"):
             if self.call.get(given) is not None:
@@ -145,11 +150,13 @@ class PipelineCall:
     def decode(self, x: Tensor, lead: Any) -> Any:
         """The pipeline's own tail for finished samples; ``lead(x)`` makes its networks and its scheduler stand still."""
         still = lead(x)
-        out = self.run(still, still.asked, output_type=self.call.get("output_type", "pt"), return_dict=False)
-        out = out[0] if isinstance(out, tuple) else out
-        if len(x) > 1 and len(out) != len(x):  # some pipelines count before their steps how many samples there are
-            return joined([self.decode(one, lead) for one in x.split(1)])
-        return out
+        if len(x) == 1 or not still.rows:
+            out = self.run(still, still.asked, output_type=self.call.get("output_type", "pt"), return_dict=False)
+            out = out[0] if isinstance(out, tuple) else out
+            if len(x) in (1, len(out)):
+                return out
+        # Some pipelines count before their steps how many samples there are.
+        return joined([self.decode(part, lead) for part in x.split(1)])
 
     # Errors
 

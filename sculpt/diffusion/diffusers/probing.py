@@ -106,8 +106,7 @@ class Probe(Lead):
         self.rows = len(step.x)
         # Some pipelines keep samples in the networks' precision.
         if self._given is not None:
-            given = self._given.to(step.x)
-            self.changed |= given.shape != step.x.shape or not torch.allclose(given, step.x, rtol=1e-2, atol=1e-2)
+            self.changed |= not _kept(self._given.to(step.x), step.x)
         self._phase = next((phase for phase in self.phases if phase.key == key), None)
         if self._phase is None:
             self.phases.append(Phase(key))
@@ -120,15 +119,14 @@ class Probe(Lead):
             phase.steps.append(step)
         if len(phase.steps) == 1:
             outs = [v for seen in step.calls for _, v in entries(seen.output) if isinstance(v, Tensor) and v.ndim]
-            phase.digits = digits(max(v[:1].numel() for v in [step.x, *outs]))
+            phase.digits = digits(max(step.x.numel(), *(v[:1].numel() for v in outs)))
         self._given = self._sample(phase, step.x)
         return self._given.clone()
 
     def _sample(self, phase: Phase, x: Tensor) -> Tensor:
         if len(phase.steps) == 1:
             return torch.zeros_like(x)
-        # All rows of a sample that goes through twice are the same.
-        return phase.filled(x, x[:1].shape, self._generator).expand_as(x)
+        return phase.filled(x, x.shape, self._generator)
 
     def noised(self, clean: Tensor, t: float, real: Callable[[], Tensor]) -> Tensor:
         self.has_noised |= self.steps == 0
@@ -244,10 +242,10 @@ class Border(Lead):
 
 
 class Still(Lead):
-    """The lead of a run whose networks and scheduler stand still: it ends in given samples."""
+    """The lead of a run whose networks and scheduler stand still: it ends in given samples; in one, where its ``rows`` are the scheduler's."""
 
-    def __init__(self, x: Tensor, asked: int, made: int, known: dict[Any, Any], codes: list[Any]):
-        self.x, self.asked, self.left, self.known, self.codes = x, asked, made, known, list(codes)
+    def __init__(self, x: Tensor, asked: int, made: int, known: dict[Any, Any], codes: list[Any], rows: bool = False):
+        self.x, self.asked, self.left, self.known, self.codes, self.rows = x, asked, made, known, list(codes), rows
 
     def answer(self, seen: Seen, real: Callable[[], Any]) -> Any:
         return blank(self.known.get(kind_of(seen)), real)
@@ -257,6 +255,8 @@ class Still(Lead):
         if self.left:
             return step.x
         x = self.x.to(step.x)
+        if self.rows:
+            return x[0]
         return x if len(step.x) == 1 else x.repeat(len(step.x), *[1] * (x.ndim - 1))
 
     def encoded(self, name: str, real: Callable[[], Any]) -> Any:
@@ -267,6 +267,13 @@ def kind_of(seen: Seen) -> Any:
     """Calls of one kind have outputs of the same shapes."""
     shapes = tuple((path, tuple(v.shape)) for path, v in entries(seen.inputs) if isinstance(v, Tensor))
     return id(seen.network), shapes
+
+
+def _kept(given: Tensor, x: Tensor) -> bool:
+    """Whether a sample is what was given; of several rows the first may stand for all."""
+    if given.shape != x.shape:
+        return False
+    return any(torch.allclose(rows, x, rtol=1e-2, atol=1e-2) for rows in (given, given[:1].expand_as(given)))
 
 
 def blank(out: Any, real: Callable[[], Any]) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Lead", "Seen", "Step", "networks", "parameters", "schedulers", "watched"]
+__all__ = ["Lead", "Seen", "Step", "networks", "one", "parameters", "schedulers", "watched"]
 
 
 @dataclass
@@ -42,6 +42,11 @@ class Step:
     """a copy of the pipeline's, of this run"""
     name: str
     """of that part"""
+
+
+def one(x: Tensor, rows: bool) -> Tensor:
+    """One sample of what a scheduler is given, with an axis that counts them: its first row, or all of its ``rows`` together."""
+    return x[None] if rows else x[:1]
 
 
 class Lead(abc.ABC):

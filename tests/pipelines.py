@@ -618,6 +618,17 @@ def animatediff():
     return diffusers.AnimateDiffPipeline(**parts, motion_adapter=motion), {"num_frames": 4}
 
 
+def text_to_video():
+    """Its scheduler is given frames, and no videos."""
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    }
+    size = {"block_out_channels": (32, 64), "layers_per_block": 1, "cross_attention_dim": 8, "attention_head_dim": 8}
+    made = seeded(lambda: diffusers.UNet3DConditionModel(**blocks, **size))
+    return diffusers.TextToVideoSDPipeline(**sd_parts() | {"unet": made}), {"height": 16, "width": 16, "num_frames": 2}
+
+
 def stable_audio():
     from diffusers.pipelines.stable_audio.modeling_stable_audio import StableAudioProjectionModel
 
@@ -674,6 +685,7 @@ KINDS = {
     "CogVideoX": cogvideox,
     "Mochi": mochi,
     "AnimateDiff": animatediff,
+    "text-to-video": text_to_video,
     "Stable Audio": stable_audio,
     "SD ControlNet": sd_control,
     "SDXL ControlNet": xl_control,

@@ -10,7 +10,6 @@ from pipelines import (
     flow,
     image,
     sd3_parts,
-    sd_parts,
     seeded,
     t5,
     tokenizer,
@@ -270,22 +269,6 @@ def stable_video():
     return parts, {"image": image(), "height": 16, "width": 16, "num_frames": 2}
 
 
-def text_to_video():
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-    }
-    made = network(
-        "UNet3DConditionModel",
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=8,
-        **blocks,
-    )
-    return sd_parts() | {"unet": made}, {"height": 16, "width": 16, "num_frames": 2}
-
-
 def dance():
     blocks = {"down_block_types": ("DownBlock1D", "AttnDownBlock1D"), "up_block_types": ("AttnUpBlock1D", "UpBlock1D")}
     size = {"sample_size": 64, "sample_rate": 64, "block_out_channels": (32, 32), "extra_in_channels": 16}
@@ -338,6 +321,6 @@ def cosmos2():
 MORE = {
     "Latte": latte, "Lumina": lumina, "Allegro": allegro, "CogView3": cogview3, "SanaVideo": sana_video, "SkyReels": skyreels,
     "HunyuanImage": hunyuan_image, "Bria": bria, "Ovis": ovis, "PRX": prx, "Kandinsky5": kandinsky5, "Kandinsky2.2": kandinsky22,
-    "Kandinsky2.2 prior": kandinsky22_prior, "DeepFloyd": deep_floyd, "SVD": stable_video, "text-to-video": text_to_video,
+    "Kandinsky2.2 prior": kandinsky22_prior, "DeepFloyd": deep_floyd, "SVD": stable_video,
     "Dance": dance, "LDM": ldm, "SD3 ControlNet": sd3_control, "Flux ControlNet": flux_control, "Cosmos2": cosmos2,
 }  # fmt: skip

@@ -47,9 +47,16 @@ def _remembered(module: nn.Module, what: Any, state: Mapping[str, Tensor], compu
     return known[what][1]
 
 
-def weights(module: nn.Module, prefixes: tuple[str, ...] = ("",), dtype: torch.dtype | None = None) -> str:
-    """The hash of a module's state under these prefixes, whatever its class."""
+def weights(
+    module: nn.Module,
+    prefixes: tuple[str, ...] = ("",),
+    dtype: torch.dtype | None = None,
+    called: Callable[[str], str | None] | None = None,
+) -> str:
+    """The hash of a module's state under these prefixes, whatever its class; by other names where ``called`` gives them."""
     state = {k: t for k, t in module.state_dict().items() if isinstance(t, Tensor) and k.startswith(prefixes)}
+    if called is not None:
+        state = {name: t for k, t in state.items() if (name := called(k)) is not None}
 
     def compute() -> str:
         return digest({k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in state.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -24,8 +25,15 @@ def first_state(model: Any) -> Tensor | None:
     return next((t for t in state if t.is_floating_point()), None)
 
 
-def known_as(model: Any, name: str | None, anonymous: str) -> Any:
-    """What tells this network from others: weights and configuration, or its name."""
+def known_as(model: Any, name: str | None, anonymous: str, called: Callable[[str], str | None] | None = None) -> Any:
+    """What tells this network from others: weights and configuration, or its name.
+
+    Args:
+        model: the network.
+        name: of a model that has no configuration, or no weights.
+        anonymous: in its place where there is none.
+        called: another name for a weight; ``None`` for one that does not count.
+    """
     if is_a(model, "DenoiserUNet"):
         return model.denoiser.key
     if not isinstance(model, nn.Module) or not model.state_dict():
@@ -33,4 +41,4 @@ def known_as(model: Any, name: str | None, anonymous: str) -> Any:
     config = name
     if is_a(model, "ModelMixin"):
         config = json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}, sort_keys=True, default=str)
-    return type(model).__qualname__, config, weights(model)
+    return type(model).__qualname__, config, weights(model, called=called)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sculpt.chain import Settings
 from sculpt.diffusion.chains import EXTRAPOLATED_NOTE
-from sculpt.diffusion.clock import level, noise_range
+from sculpt.diffusion.clock import common_start, level, noise_range
 from sculpt.diffusion.diffusers.solver import SolverChain
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import analytic_variance, check_finite
@@ -50,7 +50,7 @@ class Remembering:
         self.formula, self.models, self.batch_size = formula, models, batch_size
         first = models[0]
         self.shape, self.dtype, self.device, self.autoencoder = first.shape, first.dtype, first.device, first.autoencoder
-        self.s_min, self.s_max = noise_range(models)
+        (self.s_min, self.s_max), self.start = noise_range(models), common_start(models)
         self.name = formula.write([str(model) for model in models])
         self.k, self.way, self.d = 0, 0.0, math.prod(self.shape)
         self.before: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None

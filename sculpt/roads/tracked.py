@@ -102,6 +102,8 @@ class Tracked(Road):
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         known: dict[str, Inner] = {}
         alone, leaves = self._alone_in(composition), composition.leaves
+        if not alone:
+            settings.refuse_each("here particles are selected")
         formula = yield from self._over_leaves(
             composition, settings, known, None if self.anchor is None else composition.anchored(self.anchor)
         )
@@ -150,6 +152,7 @@ class Tracked(Road):
 
     def _pick(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         """A mixture needs no weights: a model is picked for every sample."""
+        settings.refuse_each("the models of a mixture are picked")
         x, steps, notes, inner = [], 0, [], []
         choice = picks(composition, n, settings.generator)
         for i, model in enumerate(composition.models):
@@ -173,7 +176,7 @@ class Tracked(Road):
         }
         diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
-        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
+        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, None, samples)
 
 
 @dataclass(frozen=True)

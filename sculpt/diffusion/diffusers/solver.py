@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Chain, Settings
+from sculpt.diffusion.chains import given_noise
 from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.diffusion.kernels import check_finite
 from sculpt.diffusion.together import at_once
-from sculpt.model import randn
+from sculpt.generators import Generators, randn
 from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:
@@ -44,21 +45,43 @@ class SolverChain(Chain):
             raise ValueError(f"Sampling with a solver needs at least 1 step, got {steps}.")
         self.scheduler.set_timesteps(steps, device=model.device)
         self.times, self.unet = self.scheduler.timesteps, DenoiserUNet(model, self.scheduler)
-        self.length = len(self.times)
+        self.length, self.latents = len(self.times), settings.latents
+        self.first = 0 if model.start is None else self._below(model.s_max)
         self.batch_size = settings.batch_size or at_once(model.shape)
         self.random = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def start(self, n, generator):
-        noise = randn((n, *self.model.shape), generator, torch.empty((), device=self.device))
-        k = torch.zeros(n, dtype=torch.long, device=self.device)
-        return Scheduled(k, noise * getattr(self.scheduler, "init_noise_sigma", 1.0)), None
+        like = torch.empty((), device=self.device)
+        noise = randn((n, *self.model.shape), generator, like)
+        if self.latents is not None:
+            noise = given_noise(self.latents, n, self.model.shape, like)
+        k = torch.full((n,), self.first, dtype=torch.long, device=self.device)
+        if self.model.start is None:
+            return Scheduled(k, noise * getattr(self.scheduler, "init_noise_sigma", 1.0)), None
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(self.first)
+        clean, t = self.model.start.to(noise).expand_as(noise), self.times[self.first : self.first + 1].expand(n)
+        flows = hasattr(self.scheduler, "scale_noise")
+        return Scheduled(
+            k, self.scheduler.scale_noise(clean, t, noise) if flows else self.scheduler.add_noise(clean, noise, t)
+        ), None
+
+    def _below(self, s_max: float) -> int:
+        """The first time at which there is no more noise than this."""
+        s = self.unet.schedule.sigma(torch.as_tensor(self.times))
+        below = (s <= s_max * (1 + 1e-4)).nonzero().flatten().tolist()
+        if not below:
+            raise ValueError(
+                f"None of {self.length} steps is below s={s_max:.3g}, where {self.model} starts. Take more steps, or more strength."
+            )
+        return below[0]
 
     def step(self, state, log_w, generator):
         x, t, k = state.x, self.times[int(state.k[0])], int(state.k[0])
         scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
         output = in_parts(lambda part: self.unet(part, t).sample, self.batch_size, scaled)
         check_finite(output, f"{self.model} gave", k, t, "t")
-        options = {"generator": generator} if self.random else {}
+        options = {"generator": generator.each if isinstance(generator, Generators) else generator} if self.random else {}
         return Scheduled(state.k + 1, self.scheduler.step(output, t, x, **options).prev_sample), None
 
     def done(self, state):

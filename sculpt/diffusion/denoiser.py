@@ -53,6 +53,9 @@ class Denoiser(Steppable):
     dtype: torch.dtype = torch.float32
     """What the network computes in. States and clock are float32 or wider all the same."""
 
+    model: Any = None
+    """Its network, or the one that says what samples are."""
+
     autoencoder: nn.Module | None = None
     """A diffusers autoencoder where samples are latents."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sculpt.identity import weights
 
-__all__ = ["first_state", "is_a", "known_as"]
+__all__ = ["first_state", "is_a", "known_as", "patch_of"]
 
 
 def is_a(thing: Any, name: str) -> bool:
@@ -34,3 +34,9 @@ def known_as(model: Any, name: str | None, anonymous: str) -> Any:
     if is_a(model, "ModelMixin"):
         config = json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}, sort_keys=True, default=str)
     return type(model).__qualname__, config, weights(model)
+
+
+def patch_of(model: Any) -> int:
+    """How many positions along a side are one token of a transformer."""
+    patch = model.config.get("patch_size") if is_a(model, "ModelMixin") else None
+    return patch if isinstance(patch, int) else 1

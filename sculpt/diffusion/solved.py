@@ -49,6 +49,7 @@ class Remembering:
     def __init__(self, formula: Formula, models: Sequence[Denoiser], batch_size: int):
         self.formula, self.models, self.batch_size = formula, models, batch_size
         first = models[0]
+        self.model = first.model
         self.shape, self.dtype, self.device, self.autoencoder = first.shape, first.dtype, first.device, first.autoencoder
         self.s_min, self.s_max = noise_range(models)
         self.name = formula.write([str(model) for model in models])
@@ -102,5 +103,5 @@ class SolvedChain(SolverChain):
         return super().step(state, log_w, generator)
 
     def notes(self, x, generator):
-        said = [f"steps of {type(self.scheduler).__name__}"]
+        said = [f"steps of {type(self.solver.scheduler).__name__}"]
         return said + [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.composed.models for leaf in model.leaves)

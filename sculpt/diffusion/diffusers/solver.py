@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Chain, Settings
+from sculpt.diffusion.diffusers.stepping import Solver, check_solver
 from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.diffusion.kernels import check_finite
+from sculpt.diffusion.networks import patch_of
 from sculpt.diffusion.together import at_once
 from sculpt.model import randn
 from sculpt.state import State, in_parts
@@ -38,42 +39,28 @@ class SolverChain(Chain):
 
     def __init__(self, model: Denoiser, settings: Settings):
         self.model, self.road, self.device = model, model.road, model.device
-        self.scheduler = _copied(settings.solver, model)
         steps = model.default_steps if settings.steps is None else settings.steps
         if steps < 1:
             raise ValueError(f"Sampling with a solver needs at least 1 step, got {steps}.")
-        self.scheduler.set_timesteps(steps, device=model.device)
-        self.times, self.unet = self.scheduler.timesteps, DenoiserUNet(model, self.scheduler)
-        self.length = len(self.times)
+        check_solver(settings.solver, steps)
+        patch, pixels = patch_of(model.model), model.autoencoder is None and len(model.shape) == 3
+        self.solver = Solver(settings.solver, steps, model.shape, patch=patch, pixels=pixels, device=model.device)
+        self.unet, self.length = DenoiserUNet(model, self.solver.scheduler), len(self.solver)
         self.batch_size = settings.batch_size or at_once(model.shape)
-        self.random = "generator" in inspect.signature(self.scheduler.step).parameters
 
     def start(self, n, generator):
         noise = randn((n, *self.model.shape), generator, torch.empty((), device=self.device))
-        k = torch.zeros(n, dtype=torch.long, device=self.device)
-        return Scheduled(k, noise * getattr(self.scheduler, "init_noise_sigma", 1.0)), None
+        return Scheduled(torch.zeros(n, dtype=torch.long, device=self.device), self.solver.start(noise)), None
 
     def step(self, state, log_w, generator):
-        x, t, k = state.x, self.times[int(state.k[0])], int(state.k[0])
-        scaled = self.scheduler.scale_model_input(x, t) if hasattr(self.scheduler, "scale_model_input") else x
+        k = int(state.k[0])
+        t, scaled = self.solver.times[k], self.solver.scaled(state.x, k)
         output = in_parts(lambda part: self.unet(part, t).sample, self.batch_size, scaled)
         check_finite(output, f"{self.model} gave", k, t, "t")
-        options = {"generator": generator} if self.random else {}
-        return Scheduled(state.k + 1, self.scheduler.step(output, t, x, **options).prev_sample), None
+        return Scheduled(state.k + 1, self.solver.step(output, k, state.x, generator)), None
 
     def done(self, state):
         return state.k == self.length - 1
 
     def end(self, state, log_w, generator):
         return self.step(state, log_w, generator)[0].x, None
-
-
-def _copied(solver, model: Denoiser):
-    """The scheduler for one run: multistep ones carry state. Clipping to [-1, 1] is for pixels and would falsify anything else."""
-    if not hasattr(solver, "set_timesteps"):
-        raise TypeError(f"solver is a diffusers scheduler, e.g. DPMSolverMultistepScheduler(); got {solver!r}.")
-    if hasattr(solver, "step_pred"):
-        raise ValueError(f"{type(solver).__name__} has no plain step(); it can be the training scheduler but not the solver.")
-    pixels = model.autoencoder is None and len(model.shape) == 3
-    off = {} if pixels else {name: False for name in ("clip_sample", "thresholding") if name in solver.config}
-    return type(solver).from_config(solver.config, **off)

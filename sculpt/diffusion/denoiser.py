@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.chain import Chain, Settings
-from sculpt.composition import Composition
 from sculpt.diffusion.chains import DenoisingChain, GuidedChain
 from sculpt.diffusion.clock import Level, level, like, noise_range
+from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
 from sculpt.diffusion.ratios import path_ratios
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.diffusion.diffusers.unet import DenoiserUNet
     from sculpt.formula import Formula, Posterior
-    from sculpt.roads import Guided
 
 __all__ = ["Denoiser", "DiffusionComposition", "GuidedDenoiser"]
 
@@ -54,7 +53,7 @@ class Denoiser(Steppable):
     """What the network computes in. States and clock are float32 or wider all the same."""
 
     model: Any = None
-    """Its network, or the one that says what samples are."""
+    """Its network, where it has one."""
 
     autoencoder: nn.Module | None = None
     """A diffusers autoencoder where samples are latents."""
@@ -76,6 +75,16 @@ class Denoiser(Steppable):
     @abc.abstractmethod
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         """D(z, s) in z's dtype. Gradients flow to z."""
+
+    @property
+    def first(self) -> Denoiser:
+        """The base model that says what samples are: itself, or a composition's anchor."""
+        return self
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that moves with it."""
+        return (self.model,) if isinstance(self.model, nn.Module) else ()
 
     @property
     def together(self) -> Any:
@@ -302,33 +311,18 @@ class GuidedDenoiser(Denoiser, Steered):
         s = level(s, z.device)
         return self.base(z, s) + self.guidance(z, s)[1]
 
-    def as_unet(self, scheduler: Any | None = None) -> DenoiserUNet:
-        """The composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
-        from sculpt.diffusion.diffusers.unet import DenoiserUNet
+    @property
+    def first(self) -> Denoiser:
+        return self.anchor.first
 
-        scheduler = scheduler or self.anchor.scheduler
-        if scheduler is None:
-            raise ValueError(
-                f"The anchor {self.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with."
-            )
-        return DenoiserUNet(self, scheduler)
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        classifier = (self.classifier,) if isinstance(self.classifier, nn.Module) else ()
+        return *(network for model in self.operands for leaf in model.leaves for network in leaf.networks), *classifier
 
-
-class DiffusionComposition(Composition):
-    """A composition of diffusion models."""
-
-    def as_unet(self, road: Guided | Guide, scheduler: Any | None = None) -> DenoiserUNet:
-        """The guided composition as a diffusers UNet, for a scheduler's own loop or a pipeline.
-
-        Gradients flow through it. Run a loop of your own under ``torch.no_grad()``, as pipelines do.
-
-        Args:
-            road: a classifier, or ``Guided(classifier, ...)``.
-            scheduler: the one that the loop steps with; by default the anchor's own.
-        """
-        guided = self.guided(road)
-        assert isinstance(guided, GuidedDenoiser)
-        return guided.as_unet(scheduler)
+    def as_unet(self, scheduler: Any | None = None, network: nn.Module | None = None) -> DenoiserUNet:
+        """The composition in the place of a diffusers network, see :meth:`DiffusionComposition.as_unet`."""
+        return in_place(self, scheduler, network)
 
 
 def _latents(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:

@@ -10,12 +10,17 @@ from torch import Tensor, nn
 
 from sculpt.identity import weights
 
-__all__ = ["first_state", "is_a", "known_as", "patch_of"]
+__all__ = ["first_state", "is_a", "known_as", "patch_of", "unwrapped"]
 
 
 def is_a(thing: Any, name: str) -> bool:
     """``isinstance`` by the name of the class, so that models without diffusers do not load it."""
     return any(parent.__name__ == name for parent in type(thing).__mro__)
+
+
+def unwrapped(model: Any) -> Any:
+    """The network itself, where it was compiled."""
+    return getattr(model, "_orig_mod", model)
 
 
 def first_state(model: Any) -> Tensor | None:

@@ -43,7 +43,7 @@ class SolverChain(Chain):
         if steps < 1:
             raise ValueError(f"Sampling with a solver needs at least 1 step, got {steps}.")
         check_solver(settings.solver, steps)
-        patch, pixels = patch_of(model.model), model.autoencoder is None and len(model.shape) == 3
+        patch, pixels = patch_of(model.first.model), model.autoencoder is None and len(model.shape) == 3
         self.solver = Solver(settings.solver, steps, model.shape, patch=patch, pixels=pixels, device=model.device)
         self.unet, self.length = DenoiserUNet(model, self.solver.scheduler), len(self.solver)
         self.batch_size = settings.batch_size or at_once(model.shape)

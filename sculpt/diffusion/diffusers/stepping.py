@@ -114,7 +114,8 @@ _TRIED: dict[tuple[Any, ...], str] = {}
 class _Gaussian:
     """The exact denoiser of a Gaussian in four dimensions."""
 
-    model, shape, s_min, s_max, device, dtype = None, (4,), 0.002, math.inf, torch.device("cpu"), torch.float32
+    model, networks, shape, s_min, s_max, device, dtype = None, (), (4,), 0.002, math.inf, torch.device("cpu"), torch.float32
+    first = property(lambda self: self)
 
     def denoise(self, z: Float[Tensor, "b 4"], s: Float[Tensor, ""]) -> Float[Tensor, "b 4"]:
         v = s**2

@@ -152,7 +152,7 @@ class Diffusion(Denoiser):
             ]
             return torch.cat(parts)
         t = (t if dtype.is_floating_point else t.round()).to(dtype)
-        x = x if first_state(self.model) is None else x.to(self.dtype)
+        x = x.to(self.dtype)
         condition = tree_map(lambda c: expand(c, x), condition)
         t = t.expand(len(x)) if batched else t
         out = self.model(x, timestep=t, **condition) if self._from_diffusers else self.model(x, t, **condition)

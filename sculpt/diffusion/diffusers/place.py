@@ -46,7 +46,8 @@ class Place:
     def read(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[Tensor | list[Tensor], Tensor]:
         """x as it came, and the scheduler's time, 0-dim or one for each sample."""
         inputs = _named(self.signature, args, options)
-        found = [next((inputs[name] for name in names if name in inputs), None) for names in (self.x, self.t)]
+        found = [next((inputs[name] for name in names if inputs.get(name) is not None), None) for names in (self.x, self.t)]
+        found = list(args[:2]) if found[1] is None and len(args) > 1 else found  # (x, t) of a loop written by hand
         if any(value is None for value in found):
             wanted = " and ".join(" or ".join(names) for names in (self.x, self.t))
             raise TypeError(f"A composition as a network is called with {wanted}, got {', '.join(inputs) or 'nothing'}.")

@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Chain, Settings
+from sculpt.diffusion.diffusers.prediction import Prediction
 from sculpt.diffusion.diffusers.stepping import Solver, check_solver
-from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.diffusion.kernels import check_finite
 from sculpt.diffusion.networks import patch_of
 from sculpt.diffusion.together import at_once
@@ -45,7 +45,7 @@ class SolverChain(Chain):
         check_solver(settings.solver, steps)
         patch, pixels = patch_of(model.first.model), model.autoencoder is None and len(model.shape) == 3
         self.solver = Solver(settings.solver, steps, model.shape, patch=patch, pixels=pixels, device=model.device)
-        self.unet, self.length = DenoiserUNet(model, self.solver.scheduler), len(self.solver)
+        self.predict, self.length = Prediction(model, self.solver.scheduler), len(self.solver)
         self.batch_size = settings.batch_size or at_once(model.shape)
 
     def start(self, n, generator):
@@ -55,7 +55,7 @@ class SolverChain(Chain):
     def step(self, state, log_w, generator):
         k = int(state.k[0])
         t, scaled = self.solver.times[k], self.solver.scaled(state.x, k)
-        output = in_parts(lambda part: self.unet(part, t).sample, self.batch_size, scaled)
+        output = in_parts(lambda part: self.predict(part, t), self.batch_size, scaled)
         check_finite(output, f"{self.model} gave", k, t, "t")
         return Scheduled(state.k + 1, self.solver.step(output, k, state.x, generator)), None
 

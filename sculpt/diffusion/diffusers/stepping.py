@@ -5,9 +5,10 @@ Notation: :math:`x_t` a sample in the scheduler's coordinates, k the step.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sculpt.diffusion.clock import like
+from sculpt.diffusion.diffusers.prediction import Prediction
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.diffusers.unet import DenoiserUNet
 from sculpt.diffusion.networks import is_a
 from sculpt.identity import digest
 
@@ -48,7 +49,10 @@ class Solver:
         pixels: bool = False,
         device: torch.device | str = "cpu",
     ):
-        self.scheduler = type(scheduler).from_config(scheduler.config, **({} if pixels else _unclipped(scheduler.config)))
+        # Not from_config: what a pipeline has changed in its scheduler's configuration would fall back to the default there.
+        self.scheduler = copy.deepcopy(scheduler)
+        if not pixels:
+            self.scheduler.register_to_config(**{name: False for name in PIXELS_ONLY if name in scheduler.config})
         options = _shifted(self.scheduler, steps, shape, patch) if scheduler.config.get("use_dynamic_shifting") else {}
         self.scheduler.set_timesteps(steps, device=device, **options)
         self.times = self.scheduler.timesteps
@@ -83,10 +87,6 @@ class Solver:
         return x
 
 
-def _unclipped(config: Mapping[str, Any]) -> dict[str, bool]:
-    return {name: False for name in PIXELS_ONLY if name in config}
-
-
 def _shifted(scheduler: Any, steps: int, shape: Sequence[int], patch: int) -> dict[str, Any]:
     """The mu of dynamic shifting, linear in the tokens of a sample, and the levels that pipelines shift by it."""
     config = scheduler.config
@@ -114,8 +114,7 @@ _TRIED: dict[tuple[Any, ...], str] = {}
 class _Gaussian:
     """The exact denoiser of a Gaussian in four dimensions."""
 
-    model, networks, shape, s_min, s_max, device, dtype = None, (), (4,), 0.002, math.inf, torch.device("cpu"), torch.float32
-    first = property(lambda self: self)
+    shape, s_min, s_max = (4,), 0.002, math.inf
 
     def denoise(self, z: Float[Tensor, "b 4"], s: Float[Tensor, ""]) -> Float[Tensor, "b 4"]:
         v = s**2
@@ -146,10 +145,10 @@ def _wrong(scheduler: Any, steps: int) -> str:
         schedule_of(scheduler)
     except ValueError as error:
         return f"cannot be a solver: {str(error).split('. ')[0]}."
-    unet = DenoiserUNet(_Gaussian(), scheduler)
+    predict = Prediction(_Gaussian(), scheduler)
     for count in dict.fromkeys((steps, STEPS)):
         try:
-            x = _sampled(scheduler, count, unet)
+            x = _sampled(scheduler, count, predict)
         except Exception as error:
             return f"fails in diffusers itself, with {count} steps: {type(error).__name__}: {error!s:.200}."
         if not x.isfinite().all():
@@ -163,10 +162,10 @@ def _wrong(scheduler: Any, steps: int) -> str:
     return ""
 
 
-def _sampled(scheduler: Any, steps: int, unet: DenoiserUNet) -> Float[Tensor, "n 4"]:
+def _sampled(scheduler: Any, steps: int, predict: Prediction) -> Float[Tensor, "n 4"]:
     generator = torch.Generator().manual_seed(0)
     solver = Solver(scheduler, steps, _Gaussian.shape)
     x = solver.start(torch.randn(SAMPLES, 4, generator=generator))
     for k in range(len(solver)):
-        x = solver.step(unet(solver.scaled(x, k), solver.times[k]).sample, k, x, generator)
+        x = solver.step(predict(solver.scaled(x, k), solver.times[k]), k, x, generator)
     return x

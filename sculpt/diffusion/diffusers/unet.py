@@ -13,15 +13,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.place import Place, place_of
-from sculpt.diffusion.diffusers.schedules import schedule_of
+from sculpt.diffusion.diffusers.prediction import Prediction
 from sculpt.diffusion.networks import is_a, unwrapped
 
 __all__ = ["DenoiserUNet"]
-
-S_MAX = 1e5
-"""Stands for the infinite noise level of pure noise: the sample's share is then under float32's resolution of the input."""
 
 
 class DenoiserUNet(ModelMixin, ConfigMixin):
@@ -42,14 +38,8 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
 
     def __init__(self, denoiser: Any, scheduler: Any, network: nn.Module | None = None):
         super().__init__()
-        if scheduler.config.get("variance_type") in ("learned", "learned_range"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with variance_type={scheduler.config.variance_type!r} steps with a variance "
-                "that a denoiser does not give. Use from_config(scheduler.config, variance_type='fixed_small')."
-            )
         network = denoiser.first.model if network is None else network
-        self.fresh = self.denoiser = denoiser
-        self.scheduler, self.schedule = scheduler, schedule_of(scheduler)
+        self.fresh, self.scheduler, self.predict = denoiser, scheduler, Prediction(denoiser, scheduler)
         self.place = place_of(denoiser.first, network) if isinstance(network, nn.Module) else Place()
         # Where a pipeline moves its network, it moves these.
         self.networks = nn.ModuleList(
@@ -67,6 +57,11 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
             return getattr(unwrapped(networks[0]), name)
 
     @property
+    def denoiser(self) -> Any:
+        """What answers, with what it remembers of this run."""
+        return self.predict.denoiser
+
+    @property
     def device(self) -> torch.device:
         return self.denoiser.device
 
@@ -76,7 +71,8 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
 
     def restart(self) -> None:
         """Begin a new run: forget the path."""
-        self.denoiser, self.level, self.times = copy.copy(self.fresh), float("inf"), getattr(self.scheduler, "timesteps", None)
+        self.predict.denoiser = copy.copy(self.fresh)
+        self.level, self.times = float("inf"), getattr(self.scheduler, "timesteps", None)
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
@@ -94,18 +90,12 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
     def _answer(self, sample: Float[Tensor, "n *x"], t: Tensor) -> Float[Tensor, "n *x"]:
-        """F in the scheduler's convention. Asked twice for the same, as by guidance in two calls, it answers from memory."""
+        """What the scheduler wants of the network. Asked twice for the same, as by guidance in two calls, it answers from memory."""
         t = t.flatten()[0] if t.ndim and (t == t.flatten()[0]).all() else t
         if self.asked is not None and _same(self.asked[:2], (t, sample)):
             return self.asked[2]
-        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        s = self.schedule.sigma(t).clamp(max=S_MAX)
-        self._begun(float(s.max()), len(x))
-        z = x / like(self.schedule.scale(s), x)
-        # Outside the denoiser's range its nearest level stands in; above it the excess noise is scaled away.
-        known = s.clamp(self.denoiser.s_min, self.denoiser.s_max)
-        D = self.denoiser.denoise(like((known / s).clamp(max=1), z) * z, known)
-        F = self.schedule.output(z, s, D).to(sample.dtype)
+        self._begun(float(self.predict.level(t).max()), len(sample))
+        F = self.predict(sample, t)
         self.asked = None if F.requires_grad else (t, sample.clone(), F)
         return F
 

@@ -40,16 +40,24 @@ class DiffusionComposition(Composition):
         """
         return in_place(self._at_once(road), scheduler, network)
 
-    def as_guider(self, road: Guided | Guide | Tracked | None = None, scheduler: Any | None = None) -> CompositionGuider:
+    def as_guider(
+        self,
+        road: Guided | Guide | Tracked | None = None,
+        scheduler: Any | None = None,
+        network: nn.Module | None = None,
+    ) -> CompositionGuider:
         """The composition as a guider of diffusers' modular pipelines: ``pipe.update_components(guider=(p & q).as_guider())``.
 
+        Base models may be any number of prompts of the pipeline's network, or of other networks.
+
         Args:
-            road: as for :meth:`as_unet`.
+            road: as for :meth:`as_unet`, and the others as well.
             scheduler: the pipeline's; by default the first base model's own.
+            network: the pipeline's; by default the first base model's.
         """
         from sculpt.diffusion.diffusers.guider import CompositionGuider
 
-        return CompositionGuider(self.as_unet(road, scheduler))
+        return CompositionGuider(self.as_unet(road, scheduler, network))
 
     def _at_once(self, road: Guided | Guide | Tracked | None) -> Any:
         """What the composition makes of samples at one noise level, and of nothing else but those before."""

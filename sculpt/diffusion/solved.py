@@ -88,6 +88,7 @@ class Remembering:
         # Particles that go alone have no weights between each other.
         w = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
         c, _ = analytic_variance(exact, D, a, w, v)
+        c = c.clamp(min=0).clamp(max=v)  # an estimate outside its bounds is put back
         self.before, self.k = (exact, v, ell, S, self.d * (c / v - 1) / v), self.k + 1
         return (exact + einsum(a, D - exact[:, None], "N m, N m ... -> N ...")).to(z.dtype)
 

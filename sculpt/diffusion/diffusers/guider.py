@@ -42,7 +42,7 @@ class CompositionGuider(BaseGuidance):
         HookRegistry.check_if_exists_or_initialize(denoiser).register_hook(_StandIn(self.unet), NAME)
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(NAME, recurse=False)
+        _removed(denoiser)
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         return [self._prepare_batch(data, 0, "pred")]
@@ -78,5 +78,12 @@ class _StandIn(ModelHook):
         self.asking = True
         try:
             return self.unet(*args, **options)
+        except BaseException:
+            _removed(module)  # pipelines do not clean up after a failure
+            raise
         finally:
             self.asking = False
+
+
+def _removed(module: nn.Module) -> None:
+    HookRegistry.check_if_exists_or_initialize(module).remove_hook(NAME, recurse=False)

@@ -163,10 +163,10 @@ def _answer_of(
     answers: list[Tensor] = []
 
     def answer(module, args, output):
-        for part in _tensors(output):
+        for part in _parts(output):
             noise = torch.randn(part.shape[1:], generator=torch.Generator().manual_seed(1)).to(part)
             part.copy_(noise.expand_as(part))  # the same for every condition, so that no guidance shows
-            answers.append(part[:1].double())
+            answers.append(noise.double())
 
     handle = network.register_forward_hook(answer)
     try:
@@ -177,8 +177,8 @@ def _answer_of(
     return answers[0].flatten()[: z.numel()].reshape(z.shape).to(z), D
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The answers in what a network returns."""
+def _parts(output: Any) -> Iterator[Tensor]:
+    """The answers in what a network returns, a batch or a list of samples."""
     first = output[0] if isinstance(output, tuple) else output
     first = first if isinstance(first, Tensor | list) else first.sample
-    yield from first if isinstance(first, list) else [first]
+    yield from (part[None] for part in first) if isinstance(first, list) else [first]

@@ -47,9 +47,15 @@ def _remembered(module: nn.Module, what: Any, state: Mapping[str, Tensor], compu
     return known[what][1]
 
 
-def weights(module: nn.Module, prefixes: tuple[str, ...] = ("",), dtype: torch.dtype | None = None) -> str:
-    """The hash of a module's state under these prefixes, whatever its class."""
-    state = {k: t for k, t in module.state_dict().items() if isinstance(t, Tensor) and k.startswith(prefixes)}
+def weights(
+    module: nn.Module,
+    prefixes: tuple[str, ...] = ("",),
+    dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> str:
+    """The hash of a module's state under these prefixes, whatever its class; of this ``state``, where the module's is elsewhere."""
+    state = module.state_dict() if state is None else state
+    state = {k: t for k, t in state.items() if isinstance(t, Tensor) and k.startswith(prefixes)}
 
     def compute() -> str:
         return digest({k: t.to(dtype) if dtype and t.is_floating_point() else t for k, t in state.items()})

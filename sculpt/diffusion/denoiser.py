@@ -20,6 +20,7 @@ from sculpt.diffusion.clock import Level, level, like, noise_range
 from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
+from sculpt.diffusion.networks import device_of, dtype_of, state_of, unwrapped
 from sculpt.diffusion.ratios import path_ratios
 from sculpt.diffusion.referee import Referee
 from sculpt.diffusion.states import DiffusionStore
@@ -209,12 +210,12 @@ class Denoiser(Steppable):
         """Images in [0, 1] from latents and from pixels (one or three channels); anything else as it is."""
         if self.autoencoder is None:
             return x if self.decoder is None else self.decoder(x)
-        config, weight = self.autoencoder.config, next(self.autoencoder.parameters())
+        config = self.autoencoder.config
         mean, std = (
             x.new_tensor(config.get(entry) or [otherwise])[:, None, None]
             for entry, otherwise in (("latents_mean", config.get("shift_factor") or 0.0), ("latents_std", 1.0))
         )
-        x = (x * std / config.get("scaling_factor", 1.0) + mean).to(weight.device, weight.dtype)
+        x = (x * std / config.get("scaling_factor", 1.0) + mean).to(device_of(self.autoencoder), dtype_of(self.autoencoder))
         images = [self.autoencoder.decode(part).sample for part in x.split(batch_size)]
         return pixels(torch.cat(images).float())
 
@@ -329,6 +330,8 @@ def _latents(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:
     """What defines a latent space: the encoder and the scaling. Decoders may differ, and half precision is the same encoder."""
     if autoencoder is None:
         return None
+    autoencoder = unwrapped(autoencoder)
+    known = weights(autoencoder, ("encoder", "quant_conv"), torch.float16, state_of(autoencoder))
     entries = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     scaling = tuple((k, autoencoder.config.get(k)) for k in entries if autoencoder.config.get(k) is not None)
-    return type(autoencoder).__name__, *scaling, weights(autoencoder, ("encoder", "quant_conv"), torch.float16)[:8]
+    return type(autoencoder).__name__, *scaling, known[:8]

@@ -20,7 +20,7 @@ from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.diffusers.conditions import class_condition, entries, expand, leaves, prompt_encoder, tree_map
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.networks import first_state, is_a, known_as
+from sculpt.diffusion.networks import device_of, dtype_of, is_a, known_as, unwrapped
 from sculpt.identity import digest
 
 __all__ = ["Diffusion"]
@@ -66,13 +66,13 @@ class Diffusion(Denoiser):
         self.model, self.scheduler, self.schedule = model, scheduler, schedule_of(scheduler)
         self.s_min, self.s_max = self.schedule.s_min, self.schedule.s_max
         self.autoencoder = autoencoder
-        self.name = name or getattr(model, "__name__", type(model).__name__)
+        self.name = name or getattr(model, "__name__", type(unwrapped(model)).__name__)
         self.condition, self.null_condition, self.guidance_scale = condition or {}, null_condition, float(guidance_scale)
         self._check_condition()
-        self.shape = tuple(shape) if shape is not None else _config_shape(model)
+        self.shape = tuple(shape) if shape is not None else _config_shape(unwrapped(model))
         self._given_name, self._anonymous, self._encode = name, uuid.uuid4().hex, None
         self._device = torch.device(device or "cpu")
-        self._from_diffusers = is_a(model, "ModelMixin")
+        self._from_diffusers = is_a(unwrapped(model), "ModelMixin")
         if isinstance(model, nn.Module):
             model.eval()
         self._splits = scheduler.config.get("variance_type") in ("learned", "learned_range")
@@ -83,14 +83,12 @@ class Diffusion(Denoiser):
     @property
     def device(self) -> torch.device:
         """The network's."""
-        state = first_state(self.model)
-        return self._device if state is None else state.device
+        return device_of(self.model) or self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in, read off its weights."""
-        state = first_state(self.model)
-        return torch.float32 if state is None else state.dtype
+        """What the network computes in, as its library says; float32 for a model without weights."""
+        return dtype_of(self.model)
 
     @property
     def extrapolated(self) -> bool:
@@ -266,7 +264,7 @@ class Diffusion(Denoiser):
                 )
             new.condition, new.null_condition = self._encode(prompt or "", negative_prompt)
         if class_label is not None:
-            new.condition, new.null_condition = class_condition(self.model, class_label)
+            new.condition, new.null_condition = class_condition(unwrapped(self.model), class_label)
             new.name = name or f"class {class_label}"
         new.condition = condition or new.condition
         new.null_condition = null_condition or new.null_condition

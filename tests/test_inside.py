@@ -245,5 +245,90 @@ def test_images_inside_a_pipeline_are_those_of_sample(name, formula):
 def test_any_scheduler_of_the_pipeline_will_do(scheduler):
     kind = SD(scheduler())
     composition = kind.model(1) - kind.model(2)
-    x = kind.run(composition.as_unet(), randn(2, 4, 8, 8) * 1.0)
+    x = kind.run(composition.as_unet(), randn(2, 4, 8, 8))
     torch.testing.assert_close(x, sampled(kind, composition).x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loop_written_by_hand_is_a_pipeline_too():
+    kind = SD3()
+    composition, scheduler = kind.model(1) & kind.model(2), kind.pipe.scheduler
+    unet, x = composition.as_unet(), randn(2, *kind.shape)
+    scheduler.set_timesteps(STEPS)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(x, sampled(kind, composition).x, rtol=1e-5, atol=1e-5)
+
+
+def test_guidance_of_the_pipeline_costs_no_calls_and_prompts_of_one_network_are_one():
+    calls = []
+    for kind in (SD(), Flux()):
+        calls.clear()
+        network = (kind.model(1) & kind.model(2)).as_unet(network=kind.network)
+        kind.network.register_forward_hook(lambda *_: calls.append(1))
+        kind.run(network, randn(1, *kind.shape), 5.0)
+        assert len(calls) == STEPS * (1 if isinstance(kind, SD) else 2)  # of functions nobody knows that they share a network
+
+
+def test_a_run_that_was_left_is_forgotten():
+    kind = SD3()
+    composition = kind.model(1) - kind.model(2)
+    unet, noise = composition.as_unet(), randn(2, *kind.shape)
+    expected = kind.run(unet, noise)
+
+    def leave(pipe, i, t, values):
+        if i == 2:
+            raise KeyboardInterrupt
+        return values
+
+    for n in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            kind.run(unet, randn(n, *kind.shape, seed=n), callback_on_step_end=leave)
+        torch.testing.assert_close(kind.run(unet, noise), expected, rtol=0, atol=0)
+
+
+def test_pipelines_find_in_it_what_they_look_for_in_their_network():
+    kind = SDXL()
+    unet = (kind.model(1) & kind.model(2)).as_unet()
+    assert unet.config.addition_time_embed_dim == 4 and unet.add_embedding is kind.network.add_embedding
+    assert unet.dtype == torch.float32 and unet.device == torch.device("cpu")
+    assert (unet.config.in_channels, unet.config.sample_size) == (4, 8)
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = unet.nothing_of_the_kind
+    kind = DiT()  # the variance among its answers is gone
+    assert (kind.network.config.out_channels, (kind.model(1) & kind.model(2)).as_unet().config.out_channels) == (8, 4)
+    # A pipeline moves what it is made of.
+    assert (kind.model(1) & kind.model(2)).as_unet().to(torch.bfloat16).dtype == kind.network.dtype == torch.bfloat16
+
+
+def test_a_composition_that_does_not_fit_its_place_says_so():
+    kind = SD3()
+    composition = kind.model(1) & kind.model(2)
+    with pytest.raises(ValueError, match=r"makes samples of shape \(4, 8, 8\), the pipeline wants \(4, 16, 16\)"):
+        kind.run(composition.as_unet(), randn(1, 4, 16, 16), height=32, width=32)
+    with pytest.raises(TypeError, match="is called with hidden_states or sample and timestep, got nothing"):
+        composition.as_unet()()
+    with pytest.raises(ValueError, match="prompt 1 does not call the UNet2DConditionModel"):
+        composition.as_unet(network=SD().network)
+    with pytest.raises(ValueError, match="goes alone|go alone"):
+        composition.as_unet(Tracked(particles=16))
+    gaussian = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / 2, (2,), name="gaussian")
+    other = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1), (2,), name="other")
+    with pytest.raises(ValueError, match="gaussian has no diffusers scheduler of its own: pass scheduler="):
+        (gaussian & other).as_unet()
+
+
+def test_a_network_whose_answers_are_taken_for_something_else_is_found_out():
+    kind = SD3()
+
+    def twice(x, t):
+        return (
+            2
+            * kind.network(
+                x, timestep=t.expand(len(x)), **{k: v.expand(len(x), *v.shape[1:]) for k, v in kind.condition(1).items()}
+            ).sample
+        )
+
+    p, q = (Diffusion(twice, kind.pipe.scheduler, kind.shape, name=name) for name in "pq")
+    with pytest.raises(ValueError, match="p does not take the answers of its SD3Transformer2DModel for the flow_prediction"):
+        (p & q).as_unet(network=kind.network)

@@ -161,3 +161,25 @@ def test_a_population_goes_through_the_network_in_parts():
     kind.network.proj_out.register_forward_hook(lambda _, args, output: sizes.append(len(output)))
     torch.testing.assert_close(run(p, q, n=5, batch_size=4), expected, rtol=1e-5, atol=1e-5)
     assert max(sizes) == 4 and sum(sizes) == 5 * 2 * STEPS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading from a GPU to the CPU takes a GPU")
+@pytest.mark.parametrize("way", ["sequential", "model", "group", "compiled", "eight bits"])
+def test_on_a_gpu_states_live_there_while_weights_rest_elsewhere(way):
+    kind = SD3()
+    expected, network = run(*models(kind, kind.network)), SD3().network
+    if way == "sequential":
+        accelerate.cpu_offload(network, execution_device="cuda", offload_buffers=True)
+    elif way == "model":
+        accelerate.cpu_offload_with_hook(network, execution_device="cuda")
+    elif way == "group":
+        network.enable_group_offload(torch.device("cuda"), offload_type="leaf_level", use_stream=True)
+    elif way == "compiled":
+        network = torch.compile(network.to("cuda"))
+    else:
+        network.to("cuda").enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    p, q = models(kind, network)
+    assert p.device.type == "cuda" and p.dtype == torch.float32
+    assert way == "eight bits" or p.key == models(kind, kind.network)[0].key
+    x = run(p, q)
+    assert x.device.type == "cuda" and off(x.cpu(), expected) < (0.5 if way == "eight bits" else 1e-3)

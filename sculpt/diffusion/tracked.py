@@ -130,12 +130,11 @@ class TrackedChain(NoisyChain):
         return_ = step + walk.back * einsum(a_next, S_next, "N m, N m ... -> N ...")
         kernels = self._normal(return_[:, None], walk.beta) - self._normal((walk.tau.sqrt() * xi)[:, None], walk.tau)
         increment = self.targets[k + 1].value(new.ell) - self.targets[k].value(ell) + kernels[:, 0]
-        r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
-        H = self.targets[k + 1].hessian(new.ell)
-        new.slip = (
-            state.slip
-            + (einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")) / 2
-        )
+        if not self.alone:
+            r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
+            H = self.targets[k + 1].hessian(new.ell)
+            surprised = einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")
+            new.slip = state.slip + surprised / 2
         return new, torch.where(bad, math.nan, increment)
 
     def end(self, state, log_w, generator):

@@ -49,7 +49,7 @@ class Place:
         found = [next((inputs[name] for name in names if inputs.get(name) is not None), None) for names in (self.x, self.t)]
         found = list(args[:2]) if found[1] is None and len(args) > 1 else found  # (x, t) of a loop written by hand
         if any(value is None for value in found):
-            wanted = " and ".join(" or ".join(names) for names in (self.x, self.t))
+            wanted = " and ".join(" or ".join(dict.fromkeys(names)) for names in (self.x, self.t))
             raise TypeError(f"A composition as a network is called with {wanted}, got {', '.join(inputs) or 'nothing'}.")
         x, tau = found
         tau = torch.as_tensor(tau, device=(x[0] if isinstance(x, list) else x).device).double()

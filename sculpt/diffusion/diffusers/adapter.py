@@ -197,7 +197,7 @@ class Diffusion(Denoiser):
     def _try(self, state: dict[str, Tensor], place: torch.device) -> None:
         state = {name: value.to(place) for name, value in state.items()}
         twin, x = copy.copy(self), torch.zeros(2, *self.shape, dtype=self.dtype, device=place)
-        twin.model = lambda x, **options: torch.func.functional_call(self.model, state, (x,), options)
+        twin.model = _Holding(self.model, state)
         try:
             with torch.no_grad():
                 twin._call(x, torch.ones(2, device=place), self.condition)
@@ -303,6 +303,17 @@ class Diffusion(Denoiser):
         return model.with_condition(
             prompt, negative_prompt=negative_prompt, class_label=class_label, guidance_scale=guidance_scale, name=name
         )
+
+
+class _Holding(nn.Module):
+    """A network with other numbers in it, and of its own type."""
+
+    def __init__(self, network: nn.Module, state: dict[str, Tensor]):
+        super().__init__()
+        self.network, self.state = network, state
+
+    def forward(self, x: Tensor, **options: Any) -> Any:
+        return torch.func.functional_call(self.network, self.state, (x,), options)
 
 
 def _config_shape(model: Any) -> tuple[int, ...]:

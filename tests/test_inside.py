@@ -295,8 +295,8 @@ def test_pipelines_find_in_it_what_they_look_for_in_their_network():
     assert (unet.config.in_channels, unet.config.sample_size) == (4, 8)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = unet.nothing_of_the_kind
-    kind = DiT()  # the variance among its answers is gone
-    assert (kind.network.config.out_channels, (kind.model(1) & kind.model(2)).as_unet().config.out_channels) == (8, 4)
+    unet = (DiT().model(1) & DiT().model(2)).as_unet()  # whose pipeline takes half of the answer for a variance
+    assert unet.config.out_channels == 8 and unet(randn(2, 4, 8, 8), torch.tensor(500)).sample.shape == (2, 8, 8, 8)
     # A pipeline moves what it is made of.
     assert (kind.model(1) & kind.model(2)).as_unet().to(torch.bfloat16).dtype == kind.network.dtype == torch.bfloat16
 
@@ -332,3 +332,22 @@ def test_a_network_whose_answers_are_taken_for_something_else_is_found_out():
     p, q = (Diffusion(twice, kind.pipe.scheduler, kind.shape, name=name) for name in "pq")
     with pytest.raises(ValueError, match="p does not take the answers of its SD3Transformer2DModel for the flow_prediction"):
         (p & q).as_unet(network=kind.network)
+
+
+def test_channels_behind_the_sample_are_not_the_compositions():
+    network, scheduler = unet(in_channels=9), DDIMScheduler(clip_sample=False)
+    behind, x = randn(1, 5, 8, 8), randn(2, 4, 8, 8)
+
+    def call(seed):
+        return lambda x, t: (
+            network(
+                torch.cat([x, behind.expand(len(x), -1, -1, -1)], 1),
+                t.expand(len(x)),
+                randn(1, 5, 8, seed=seed).expand(len(x), -1, -1),
+            ).sample
+        )
+
+    p, q = (Diffusion(call(seed), scheduler, (4, 8, 8), name=f"prompt {seed}") for seed in (1, 2))
+    inside, plain = (p & q).as_unet(network=network), (p & q).as_unet()
+    F = inside(torch.cat([x, randn(2, 5, 8, 8, seed=3)], 1), torch.tensor(500), encoder_hidden_states=None).sample
+    torch.testing.assert_close(F, plain(x, torch.tensor(500)).sample)

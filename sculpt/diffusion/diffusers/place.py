@@ -11,6 +11,7 @@ with t the time of the base model's training scheduler, and F what that expects.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "place_of"]
 
+LOOKS = 12
+"""Noise levels at which a model's calls are looked at."""
 NEAR = 0.02
 """How far what was learned may be off, as a share: half precision rounds to a hundredth."""
 
@@ -42,6 +45,8 @@ class Place:
     alpha: float = 1.0
     beta: float = 0.0
     sign: int = 1
+    answers: int = 1
+    """how many times as long as x its answer is: two where it has a learned variance"""
 
     def read(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[Tensor | list[Tensor], Tensor]:
         """x as it came, and the scheduler's time, 0-dim or one for each sample."""
@@ -57,32 +62,37 @@ class Place:
 
 
 def place_of(model: Diffusion, network: nn.Module) -> Place:
-    """Where this model puts x and t, and what it takes its network's answers for: from four calls, of which the network answers one."""
+    """Where this model puts x and t, and what it takes its network's answers for: from calls of which the network answers one."""
     schedule, signature = model.schedule, inspect.signature(unwrapped(network).forward)
-    low, high = max(model.s_min, 0.1), min(model.s_max, 10.0)
-    levels = [level(s, model.device) for s in (low, (low * high) ** 0.5, high)]
     z = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
-    calls, times = [], []
-    for s in levels:
-        x, seen = like(schedule.scale(s), z) * z, _inputs_of(model, network, z, s)
-        calls.append(_named(signature, *seen))
-        times.append(float(schedule.time(s)))
-        holding = [name for name, value in calls[-1].items() if _holds(value, x)]
-        if not holding:
-            raise ValueError(
-                f"{model} calls its {type(network).__name__} without the sample among its inputs {', '.join(calls[-1])}. Pass network=, the one "
-                "that takes its x."
-            )
-    name, alpha, beta = _time(calls, times, model)
-    F, D = _answer_of(model, network, z, levels[1])
-    off = {sign: float((schedule.denoised(z, levels[1], sign * F) - D).norm() / (D - z).norm()) for sign in (1, -1)}
+    calls, levels = [], []
+    for s in torch.logspace(math.log10(max(model.s_min, 0.1)), math.log10(min(model.s_max, 80.0)), LOOKS).tolist():
+        called, seen = _inputs_of(model, network, z, level(s, model.device))
+        if called is network:  # and not another expert, whose noise levels these are
+            calls.append(_named(signature, *seen))
+            levels.append(level(s, model.device))
+    if len(calls) < 3:
+        raise ValueError(
+            f"{model} does not call the {type(network).__name__} that it is to take the place of. Pass network=, the one it calls."
+        )
+    x = like(schedule.scale(levels[0]), z) * z
+    holding = [name for name, value in calls[0].items() if _holds(value, x)]
+    if not holding:
+        raise ValueError(
+            f"{model} calls its {type(network).__name__} without the sample among its inputs {', '.join(calls[0])}. Pass network=, the one "
+            "that takes its x."
+        )
+    name, alpha, beta = _time(calls, [float(schedule.time(s)) for s in levels], model)
+    s = levels[len(levels) // 2]
+    F, D, answers = _answer_of(model, network, z, s)
+    off = {sign: float((schedule.denoised(z, s, sign * F) - D).norm() / (D - z).norm()) for sign in (1, -1)}
     sign = min(off, key=lambda sign: off[sign])
     if off[sign] > NEAR:
         raise ValueError(
             f"{model} does not take the answers of its {type(network).__name__} for the {schedule.prediction_type} of its scheduler: what it "
             f"makes of them is {off[sign]:.0%} off. Wrap the network so that it is, or pass network=."
         )
-    return Place(signature, (holding[0], *Place.x), (name, *Place.t), alpha, beta, sign)
+    return Place(signature, (holding[0], *Place.x), (name, *Place.t), alpha, beta, sign, answers)
 
 
 def _time(calls: Sequence[Mapping[str, Any]], times: Sequence[float], model: Diffusion) -> tuple[str, float, float]:
@@ -92,8 +102,10 @@ def _time(calls: Sequence[Mapping[str, Any]], times: Sequence[float], model: Dif
             continue
         alpha = (values[-1] - values[0]) / (times[-1] - times[0])
         beta = values[0] - alpha * times[0]
-        if abs(alpha * times[1] + beta - values[1]) < NEAR * abs(values[-1] - values[0]):
-            return name, float(f"{alpha:.2g}"), round(beta, 2)
+        if all(
+            abs(alpha * t + beta - value) < NEAR * abs(values[-1] - values[0]) for t, value in zip(times, values, strict=True)
+        ):
+            return name, float(f"{alpha:.2g}"), round(beta, 2) + 0.0
     raise ValueError(
         f"No input of {model}'s network grows with the time of its scheduler. Pass the one that it was trained with."
     )
@@ -115,10 +127,14 @@ def _named(signature: inspect.Signature | None, args: Sequence[Any], options: Ma
 
 
 def _holds(value: Any, x: Float[Tensor, "1 *x"]) -> bool:
-    """Whether this is x: as a tensor, as the list of its samples, in another shape, or repeated."""
+    """Whether this is x: as a tensor, as the list of its samples, in another shape, repeated, or with further channels behind it."""
     if isinstance(value, list) and value and all(isinstance(part, Tensor) for part in value):
         value = value[0]
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() % x.numel():
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    if value.ndim == x.ndim and value.shape[1] > x.shape[1]:
+        value = value[:, : x.shape[1]]
+    if not value.numel() or value.numel() % x.numel():
         return False
     got = value.detach().double().reshape(-1, x.numel())
     return bool((got - x.double().reshape(1, -1)).norm(dim=1).max() < NEAR * x.double().norm())
@@ -139,27 +155,29 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _inputs_of(model: Diffusion, network: nn.Module, z: Tensor, s: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def stop(module, args, options):
-        raise _Seen(args, options)
+def _inputs_of(model: Diffusion, network: nn.Module, z: Tensor, s: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Which network the model calls, and what with."""
 
-    handle = network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    def stop(module, args, options):
+        raise _Seen(module, args, options)
+
+    watched = dict.fromkeys([network, *model.networks])
+    handles = [part.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for part in watched]
     try:
         model.denoise(z, s)
     except _Seen as seen:
-        return seen.args  # type: ignore[return-value]
+        return seen.args[0], seen.args[1:]
     finally:
-        handle.remove()
-    raise ValueError(
-        f"{model} does not call the {type(network).__name__} that it is to take the place of. Pass network=, the one it calls."
-    )
+        for handle in handles:
+            handle.remove()
+    return None, ()
 
 
 @torch.no_grad()
 def _answer_of(
     model: Diffusion, network: nn.Module, z: Tensor, s: Tensor
-) -> tuple[Float[Tensor, "1 *x"], Float[Tensor, "1 *x"]]:
-    """Random numbers in the place of the network's answer, and what the model makes of them."""
+) -> tuple[Float[Tensor, "1 *x"], Float[Tensor, "1 *x"], int]:
+    """Random numbers in the place of the network's answer, what the model makes of them, and how many times as many they are."""
     answers: list[Tensor] = []
 
     def answer(module, args, output):
@@ -174,7 +192,7 @@ def _answer_of(
     finally:
         handle.remove()
     # A learned variance comes behind the answer itself.
-    return answers[0].flatten()[: z.numel()].reshape(z.shape).to(z), D
+    return answers[0].flatten()[: z.numel()].reshape(z.shape).to(z), D, answers[0].numel() // z.numel()
 
 
 def _parts(output: Any) -> Iterator[Tensor]:

@@ -77,17 +77,17 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
         came, t = self.place.read(args, options)
-        x = torch.stack([part.reshape(self._shape_of(part)) for part in came]) if isinstance(came, list) else came
-        x = x.reshape(len(x), *self._shape_of(x[0]))
+        x = torch.stack([self._sample(part) for part in came])
         n = _distinct(x, t)
         F = self._answer(x[:n], t[:n] if t.ndim else t) * self.place.sign
         F = F.repeat(len(x) // n, *(1,) * (x.ndim - 1)) if n < len(x) else F
-        out = (
-            [part.reshape(like_.shape) for part, like_ in zip(F, came, strict=True)]
-            if isinstance(came, list)
-            else F.reshape(came.shape)
-        )
-        return UNet2DOutput(sample=out) if return_dict else (out,)
+        # In the shape in which the samples came, without channels that were none of theirs; no variance is learned.
+        shape = (-1, *came[0].shape[1:]) if self._has_more(came[0]) else came[0].shape
+        out = [
+            torch.cat([part.reshape(shape)] + [torch.zeros_like(part).reshape(shape)] * (self.place.answers - 1)) for part in F
+        ]
+        answer = out if isinstance(came, list) else torch.stack(out)
+        return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
     def _answer(self, sample: Float[Tensor, "n *x"], t: Tensor) -> Float[Tensor, "n *x"]:
         """What the scheduler wants of the network. Asked twice for the same, as by guidance in two calls, it answers from memory."""
@@ -106,27 +106,29 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
             self.restart()
         self.level = s
 
-    def _shape_of(self, sample: Tensor) -> tuple[int, ...]:
+    def _has_more(self, sample: Tensor) -> bool:
+        """Whether there are channels behind the sample's own: masks, images."""
         shape = tuple(self.denoiser.shape)
+        return sample.ndim == len(shape) and sample.shape[1:] == shape[1:] and sample.shape[0] > shape[0]
+
+    def _sample(self, sample: Tensor) -> Float[Tensor, "*x"]:
+        """The sample, in its own shape."""
+        shape = tuple(self.denoiser.shape)
+        sample = sample[: shape[0]] if self._has_more(sample) else sample
         if sample.numel() != math.prod(shape):
             raise ValueError(
                 f"The composition makes samples of shape {shape}, the pipeline wants {tuple(sample.shape)}. Make its base models with "
                 "shape=, or ask the pipeline for their size (height=, width=)."
             )
-        return shape
+        return sample.reshape(shape)
 
 
 def _config(network: Any, shape: Sequence[int]) -> dict[str, Any]:
-    """What pipelines read of the network: its configuration, where it has one, without a variance among the answers."""
+    """What pipelines read of the network: its configuration, where it has one."""
     channels, *size = shape
     square = len(size) == 2 and size[0] == size[1]
     own = {"in_channels": channels, "out_channels": channels, "sample_size": size[0] if square else tuple(size)}
-    if not is_a(network, "ModelMixin"):
-        return own
-    config = {**own, **network.config}
-    if config["out_channels"] == 2 * config["in_channels"]:
-        config["out_channels"] = config["in_channels"]
-    return config
+    return {**own, **network.config} if is_a(network, "ModelMixin") else own
 
 
 def _distinct(x: Float[Tensor, "b *x"], t: Tensor) -> int:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "place_of"]
 
-LOOKS = 12
-"""Noise levels at which a model's calls are looked at."""
+LOOKS, ENOUGH = 12, 3
+"""Noise levels at which a model's calls are looked at, until so many of them are of the network."""
 NEAR = 0.02
 """How far what was learned may be off, as a share: half precision rounds to a hundredth."""
 
@@ -67,11 +67,13 @@ def place_of(model: Diffusion, network: nn.Module) -> Place:
     z = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     calls, levels = [], []
     for s in torch.logspace(math.log10(max(model.s_min, 0.1)), math.log10(min(model.s_max, 80.0)), LOOKS).tolist():
-        called, seen = _inputs_of(model, network, z, level(s, model.device))
-        if called is network:  # and not another expert, whose noise levels these are
+        seen = _inputs_of(model, network, z, level(s, model.device))
+        if seen is not None:  # at others another expert is called
             calls.append(_named(signature, *seen))
             levels.append(level(s, model.device))
-    if len(calls) < 3:
+        if len(calls) == ENOUGH:
+            break
+    if len(calls) < ENOUGH:
         raise ValueError(
             f"{model} does not call the {type(network).__name__} that it is to take the place of. Pass network=, the one it calls."
         )
@@ -155,22 +157,20 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def _inputs_of(model: Diffusion, network: nn.Module, z: Tensor, s: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """Which network the model calls, and what with."""
+def _inputs_of(model: Diffusion, network: nn.Module, z: Tensor, s: Tensor) -> tuple[Any, ...] | None:
+    """What the model calls this network with, where it calls it."""
 
     def stop(module, args, options):
-        raise _Seen(module, args, options)
+        raise _Seen(args, options)
 
-    watched = dict.fromkeys([network, *model.networks])
-    handles = [part.register_forward_pre_hook(stop, with_kwargs=True, prepend=True) for part in watched]
+    handle = network.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         model.denoise(z, s)
     except _Seen as seen:
-        return seen.args[0], seen.args[1:]
+        return seen.args
     finally:
-        for handle in handles:
-            handle.remove()
-    return None, ()
+        handle.remove()
+    return None
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def test_a_pipeline_gives_its_scheduler_what_the_composition_makes(kind):
     pipe(**dog, **call, num_inference_steps=4, output_type="np" if kind == "DiT" else "latent")
     # Guidance asks in one doubled call, or in several.
     asked = asked[:: len(asked) // len(given)]
-    assert len(asked) == len(given) >= 4
+    assert len(asked) == len(given) >= 2
     composed = Prediction(composition._at_once(None), pipe.scheduler)
     for (x, t), F in zip(asked, given, strict=True):
         x = torch.stack([part[: p.shape[0]] if part.shape[1:] == p.shape[1:] else part.reshape(p.shape) for part in x])[:1]

@@ -75,6 +75,9 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
         self.level, self.times = float("inf"), getattr(self.scheduler, "timesteps", None)
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
 
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        raise ValueError("A composition is not saved as a network: save its base models, and compose them again.")
+
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
         came, t = self.place.read(args, options)
         x = torch.stack([self._sample(part) for part in came])

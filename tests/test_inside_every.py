@@ -12,7 +12,11 @@ from sculpt.diffusion.diffusers.prediction import Prediction  # noqa: E402
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in pipelines.KINDS if kind != "DDPM"])
+# Text-to-video's scheduler has frames where its network has channels, which is refused; DDPM takes no prompts.
+KINDS = [kind for kind in pipelines.KINDS if kind not in ("DDPM", "text-to-video")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_gives_its_scheduler_what_the_composition_makes(kind):
     pipe, call = pipelines.KINDS[kind]()
     pipe.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits bench-images bench-verdicts bench-overhead docs clean
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -45,6 +45,9 @@ bench-digits: $(READY)  ## compositions of coloured digits by every road: propor
 
 bench-images: $(READY)  ## images without training: fields whose answers are known, one large image, the referee, digits; hours, and goes on where it stopped
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/images.py $(PARTS)
+
+bench-pipelines: $(READY)  ## what becomes of every pipeline class of diffusers that can be built from tiny parts, a quarter of an hour; PARTS="FluxPipeline" for some
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/pipelines.py $(PARTS)
 
 bench-verdicts: $(READY)  ## whether error bars of log Z cover and verdicts tell good runs from bad ones; an hour, and goes on where it stopped
 	@mkdir -p train_state/verdicts

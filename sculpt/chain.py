@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
+from sculpt.generators import Generators
 from sculpt.particles import Population, systematic
 from sculpt.samples import Samples
 from sculpt.state import State, finite, in_parts
@@ -32,18 +33,35 @@ class Settings:
     steps: int | None = None
     solver: Any = None
     batch_size: int | None = None
-    generator: torch.Generator | None = None
+    generator: Any = None
+    """one for all samples, or a list with one for each"""
+    latents: Tensor | None = None
+    """the noise that sampling starts from"""
     seed: int | None = field(init=False, default=None)
     """of the generator, where it is still at its beginning: the same seed then gives the same samples"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", check_whole("batch_size", self.batch_size))
         object.__setattr__(self, "steps", check_whole("steps", self.steps, least=0))
-        if (g := self.generator) is not None:
+        if isinstance(self.generator, Sequence) and not isinstance(self.generator, str):
+            self._check_each(self.generator)
+            object.__setattr__(self, "generator", Generators(self.generator))
+        elif (g := self.generator) is not None:
             if not isinstance(g, torch.Generator):
                 raise TypeError(f"generator is a torch.Generator, e.g. torch.Generator().manual_seed(0); got {g!r:.60}.")
             fresh = torch.Generator(g.device).manual_seed(g.initial_seed())
             object.__setattr__(self, "seed", g.initial_seed() if torch.equal(fresh.get_state(), g.get_state()) else None)
+
+    @staticmethod
+    def _check_each(generators: Sequence[Any]) -> None:
+        if not generators or not all(isinstance(g, torch.Generator) for g in generators):
+            raise TypeError(f"A list of generators has a torch.Generator for each sample; got {list(generators)!r:.100}.")
+
+    def refuse_each(self, what: str) -> None:
+        """Raise where every sample has a generator or a beginning of its own, and these do not go through alone."""
+        if isinstance(self.generator, Generators):
+            raise ValueError(f"A list of generators has one for each sample, and {what}. Pass one generator.")
+        self.refuse(f"samples that do not go alone: {what}", "latents")
 
     def refuse(self, what: str, *names: str) -> None:
         """Raise where one of these is set and the model has no use for it."""
@@ -159,6 +177,8 @@ class Progress:
     """how many have to end"""
     effective: float | None = None
     """the effective share of the particles, where they have weights"""
+    state: Any = field(default=None, repr=False, compare=False)
+    """of the particles, as their chain has it: diffusion models' noisy samples are its ``z``, or ``x`` with a solver"""
     samples: Samples | None = field(default=None, repr=False)
 
 
@@ -199,7 +219,7 @@ def run(
             elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
-        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective)
+        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective, flock.state)
         if not left:
             break
         with torch.no_grad():
@@ -219,7 +239,7 @@ def run(
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
-    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples)
+    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, state, samples)
 
 
 def _without_lost(x: Tensor, increment: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -298,8 +318,8 @@ def _survivors(population: Population, n: int) -> Int[Tensor, "n"]:
     return index[torch.randperm(n, generator=generator, device=device).to(index.device)]
 
 
-def watch(progress: Iterator[Progress], show: bool = True) -> Samples:
-    """Run to the end, with a bar for what takes longer than two seconds, and return the samples."""
+def watch(progress: Iterator[Progress], show: bool = True, callback: Callable[[Progress], Any] | None = None) -> Samples:
+    """Run to the end, with a bar for what takes longer than two seconds, and return the samples. Whoever wants to look on is called after every step."""
     from tqdm.auto import tqdm
 
     bar, now, title = None, None, None
@@ -314,6 +334,8 @@ def watch(progress: Iterator[Progress], show: bool = True) -> Samples:
                 bar = tqdm(total=now.steps or now.n, desc=now.title, disable=not show, delay=2, leave=False, **form)
             if now.step and not now.steps:
                 bar.set_postfix_str(f"step {now.step}", refresh=False)
+            if callback is not None:
+                callback(now)
             bar.update((now.step if now.steps else now.ended) - bar.n)
     finally:
         if bar is not None:

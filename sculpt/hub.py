@@ -58,9 +58,9 @@ def load(
             sculpt, or a classifier of sculpt.
         device: where its networks go.
         dtype: of its networks.
-        condition: what fixes one distribution of a conditional model. Diffusion: ``prompt``, ``negative_prompt``,
-            ``class_label``, ``guidance_scale``, and ``shape`` and ``name``. GFlowNets: the values it was trained to be
-            conditioned on, e.g. ``beta=32``.
+        condition: what fixes one distribution of a conditional model. A pipeline takes what its own call takes, with its defaults:
+            ``prompt``, ``negative_prompt``, ``guidance_scale``, ``height`` and the like; networks alone ``class_label``, ``guidance_scale``
+            and ``shape``; both a ``name``. GFlowNets: the values it was trained to be conditioned on, e.g. ``beta=32``.
     """
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)
@@ -153,6 +153,8 @@ def _kind_of_config(folder: Path) -> str:
     raise ValueError(f"{folder} holds {name:.200}, which sculpt does not compose. {_EXPECTED}")
 
 
+_OPTIONS = ("prompt", "negative_prompt", "class_label", "guidance_scale", "shape", "name")
+"""of a network without a pipeline's call"""
 _EXPECTED = (
     "Expected model_index.json, or unet/ (or transformer/) and scheduler/, as diffusers writes them; or a GFlowNet or a classifier "
     "written by sculpt's save_pretrained."
@@ -161,23 +163,28 @@ _EXPECTED = (
 
 def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:
     from sculpt.diffusion.diffusers.adapter import Diffusion
+    from sculpt.diffusion.diffusers.direct import check_answer
 
-    known = [
-        name
-        for name, p in inspect.signature(Diffusion.from_pipeline).parameters.items()
-        if name != "pipe" and p.kind != p.VAR_KEYWORD
-    ]
-    if unknown := sorted(set(condition) - set(known)):
-        raise ValueError(f"{', '.join(unknown)}: no option of a diffusion model, which takes {', '.join(known)}.")
     pipe = read_pipeline(folder, device, dtype)
-    # Two prompts of one folder are two models: the prompt is then the better name.
-    if "name" not in condition and not {"prompt", "class_label"} & set(condition):
-        condition = {**condition, "name": name}
-    model = Diffusion.from_pipeline(pipe, **condition)
+    network = next(pipe.components[part] for part in NETWORKS if part in pipe.components)
+    # A network that takes nothing but x, t and a class is called no differently by a pipeline.
+    plain = not {*inspect.signature(network.forward).parameters} - {"sample", "timestep", "class_labels", "return_dict"}
+    if plain or not callable(pipe):
+        if unknown := sorted(set(condition) - set(_OPTIONS)):
+            raise ValueError(f"{', '.join(unknown)}: no option of a diffusion model, which takes {', '.join(_OPTIONS)}.")
+        parts, options = pipe.components, {"name": None if "class_label" in condition else name, **condition}
+        model = Diffusion(
+            network, parts["scheduler"], options.pop("shape", None), autoencoder=parts.get("vae") or parts.get("vqvae")
+        )
+        model = model.with_condition(**options)
+        check_answer(model)
+    else:
+        # Two prompts of one folder are two models: the prompt is then the better name.
+        named = {} if {"name", "prompt", "class_labels"} & set(condition) else {"name": name}
+        model = Diffusion.from_pipeline(pipe, **named, **condition)
     if not 0 < model.s_min < model.s_max:
         raise ValueError(
             f"{folder / 'scheduler'} has noise levels from {model.s_min:g} to {model.s_max:g}; expected positive ones that increase. "
             "Copy or download it again."
         )
-    model.check_answer()
     return model

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sculpt.chain import Chain, Progress, Settings, check_count, run, watch
 from sculpt.diagnostics import Diagnostics, printable
+from sculpt.generators import randn
 from sculpt.samples import Samples
 from sculpt.state import finite
 
@@ -156,20 +157,23 @@ class BaseModel(abc.ABC):
         steps: int | None = None,
         solver: Any | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
     ) -> Iterator[Progress]:
-        """:meth:`sample` as a generator: it yields where the run is after every step, and the last one has the ``samples``.
+        """:meth:`sample` as a generator: it yields where the run is after every step, with the ``state`` of its samples to look at, and
+        the last one has the ``samples``.
 
         Leave it and the run ends.
         """
         n = check_count(n)
-        settings = Settings(steps, solver, batch_size, generator)
+        settings = Settings(steps, solver, batch_size, generator, latents)
         if road is not None and not self.models:
             raise ValueError(
                 f"{self} is one model, and roads lead to compositions; got {road!r:.200}. Sample it without one, {self}.sample({n})."
             )
         if self.default_steps is None:
-            settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver")
+            settings.refuse(f"{self}, whose samples decide how many steps they take", "steps", "solver", "latents")
+            settings.refuse_each("its chains are as long as they happen to be")
         return self.stream(n, road, settings)
 
     @_named
@@ -181,7 +185,9 @@ class BaseModel(abc.ABC):
         steps: int | None = None,
         solver: Any | None = None,
         batch_size: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        callback: Callable[[Progress], Any] | None = None,
         progress: bool = True,
     ) -> Samples:
         """n samples, with diagnostics.
@@ -193,10 +199,14 @@ class BaseModel(abc.ABC):
             steps: noise levels (diffusion), each one call of the network.
             solver: a diffusers scheduler to step with instead of the second-order stochastic solver (diffusion).
             batch_size: how many states go through a network at once; the population stays one.
-            generator: source of randomness; it may live on the CPU while the models are on a GPU.
+            generator: source of randomness; it may live on the CPU while the models are on a GPU. A list has one for each sample, where
+                samples go alone.
+            latents: the noise to start from, ``(n, *shape)`` standard normal numbers (diffusion).
+            callback: called after every step with where the run is, the ``state`` of its samples among it.
             progress: show a bar where it takes longer than two seconds.
         """
-        return watch(self.run(n, road, steps=steps, solver=solver, batch_size=batch_size, generator=generator), show=progress)
+        options = {"steps": steps, "solver": solver, "batch_size": batch_size, "generator": generator, "latents": latents}
+        return watch(self.run(n, road, **options), show=progress, callback=callback)
 
     # Operators
 
@@ -297,9 +307,3 @@ def operand_names(models: Sequence[BaseModel]) -> list[str]:
     """The models' names as operands of a formula: what is more than a word goes into parentheses."""
     names = [str(model) for model in models]
     return [name if re.fullmatch(r"[\w./:@~#+=\[\],-]+", name) else f"({name})" for name in names]
-
-
-def randn(shape: Sequence[int], generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """Standard normal noise of the dtype and on the device of ``like``, drawn where the generator lives."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)

@@ -66,7 +66,7 @@ def prompted(folder):
     """As published ones have it, with a checker that is neither read nor needed."""
     tokenizer, encoder = texts()
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    size = {"sample_size": 4, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    size = {"sample_size": 8, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=2, **size, **blocks)
     scheduler = diffusers.DDPMScheduler(steps_offset=1, clip_sample=False)
     parts = {"vae": autoencoder(), "unet": unet, "scheduler": scheduler, "text_encoder": encoder, "tokenizer": tokenizer}
@@ -108,9 +108,9 @@ FOLDERS = {
 
 
 def load(folder):
-    condition = (
-        {"prompt": "ab"} if (folder / "tokenizer").exists() else {"class_label": 1} if (folder / "transformer").exists() else {}
-    )
+    condition = {"prompt": "ab"} if (folder / "tokenizer").exists() else {}
+    if (folder / "transformer").exists() and not condition:
+        condition = {"class_labels": [1], "guidance_scale": 1.0}
     return sculpt.load(folder, **condition)
 
 

@@ -167,7 +167,7 @@ def test_the_autoencoder_keeps_scenes(pipe):
 
 
 def test_sculpt_draws_the_same_scenes():
-    model = sculpt.load(MODEL, prompt="a red circle")
+    model = sculpt.load(MODEL, prompt="a red circle", guidance_scale=1.0)
     reading = judge.read(model.sample(24, steps=24, generator=generator(), progress=False).decode().float())
     assert reading.accepted.double().mean() >= 0.8
     assert scenes.fits("a red circle", reading.scenes).any(-1).double().mean() >= 0.75
@@ -175,7 +175,7 @@ def test_sculpt_draws_the_same_scenes():
 
 @pytest.mark.slow
 def test_the_harmonic_mean_has_both_things_more_often_than_its_parts():
-    circle, square = (sculpt.load(MODEL, prompt=prompt) for prompt in ("a red circle", "a blue square"))
+    circle, square = (sculpt.load(MODEL, prompt=prompt, guidance_scale=1.0) for prompt in ("a red circle", "a blue square"))
     both = (circle & square).sample(24, steps=32, generator=generator(), progress=False).decode().float()
     one = circle.sample(24, steps=32, generator=generator(), progress=False).decode().float()
     share = []

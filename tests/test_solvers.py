@@ -55,6 +55,7 @@ RIGHT = [
     ("FlowMatchEulerDiscrete", {}),
     ("FlowMatchEulerDiscrete", {"shift": 3.0}),
     ("FlowMatchEulerDiscrete", {"use_dynamic_shifting": True}),
+    ("FlowMatchEulerDiscrete", {"invert_sigmas": True}),
     ("FlowMatchHeunDiscrete", {}),
 ]
 DISTILLED, HERE, PATH = "were distilled to answer with finished samples", "in diffusers itself", "Cannot read a Gaussian path"
@@ -69,7 +70,6 @@ REFUSED = [
     ("IPNDM", {}, PATH),
     ("DDIMInverse", {}, PATH),
     ("DDPM", {"variance_type": "learned_range"}, "a variance that a denoiser does not give"),
-    ("FlowMatchEulerDiscrete", {"invert_sigmas": True}, "counts time from noise to data"),
     # What diffusers' own loop does not sample from an exact network either
     ("EulerDiscrete", {"interpolation_type": "log_linear"}, f"{HERE}: with the exact denoiser .* mean is off by -0.2"),
     ("EulerDiscrete", {"use_beta_sigmas": True}, f"{HERE}: with the exact denoiser .* spread"),

@@ -456,7 +456,7 @@ def card(folder: Path, n: int, pictures: Path) -> str:
         "Scenes of one to three coloured shapes, 32×32, from prompts that name one of a scene's objects: a latent diffusion model of our own, "
         f"saved as every text-to-image pipeline of diffusers is. Rows: {'; '.join(prompt or 'no prompt' for prompt in shown)}.\n\n![scenes](samples.png)",
         """
-circle, square = (sculpt.load("pretrained/shapes/model", prompt=p) for p in ("a red circle", "a blue square"))
+circle, square = (sculpt.load("pretrained/shapes/model", prompt=p, guidance_scale=1.0) for p in ("a red circle", "a blue square"))
 images = (circle & square).sample(8, steps=32).decode()
 
 pipe = diffusers.StableDiffusionPipeline.from_pretrained("pretrained/shapes/model")  # the same weights without sculpt

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Chain, Settings
-from sculpt.diffusion.clock import like, noise_levels
+from sculpt.diffusion.clock import common_start, like, noise_levels
 from sculpt.diffusion.kernels import check_finite, extrapolated, inner
 from sculpt.diffusion.together import at_once
 from sculpt.model import randn
@@ -32,7 +32,7 @@ from sculpt.state import State, in_parts
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import Denoiser, GuidedDenoiser
 
-__all__ = ["DenoisingChain", "GuidedChain", "NoisyChain"]
+__all__ = ["DenoisingChain", "GuidedChain", "NoisyChain", "given_noise"]
 
 EXTRAPOLATED_NOTE = (
     "classifier-free guidance is sampled as it is: a guided score has no marginal of its own, so no road is exact for it"
@@ -48,7 +48,10 @@ class NoisyChain(Chain):
         first = models[0]
         self.models, self.shape, self.device = models, first.shape, first.device
         self.length = steps
-        self.levels = noise_levels(models, steps, first.device)
+        self.levels, self.latents = noise_levels(models, steps, first.device), settings.latents
+        start = common_start(models)
+        self.centre = 0.0 if start is None else start.to(first.device)
+        """what sampling starts around"""
         self.batch_size = settings.batch_size or at_once(first.shape)
 
     def done(self, state):
@@ -63,8 +66,20 @@ class NoisyChain(Chain):
     def notes(self, x, generator):
         return [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.models for leaf in model.leaves)
 
+    def first_noise(self, n: int, generator: torch.Generator | None, like: Tensor) -> Float[Tensor, "N *x"]:
+        """What sampling starts from."""
+        return self.noise(n, generator, like) if self.latents is None else given_noise(self.latents, n, self.shape, like)
+
     def noise(self, n: int, generator: torch.Generator | None, like: Tensor) -> Float[Tensor, "N *x"]:
         return randn((n, *self.shape), generator, like)
+
+
+def given_noise(latents: Tensor, n: int, shape: Sequence[int], like: Tensor) -> Float[Tensor, "N *x"]:
+    """The noise that a caller starts from, for n samples of this shape."""
+    if not isinstance(latents, Tensor) or tuple(latents.shape) != (n, *shape):
+        got = tuple(latents.shape) if isinstance(latents, Tensor) else repr(latents)[:60]
+        raise ValueError(f"latents are standard normal numbers of shape {(n, *shape)}, one row for each sample; got {got}.")
+    return latents.to(like.device, like.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- one model alone
@@ -90,7 +105,7 @@ class DenoisingChain(NoisyChain):
         self.model, self.road = model, model.road
 
     def start(self, n, generator):
-        z = self.levels[0].float() * self.noise(n, generator, torch.empty((), device=self.device))
+        z = self.centre + self.levels[0].float() * self.first_noise(n, generator, torch.empty((), device=self.device))
         return self._at(z, 0, None), None
 
     def step(self, state, log_w, generator):

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sculpt.model import BaseModel
 
-__all__ = ["Level", "level", "like", "noise_levels", "noise_range", "share", "spread"]
+__all__ = ["Level", "common_start", "level", "like", "noise_levels", "noise_range", "share", "spread"]
 
 Level = Float[Tensor, ""] | Float[Tensor, " b"] | float | int
 
@@ -44,6 +44,18 @@ def noise_range(models: Sequence[BaseModel]) -> tuple[float, float]:
             "Check the schedulers: each has to be the one its model was trained with."
         )
     return low.s_min, min(high.s_max, WIDEST)
+
+
+def common_start(models: Sequence[BaseModel]) -> Tensor | None:
+    """The clean sample that all of the models start around, where they do."""
+    first, *others = [leaf for model in models for leaf in model.leaves]
+    for other in others:
+        alike = (first.start is None) == (other.start is None)
+        if not alike or not (first.start is None or (first.s_max == other.s_max and torch.equal(first.start, other.start))):
+            raise ValueError(
+                f"{first} and {other} start from different samples. Give both the same image and strength, or neither of them one."
+            )
+    return first.start
 
 
 def share(s: Float[Tensor, "*b"], s_min: float, s_max: float, scale: float = DATA_SCALE) -> Float[Tensor, "*b"]:

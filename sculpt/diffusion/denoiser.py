@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sculpt.chain import Chain, Settings
 from sculpt.diffusion.chains import DenoisingChain, GuidedChain
-from sculpt.diffusion.clock import Level, level, like, noise_range
+from sculpt.diffusion.clock import Level, common_start, level, like, noise_range
 from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
@@ -61,6 +61,9 @@ class Denoiser(Steppable):
 
     scheduler: Any = None
     """The diffusers scheduler of its training, where there is one."""
+
+    start: Tensor | None = None
+    """A clean sample around which sampling starts at ``s_max``, as in image-to-image; pure noise where there is none."""
 
     extrapolated: bool = False
     """Whether classifier-free guidance extrapolates the score: such a score has no marginal of its own."""
@@ -117,6 +120,7 @@ class Denoiser(Steppable):
                 f"{self} and {other} live in different latent spaces: {self.space[1]} and {other.space[1]}. "
                 "Compose models that share their autoencoder, and pass autoencoder= to both."
             )
+        common_start([self, other])
         if max(self.s_min, other.s_min) >= min(self.s_max, other.s_max):
             raise ValueError(
                 f"{self} covers noise levels {self.s_min:.3g} to {self.s_max:.3g} and {other} {other.s_min:.3g} to "
@@ -252,6 +256,7 @@ class GuidedDenoiser(Denoiser, Steered):
         self.anchor: Denoiser = self.operands[posterior.labels[0]]
         self.s_min, self.s_max = noise_range(self.operands)
         self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
+        self.start = self.anchor.start
         self.extrapolated = any(leaf.extrapolated for model in models for leaf in model.leaves)
         self.name, self.road = posterior.write(operand_names(models)), f"classifier, {form} form"
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sculpt.chain import Settings
-from sculpt.diffusion.clock import noise_levels, spread
+from sculpt.diffusion.clock import common_start, noise_levels, spread
 from sculpt.diffusion.fade import Believed
 from sculpt.diffusion.kernels import check_finite, extrapolated, inner
 from sculpt.diffusion.referee import MOST, Referee
@@ -257,7 +257,9 @@ def _found(models: Sequence[Denoiser]) -> float:
     device, generator = models[0].device, torch.Generator().manual_seed(0)
     levels = noise_levels(models, STEPS, device)
     own = torch.arange(len(models), device=device).repeat_interleave(PILOT)
+    start = common_start(models)
     z = levels[0] * randn((len(own), *models[0].shape), generator, levels)
+    z = z if start is None else start.to(device) + z
     batch, rows = at_once(models[0].shape), torch.arange(len(own), device=device)
     rates: list[float] = []
     before = None

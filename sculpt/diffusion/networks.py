@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -70,8 +70,15 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def known_as(model: Any, name: str | None, anonymous: str) -> Any:
-    """What tells this network from others: weights and configuration, or its name."""
+def known_as(model: Any, name: str | None, anonymous: str, called: Callable[[str], str | None] | None = None) -> Any:
+    """What tells this network from others: weights and configuration, or its name.
+
+    Args:
+        model: the network.
+        name: of a model that has no configuration, or no weights.
+        anonymous: in its place where there is none.
+        called: another name for a weight; ``None`` for one that does not count.
+    """
     model = unwrapped(model)
     if is_a(model, "DenoiserUNet"):
         return model.denoiser.key
@@ -80,7 +87,7 @@ def known_as(model: Any, name: str | None, anonymous: str) -> Any:
     config = name
     if is_a(model, "ModelMixin"):
         config = json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}, sort_keys=True, default=str)
-    return type(model).__qualname__, config, weights(model, state=state_of(model))
+    return type(model).__qualname__, config, weights(model, state=state_of(model), called=called)
 
 
 def patch_of(model: Any) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sculpt.chain import Settings
 from sculpt.diffusion.chains import EXTRAPOLATED_NOTE
-from sculpt.diffusion.clock import level, noise_range, share
+from sculpt.diffusion.clock import common_start, level, noise_range, share
 from sculpt.diffusion.diffusers.solver import SolverChain
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import analytic_variance, check_finite
@@ -51,7 +51,7 @@ class Remembering:
         self.formula, self.models, self.batch_size = formula, models, batch_size
         self.first = first = models[0]
         self.shape, self.autoencoder = first.shape, first.autoencoder
-        self.s_min, self.s_max = noise_range(models)
+        (self.s_min, self.s_max), self.start = noise_range(models), common_start(models)
         self.name = formula.write([str(model) for model in models])
         self.k, self.d = 0, math.prod(self.shape)
         self.before: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None

@@ -102,13 +102,13 @@ class TrackedChain(NoisyChain):
     def start(self, n, generator):
         v0 = self.levels[0] ** 2
         # The base models start from N(0, v0), the product of densities of degree d from N(0, v0 / d).
-        xi = self.noise(n, generator, self.levels)
+        xi = self.first_noise(n, generator, self.levels)
         z = (v0 / self.degree).sqrt() * xi
         normal = 0.5 * self.d * torch.log(2 * math.pi * v0)
         ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, len(self.models)).clone()
         log_w = self.targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * self.d * math.log(self.degree)
         began = time.monotonic()
-        state, bad = self._at(0, z, ell, torch.zeros_like(log_w), log_w)
+        state, bad = self._at(0, self.centre + z, ell, torch.zeros_like(log_w), log_w)
         self._tell_cost(n, time.monotonic() - began)
         return state, torch.where(bad, math.nan, log_w)
 

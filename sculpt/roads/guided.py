@@ -105,6 +105,8 @@ class Guided(Road):
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         guided = self.bind(composition)
+        if self.correct:
+            settings.refuse_each("here particles are selected")
         chain = guided.corrected(settings, self.correct == "densities") if self.correct else guided.chain(settings)
         if chain.log_scale is not None:
             chain.log_scale = composition.log_scale(composition.anchored(self.anchor).labels[0])

@@ -90,6 +90,7 @@ class Rejection(Road):
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         self.check(composition)
+        settings.refuse_each("rejection draws as many as it takes")
         return self._stream(composition, n, settings)
 
     def _stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
@@ -111,7 +112,7 @@ class Rejection(Road):
             notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())]
             + ["the models' denoising errors decided, an approximation"] * guesses,
         )
-        yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
+        yield Progress(f"sampling {composition}", 0, None, n, n, None, None, composition.result(x[:n], None, diagnostics))
 
     def _guesses(self, composition: Composition) -> bool:
         return self.classifier is None and not composition.knows_density

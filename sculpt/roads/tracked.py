@@ -118,6 +118,8 @@ class Tracked(Road):
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         known: dict[str, Inner] = {}
         alone, leaves = self._alone_in(composition), composition.leaves
+        if not alone:
+            settings.refuse_each("here particles are selected")
         formula = yield from self._over_leaves(composition, settings, known, self._outer(composition))
         chain = leaves[0].tracked(formula, leaves, settings, self, alone)  # type: ignore[attr-defined]
         for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
@@ -164,6 +166,7 @@ class Tracked(Road):
 
     def _pick(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         """A mixture needs no weights: a model is picked for every sample."""
+        settings.refuse_each("the models of a mixture are picked")
         x, steps, notes, inner = [], 0, [], []
         choice = picks(composition, n, settings.generator)
         for i, model in enumerate(composition.models):
@@ -187,7 +190,7 @@ class Tracked(Road):
         }
         diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
-        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
+        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, None, samples)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Notation: :math:`z = x_0 + s \varepsilon`, F the network's output; ``b`` batch, 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +15,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sculpt.checks import real
 from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
-from sculpt.diffusion.diffusers.conditions import class_condition, entries, expand, leaves, prompt_encoder, tree_map
+from sculpt.diffusion.diffusers.calls import Call, Stage, answers
+from sculpt.diffusion.diffusers.direct import (
+    batched,
+    check_conditions,
+    class_condition,
+    config_shape,
+    direct_strand,
+    probed_time,
+    splits,
+)
+from sculpt.diffusion.diffusers.learning import Learned, learn
+from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.networks import device_of, dtype_of, is_a, known_as, unwrapped
+from sculpt.diffusion.diffusers.switches import Switches, adapters_of
+from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
 from sculpt.identity import digest
 
 __all__ = ["Diffusion"]
-
-SMALL = 2**32
-"""Parameters times numbers of a sample, where a call takes milliseconds."""
 
 
 class Diffusion(Denoiser):
@@ -34,7 +43,8 @@ class Diffusion(Denoiser):
 
     The key hashes weights, configuration, path and condition. A model without weights is known by its ``name``, and without a
     name by a random key: a classifier saved for it will not be matched later. Modules that are not from diffusers count their
-    ``name`` in as well, because Python attributes are not hashed.
+    ``name`` in as well, because Python attributes are not hashed. Adapters (LoRAs) are those that were active when the model was
+    made, whatever is active later; see :meth:`with_adapters`.
 
     Args:
         model: any diffusers model, or any module or callable ``(x, t) -> output`` (a tensor, or an object with ``.sample``). It is put into
@@ -43,7 +53,7 @@ class Diffusion(Denoiser):
         scheduler: the one of the training: it says the path and what the network predicts.
         shape: of one sample; by default read off the network's configuration.
         name: how formulas and messages call it.
-        condition: keyword arguments of the model, tensors with a batch axis of one (dicts may nest).
+        condition: keyword arguments of the model, tensors with a batch axis of one (dicts and lists may nest).
         null_condition: the same for no condition.
         guidance_scale: w of classifier-free guidance, F(null) + w (F(condition) - F(null)); 1 leaves the condition as it is.
         autoencoder: a diffusers autoencoder where samples are latents.
@@ -63,22 +73,37 @@ class Diffusion(Denoiser):
         autoencoder: nn.Module | None = None,
         device: torch.device | str | None = None,
     ):
+        self._begin(model, scheduler, name, autoencoder, device)
+        self.condition, self.null_condition, self.guidance_scale = condition or {}, null_condition, float(guidance_scale)
+        check_conditions(str(self), self.condition, self.null_condition, self.guidance_scale)
+        self.shape = tuple(shape) if shape is not None else config_shape(model)
+        self._pipeline: PipelineCall | None = None
+        self._learned: Learned | None = None
+        if isinstance(model, nn.Module):
+            model.eval()
+        self._switches = Switches.of(model)
+        said = splits(model, self.shape, self.name)
+        self._split = scheduler.config.get("variance_type") in ("learned", "learned_range") if said is None else said
+        self._time = (True, torch.float32)
+        self.build()
+        if not is_a(unwrapped(model), "ModelMixin"):
+            self._probe()
+
+    def _begin(self, model: Any, scheduler: Any, name: str | None, autoencoder: Any, device: Any = None) -> None:
         self.model, self.scheduler, self.schedule = model, scheduler, schedule_of(scheduler)
         self.s_min, self.s_max = self.schedule.s_min, self.schedule.s_max
         self.autoencoder = autoencoder
         self.name = name or getattr(model, "__name__", type(unwrapped(model)).__name__)
-        self.condition, self.null_condition, self.guidance_scale = condition or {}, null_condition, float(guidance_scale)
-        self._check_condition()
-        self.shape = tuple(shape) if shape is not None else _config_shape(unwrapped(model))
-        self._given_name, self._anonymous, self._encode = name, uuid.uuid4().hex, None
+        self._given_name, self._anonymous = name, uuid.uuid4().hex
         self._device = torch.device(device or "cpu")
-        self._from_diffusers = is_a(unwrapped(model), "ModelMixin")
-        if isinstance(model, nn.Module):
-            model.eval()
-        self._splits = scheduler.config.get("variance_type") in ("learned", "learned_range")
-        if self._from_diffusers:
-            self._check_channels()
-        self._time = (True, torch.float32) if self._from_diffusers else self._probe()
+
+    def build(self) -> None:
+        """Strands of the condition, and of the null condition where there is guidance."""
+        weighed = [(self.guidance_scale, self.condition)]
+        if self.guidance_scale != 1:
+            weighed.insert(0, (1 - self.guidance_scale, self.null_condition or {}))
+        own = [direct_strand(self.model, c, self._time, self.shape, self._split, self._switches, w) for w, c in weighed]
+        self._stages: tuple[Stage, ...] = (Stage(-math.inf, tuple(own)),)
 
     @property
     def device(self) -> torch.device:
@@ -91,22 +116,48 @@ class Diffusion(Denoiser):
         return dtype_of(self.model)
 
     @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that are called."""
+        return tuple(dict.fromkeys(call.network for call in self._calls() if isinstance(call.network, nn.Module)))
+
+    @property
     def extrapolated(self) -> bool:
-        """Whether the score is extrapolated: the guidance scale is not 1."""
-        return self.guidance_scale != 1
+        """Whether the score is extrapolated by guidance: several conditions are weighed."""
+        return any(stage.guided for stage in self._stages)
 
     @property
     def key(self) -> str:
         """A hash of the weights, the schedule and the condition, or of the name of a callable without weights."""
         guidance = (self.guidance_scale, self.null_condition) if self.extrapolated else None
-        known = known_as(self.model, self._given_name, self._anonymous)
-        return digest(known, self.schedule.identity, self.shape, self.condition, guidance)
+        if self._learned is None:
+            return digest(
+                self._known(self.model, self._switches),
+                self.schedule.identity,
+                self.shape,
+                self.condition,
+                guidance,
+                *self._begun,
+            )
+        known = [self._known(call.network, call.switches) for call in {id(c.network): c for c in self._calls()}.values()]
+        if self._learned.plain:
+            return digest(*known, self.schedule.identity, self.shape, self.condition, guidance, *self._begun)
+        return digest(known, self.schedule.identity, self.shape, [stage.described for stage in self._stages], *self._begun)
+
+    @property
+    def _begun(self) -> list[Any]:
+        return [] if self.start is None else [self.s_max, self.start]
+
+    def _calls(self) -> list[Call]:
+        return [call for stage in self._stages for strand in stage.strands for call in strand.calls]
+
+    def _known(self, network: Any, switches: Switches) -> Any:
+        return switches.known(network, self._given_name if network is self.model else None, self._anonymous)
 
     @property
     def together(self) -> Any:
-        """The network, the path, and how conditions are built: other conditions of the same kind are one call."""
-        built = [(k, tuple(c.shape), c.dtype) if isinstance(c, Tensor) else (k, c) for k, c in entries(self.condition)]
-        return id(self.model), self.schedule.identity, self.shape, self.extrapolated, repr(built)
+        """The networks and the path: other conditions are one call of them where they are built alike."""
+        networks = tuple(dict.fromkeys(id(call.network) for call in self._calls()))
+        return networks, self.schedule.identity, self.shape
 
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         return self.denoise_together([self], z, s)[:, 0]
@@ -116,215 +167,178 @@ class Diffusion(Denoiser):
             raise ValueError(f"{self} takes samples of shape {self.shape}, got a batch of {tuple(z.shape[1:])}.")
         s, dtype = level(s, z.device), z.dtype
         z = z.to(torch.promote_types(dtype, torch.float32))  # D is a difference of large numbers where s is large
-        F = self._outputs(models, like(self.schedule.scale(s), z) * z, self.schedule.time(s))
+        F = self.outputs(models, like(self.schedule.scale(s), z) * z, self.schedule.time(s))
         return torch.stack([self.schedule.denoised(z, s, part) for part in F], dim=1).to(dtype)
 
-    def _outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
+    def outputs(self, models: Sequence[Any], x: Tensor, t: Tensor) -> list[Tensor]:
         """F(x, t) of all of them, guided."""
-        conditions = [c for p in models for c in ([p.null_condition] if self.extrapolated else []) + [p.condition]]
-        k = len(conditions)
-        every = tree_map(lambda *c: torch.cat([expand(one, x) for one in c]) if k > 1 else c[0], *conditions)
-        F = self._call(torch.cat([x] * k) if k > 1 else x, t.repeat(k) if t.ndim else t, every).chunk(k)
-        if not self.extrapolated:
-            return list(F)
-        return [null + p.guidance_scale * (own - null) for p, null, own in zip(models, F[::2], F[1::2], strict=True)]
+        if all(len(p._stages) == 1 for p in models):
+            return self._in_stages([p._stages[0] for p in models], x, t)
+        which = [tuple(p._stage(one) for p in models) for one in t.flatten().tolist()]
+        if len(set(which)) == 1:
+            return self._in_stages([p._stages[k] for p, k in zip(models, which[0], strict=True)], x, t)
+        F = [torch.empty_like(x) for _ in models]
+        for chosen in set(which):
+            rows = torch.tensor([own == chosen for own in which], device=x.device)
+            parts = self._in_stages([p._stages[k] for p, k in zip(models, chosen, strict=True)], x[rows], t[rows])
+            F = [whole.index_put((rows,), part) for whole, part in zip(F, parts, strict=True)]
+        return F
 
-    def _call(self, x: Tensor, t: Tensor, condition: Mapping[str, Any]) -> Tensor:
-        F = self._network(x, t, condition, *self._time)
-        channels = self.shape[0]
-        if self._splits and tuple(F.shape) == (len(x), 2 * channels, *self.shape[1:]):
-            F = F[:, :channels]  # the rest is the learned variance
-        if F.shape != x.shape:
-            raise ValueError(
-                f"{self} answered with shape {tuple(F.shape)}, expected {tuple(x.shape)}. If it predicts its variance too, "
-                "give the scheduler variance_type='learned_range'; otherwise check shape=."
-            )
-        return F.to(x.dtype)
+    def _stage(self, t: float) -> int:
+        """Which of the networks is asked at this time."""
+        return next(k for k, stage in enumerate(self._stages) if t >= stage.least)
 
-    def _network(self, x: Tensor, t: Tensor, condition: Mapping[str, Any], batched: bool, dtype: torch.dtype) -> Tensor:
-        """One forward pass, with t as ``(b,)`` or as 0-dim tensor of ``dtype``."""
-        if t.ndim and not batched:
-            parts = [
-                self._network(x[i : i + 1], t[i], tree_map(lambda c, i=i: expand(c, x)[i : i + 1], condition), False, dtype)
-                for i in range(len(x))
-            ]
-            return torch.cat(parts)
-        t = (t if dtype.is_floating_point else t.round()).to(dtype)
-        x = x.to(self.dtype)
-        condition = tree_map(lambda c: expand(c, x), condition)
-        t = t.expand(len(x)) if batched else t
-        out = self.model(x, timestep=t, **condition) if self._from_diffusers else self.model(x, t, **condition)
-        if isinstance(out, tuple):
-            return out[0]
-        return out if isinstance(out, Tensor) else out.sample
+    def _in_stages(self, stages: Sequence[Stage], x: Tensor, t: Tensor) -> list[Tensor]:
+        found = answers([strand for stage in stages for strand in stage.strands], x, t, x.dtype)
+        for F in found:
+            if F.shape != x.shape:
+                raise ValueError(
+                    f"{self} answered with shape {tuple(F.shape)}, expected {tuple(x.shape)}. If it predicts its variance too, "
+                    "give the scheduler variance_type='learned_range'; otherwise check shape=."
+                )
+        each = iter(found)
+        return [stage.total([next(each) for _ in stage.strands]) for stage in stages]
 
     @torch.no_grad()
-    def _probe(self) -> tuple[bool, torch.dtype]:
-        """Whether t goes in as ``(b,)`` or 0-dim, and its dtype: the first form that gives an output of the right shape."""
-        # A batch unlike every side of the sample, so that t of shape (b,) cannot be broadcast along the wrong axis unnoticed.
-        b = next(b for b in range(2, len(self.shape) + 3) if b not in self.shape)
-        noise = torch.randn(b, *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
-        s = level(min(max(1.0, self.s_min), self.s_max), self.device)
-        failures = {}
-        for dtype in dict.fromkeys((torch.float32, self.dtype, *((torch.long,) if self.schedule.integer_times else ()))):
-            for batched in (True, False):
-                self._time = batched, dtype
-                try:
-                    self._call(noise, self.schedule.time(s), self.condition)
-                    return self._time
-                except Exception as error:
-                    failures[f"{dtype} t of shape {f'({b},)' if batched else '()'}"] = f"{type(error).__name__}: {error}"
-        listed = "\n".join(f"  {form}: {failure}" for form, failure in failures.items())
-        raise ValueError(
-            f"Cannot call {self.name} on x of shape {tuple(noise.shape)}: it should answer (x, t) with x's shape.\n{listed}\n"
-            "Check shape= and condition=, or wrap the network in a callable (x, t)."
-        )
+    def _probe(self) -> None:
+        """See by calling it how the network takes its time."""
+        noise = torch.randn(batched(self.shape), *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        t = self.schedule.time(level(min(max(1.0, self.s_min), self.s_max), self.device))
 
-    def check_answer(self) -> None:
-        """Call a network of diffusers without its numbers, and a small one with them too: raise where it cannot take what it is called with."""
-        if not self._from_diffusers:
-            return
-        takes, config = {*inspect.signature(self.model.forward).parameters}, self.model.config
-        labelled = config.get("num_class_embeds") or config.get("class_embed_type")
-        if not self.condition and (labelled or takes - {"sample", "timestep", "class_labels", "return_dict"}):
-            return  # its condition comes later
-        state = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-        # Without numbers first: a setting may make a small network's images so large that it would never answer.
-        self._try(state, torch.device("meta"))
-        if sum(value.numel() for value in state.values()) * math.prod(self.shape) < SMALL:
-            self._try(state, self.device)
+        def call(form: tuple[bool, torch.dtype]) -> None:
+            self._time = form
+            self.build()
+            self.outputs([self], noise, t)
 
-    def _try(self, state: dict[str, Tensor], place: torch.device) -> None:
-        state = {name: value.to(place) for name, value in state.items()}
-        twin, x = copy.copy(self), torch.zeros(2, *self.shape, dtype=self.dtype, device=place)
-        twin.model = _Holding(self.model, state)
-        try:
-            with torch.no_grad():
-                twin._call(x, torch.ones(2, device=place), self.condition)
-        except Exception as error:
-            # Some networks look at numbers.
-            if not isinstance(error, NotImplementedError) and "meta" not in str(error):
-                raise ValueError(
-                    f"{self} cannot be called on samples of shape {self.shape}: {type(error).__name__}: {error!s:.300} Check its config.json, "
-                    "and shape= and the condition that it was loaded with."
-                ) from None
+        forms = [torch.float32, self.dtype, *([torch.long] if self.schedule.integer_times else [])]
+        probed_time(call, forms, self.shape, self.name)
 
-    def _check_channels(self) -> None:
-        config = self.model.config
-        channels, out = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
-        if channels is None:
-            return
-        if channels != self.shape[0]:
-            raise ValueError(f"{self.name} takes {channels} channels, got shape={self.shape}. Pass shape=({channels}, ...).")
-        if out not in (channels, 2 * channels):
+    # Conditions
+
+    def with_condition(self, *args: Any, name: str | None = None, **condition: Any) -> Diffusion:
+        """The same network under another condition, as a base model of its own; the weights are shared.
+
+        A model of a pipeline takes what the pipeline takes, and runs the pipeline's call again with what is new. Others take
+        ``class_label``, ``guidance_scale``, ``null_condition``, and the network's keyword tensors.
+        """
+        if self._pipeline is not None:
+            return self._of(self._pipeline.changed(args, condition), name)
+        if args or {"prompt", "negative_prompt"} & set(condition):
             raise ValueError(
-                f"{self.name} has {channels} channels in and {out} out, expected as many (or twice, with a learned variance). "
-                "Wrap a model with further inputs in a callable (x, t)."
+                f"{self} has no text encoder for prompt={(*args, condition.get('prompt'))[0]!r}. Make it by Diffusion.from_pipeline, or pass the "
+                "encoded prompt, e.g. with_condition(encoder_hidden_states=...)."
             )
-        self._splits = out == 2 * channels
+        return self._with_tensors(name=name, **condition)
 
-    def _check_condition(self) -> None:
-        for condition in (self.condition, self.null_condition or {}):
-            for k, c in leaves(condition):
-                if c.ndim and len(c) != 1:
-                    raise ValueError(
-                        f"The condition {k} of {self} has shape {tuple(c.shape)}; a base model has one condition, so the batch "
-                        "axis has to be 1. Make one base model per condition, using with_condition."
-                    )
-        if self.extrapolated:
-            own, null = ([(k, tuple(c.shape)) for k, c in leaves(part or {})] for part in (self.condition, self.null_condition))
-            if null != own or not own:
-                raise ValueError(
-                    f"guidance_scale={self.guidance_scale:g} needs a condition and a null_condition of the same shapes; "
-                    f"{self} has {own} and {null}. Pass both, or guidance_scale=1."
-                )
-
-    def with_condition(
+    def _with_tensors(
         self,
-        prompt: str | None = None,
-        *,
-        negative_prompt: str | None = None,
         class_label: int | None = None,
         guidance_scale: float | None = None,
         null_condition: Mapping[str, Any] | None = None,
         name: str | None = None,
         **condition: Any,
     ) -> Diffusion:
-        """The same network under another condition, as a base model of its own; the weights are shared.
-
-        A prompt (models from a pipeline), a class label, or the network's keyword tensors.
-        """
         new = copy.copy(self)
-        new.name, new._given_name = name or prompt or self.name, name or self._given_name
-        if prompt is not None or negative_prompt is not None:
-            if self._encode is None:
-                raise ValueError(
-                    f"{self} has no text encoder for prompt={prompt!r}. Make it by Diffusion.from_pipeline, or pass the "
-                    "encoded prompt, e.g. with_condition(encoder_hidden_states=...)."
-                )
-            new.condition, new.null_condition = self._encode(prompt or "", negative_prompt)
+        new.name, new._given_name = name or self.name, name or self._given_name
         if class_label is not None:
-            new.condition, new.null_condition = class_condition(unwrapped(self.model), class_label)
+            new.condition, new.null_condition = class_condition(self.model, class_label)
             new.name = name or f"class {class_label}"
         new.condition = condition or new.condition
         new.null_condition = null_condition or new.null_condition
         new.guidance_scale = self.guidance_scale if guidance_scale is None else float(guidance_scale)
-        new._check_condition()
+        check_conditions(str(new), new.condition, new.null_condition, new.guidance_scale)
+        new.build()
         return new
 
+    # Pipelines
+
     @classmethod
-    def from_pipeline(
-        cls,
-        pipe: Any,
-        prompt: str | None = None,
-        *,
-        negative_prompt: str | None = None,
-        class_label: int | None = None,
-        guidance_scale: float = 1.0,
-        shape: Sequence[int] | None = None,
-        name: str | None = None,
-    ) -> Diffusion:
-        """The network of a diffusers pipeline under one condition. The pipeline's scheduler has to be that of the training.
+    def from_pipeline(cls, pipe: Any, *args: Any, name: str | None = None, **call: Any) -> Diffusion:
+        """What a diffusers pipeline samples when it is called so: ``from_pipeline(pipe, prompt="a dog", guidance_scale=4.0)``.
 
-        Samples of latent models are in the network's own, scaled coordinates. The pipeline stays at hand for further
-        prompts, see :meth:`with_condition`.
+        The pipeline's own call is run for some steps with its networks and its scheduler watched. What its networks are called with, text,
+        masks, control images and all, is kept; where the sample and the time go in, guidance, packing and signs are learned, and checked
+        against a step of the pipeline. The pipeline is left as it was, and its text encoders may be freed: only
+        :meth:`with_condition` needs them again. The pipeline's scheduler has to be that of the training.
+
+        Args:
+            pipe: of diffusers.
+            args: what the pipeline takes, by position.
+            name: of the model; by default the prompt.
+            call: what the pipeline takes, by name, its defaults included: without a ``guidance_scale`` it is the pipeline's. How many
+                steps a solver takes is none of the model's business, and left aside.
         """
-        parts = pipe.components
-        network = parts.get("unet") or parts.get("transformer")
-        if network is None or parts.get("scheduler") is None:
+        return cls.__new__(cls)._learn(PipelineCall(pipe, args, call), name)
+
+    def _of(self, call: PipelineCall, name: str | None) -> Diffusion:
+        return type(self).__new__(type(self))._learn(call, name)
+
+    def _learn(self, call: PipelineCall, name: str | None) -> Diffusion:
+        learned = learn(call)
+        self._pipeline, self._learned, self._stages, self.shape = call, learned, learned.stages, learned.shape
+        self._begin(self._calls()[-1].network, learned.scheduler, name, call.autoencoder)
+        self.name = name or call.name or self.name
+        self.condition, self.null_condition, self.guidance_scale = learned.guidance
+        if learned.start is not None:
+            clean, t = learned.start
+            self._begin_at(clean, float(self.schedule.sigma(torch.tensor(t))))
+        return self
+
+    @torch.no_grad()
+    def decode(self, x: Float[Tensor, "b *x"], batch_size: int = 8) -> Any:
+        """What the pipeline makes of finished latents, as its ``output_type`` says, by default tensors with images in [0, 1]; pixels as they are."""
+        if self._pipeline is None or self.autoencoder is None:
+            return super().decode(x, batch_size)
+        return joined([self._pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
+
+    def with_start(self, start: Tensor, strength: float, name: str | None = None) -> Diffusion:
+        """The same model, sampled from a noisy version of an image and not from pure noise. Models of image-to-image pipelines start so by themselves.
+
+        Args:
+            start: a clean sample in the model's own coordinates, for latents those of the network.
+            strength: the share of the training's times that are left, from 0 (nothing is changed) to 1.
+            name: of the model.
+        """
+        if tuple(start.shape) not in (self.shape, (1, *self.shape)):
+            raise ValueError(f"{self} makes samples of shape {self.shape}, and start is one of them; got {tuple(start.shape)}.")
+        if not 0 < real("strength", strength) <= 1:
+            raise ValueError(f"strength is a share from 0 to 1, got {strength}.")
+        new = copy.copy(self)
+        new._begin_at(start.reshape(1, *self.shape), self.schedule.at_share(strength))
+        new.name, new._given_name = name or self.name, name or self._given_name
+        return new
+
+    def _begin_at(self, start: Tensor, s: float) -> None:
+        self.start, self.s_max = start.float(), min(self.schedule.s_max, s)
+        if not self.s_max > 1.001 * self.s_min:
             raise ValueError(
-                f"{type(pipe).__name__} has {', '.join(parts)}; expected a unet or a transformer, and a scheduler. "
-                "Pass its network to Diffusion(model, scheduler, shape) instead."
+                f"{self} would start at s={s:.3g}, at or below its least noise level s={self.s_min:.3g}. Take more strength."
             )
-        model = cls(network, parts["scheduler"], shape, name=name, autoencoder=parts.get("vae") or parts.get("vqvae"))
-        model._encode = prompt_encoder(pipe)
-        if prompt is None and model._encode is not None:
-            prompt = ""  # a text-conditional network without a prompt is its unconditional self
-        return model.with_condition(
-            prompt, negative_prompt=negative_prompt, class_label=class_label, guidance_scale=guidance_scale, name=name
-        )
 
+    # Adapters
 
-class _Holding(nn.Module):
-    """A network with other numbers in it, and of its own type."""
+    def with_adapters(self, adapters: Mapping[str, float] | None, name: str | None = None) -> Diffusion:
+        """The same model with these adapters (LoRAs) and no others, at these scales: a base model of its own, which shares the network.
 
-    def __init__(self, network: nn.Module, state: dict[str, Tensor]):
-        super().__init__()
-        self.network, self.state = network, state
+        They are switched on for its calls and back after them. Text encoders that have adapters encode the prompt again.
 
-    def forward(self, x: Tensor, **options: Any) -> Any:
-        return torch.func.functional_call(self.network, self.state, (x,), options)
-
-
-def _config_shape(model: Any) -> tuple[int, ...]:
-    """The shape of one sample from a diffusers config: ``in_channels`` and ``sample_size``."""
-    kind = type(model).__name__
-    config = model.config if is_a(model, "ModelMixin") else {}
-    channels, size = config.get("in_channels"), config.get("sample_size")
-    if channels is None or size is None or any(word in kind for word in ("3D", "Temporal", "Motion")):
-        raise ValueError(
-            f"Cannot read the shape of a sample from {kind}: it has no config that tells it. "
-            "Pass shape=, for one sample and without the batch, e.g. shape=(3, 32, 32)."
-        )
-    axes = 1 if "1D" in kind else 2
-    return (channels, *((size,) * axes if isinstance(size, int) else size))
+        Args:
+            adapters: the names by which they were loaded, with their scales; ``None`` for the network without any.
+            name: of the model; by default its own, with the adapters in brackets.
+        """
+        adapters = {k: float(v) for k, v in (adapters or {}).items()}
+        loaded = set[str]().union(*(adapters_of(call.network) for call in self._calls()))
+        if unknown := sorted(set(adapters) - loaded):
+            raise ValueError(
+                f"{', '.join(unknown)}: no adapter of {self}, which has {', '.join(sorted(loaded)) or 'none'}. Load it first, "
+                "pipe.load_lora_weights(..., adapter_name=...)."
+            )
+        said = ",".join(f"{k}={v:g}" for k, v in adapters.items())
+        name = name or f"{self.name.partition('[')[0]}[{said or 'plain'}]"
+        new = copy.copy(self)
+        if self._pipeline is not None and self._pipeline.encoders_adapted:
+            new = self._of(self._pipeline.with_adapters(adapters), name)
+        new.name, new._given_name = name, self._given_name
+        new._switches = Switches() if self._pipeline is not None else self._switches.with_adapters(self.model, adapters)
+        new._stages = tuple(stage.with_adapters(adapters) for stage in new._stages)
+        return new

@@ -32,11 +32,17 @@ _PARTS = {
     "transformer": ("diffusers", "ModelMixin"),
     "vae": ("diffusers", "ModelMixin"),
     "vqvae": ("diffusers", "ModelMixin"),
+    "movq": ("diffusers", "ModelMixin"),
     "scheduler": ("diffusers", "SchedulerMixin"),
-    "text_encoder": ("transformers", "CLIPTextModel CLIPTextModelWithProjection T5EncoderModel BertModel"),
+    "text_encoder": (
+        "transformers",
+        "CLIPTextModel CLIPTextModelWithProjection T5EncoderModel UMT5EncoderModel BertModel LlamaModel LlamaForCausalLM GemmaModel "
+        "Gemma2Model Qwen2Model Qwen2ForCausalLM Qwen3Model Qwen3ForCausalLM GlmModel MistralModel MistralForCausalLM",
+    ),
     "tokenizer": (
         "transformers",
-        "CLIPTokenizer CLIPTokenizerFast T5Tokenizer T5TokenizerFast BertTokenizer BertTokenizerFast",
+        "CLIPTokenizer CLIPTokenizerFast T5Tokenizer T5TokenizerFast BertTokenizer BertTokenizerFast LlamaTokenizer LlamaTokenizerFast "
+        "GemmaTokenizer GemmaTokenizerFast Qwen2Tokenizer Qwen2TokenizerFast PreTrainedTokenizerFast",
     ),
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -47,7 +53,7 @@ MOST_BYTES = 2**26
 
 
 def read_pipeline(folder: Path, device: Any, dtype: torch.dtype | None) -> Any:
-    """A pipeline of diffusers, or something with its ``components`` where no prompt is to be encoded."""
+    """A pipeline of diffusers, or something with its ``components`` where the folder does not say which."""
     path = folder / "model_index.json"
     index = Entries(read_json(path, "pipeline") if path.exists() else {}, str(path))
     names = _names(folder, index)
@@ -55,10 +61,11 @@ def read_pipeline(folder: Path, device: Any, dtype: torch.dtype | None) -> Any:
     # Everything that can be checked without reading weights is, before any are read.
     parts = {name: _Part(folder / name, _class_of(folder, name, index.get(name))) for name in names}
     components = {name: part.read(device, dtype) for name, part in parts.items()}
-    if "text_encoder" not in components or pipeline is None:
+    if pipeline is None:
         return SimpleNamespace(components=components)
     others = {name: None for name, value in index.found.items() if isinstance(value, list) and name not in components}
-    options = {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
+    options = {name: value for name, value in known(index, pipeline).items() if isinstance(value, (bool, int, float))}
+    options |= {"requires_safety_checker": False} if "requires_safety_checker" in index else {}
     with clear(f"The parts in {folder} do not make a {pipeline.__name__}"):
         return pipeline(**components, **others, **options)
 
@@ -227,7 +234,8 @@ class _Part:
         types = {parameter.dtype for parameter in part.parameters()}
         if len(types) > 1 and not getattr(part, "_keep_in_fp32_modules", None):
             part = part.to(dtype or torch.float32)
-        part = part.to(device) if self.is_ours else part.to(device=device, dtype=dtype)
+        # A pipeline hands from one part to the next what has one dtype.
+        part = part.to(device) if self.is_ours else part.to(device=device, dtype=dtype or torch.float32)
         return part.eval().requires_grad_(False)
 
     def _network(self, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:

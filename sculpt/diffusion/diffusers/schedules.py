@@ -51,6 +51,14 @@ class Schedule(abc.ABC):
     def coefficients(self, s: Float[Tensor, "*b"]) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b"]]:
         """The a and b of D = a z + b F."""
 
+    def at_share(self, share: float) -> float:
+        """The noise level where this share of the times of training is left."""
+        T = getattr(self, "T", None)
+        if T is None:  # noise levels are all that there is
+            return self.s_max**share * self.s_min ** (1 - share)
+        t = torch.tensor(share * T)
+        return float(self.sigma(T - t if getattr(self, "inverted", False) else t))
+
     def denoised(self, z: Float[Tensor, "b *x"], s: Level, output: Float[Tensor, "b *x"]) -> Float[Tensor, "b *x"]:
         """D from the network's output F."""
         a, b = self.coefficients(level(s, z.device))
@@ -127,11 +135,13 @@ class VariancePreserving(Schedule):
 class Flow(Schedule):
     r""".. math:: \alpha + \sigma = 1, \qquad t = T \sigma
 
-    Shifts only choose the times at which a solver steps; a network's time argument is its noise level all the same.
+    Shifts only choose the times at which a solver steps; a network's time argument is its noise level all the same. Inverted, it
+    counts from noise to data, :math:`t = T (1 - \sigma)`, and the velocity points the other way.
     """
 
-    def __init__(self, T: int, prediction_type: str = "flow_prediction"):
-        self.T, self.prediction_type, self.identity = T, prediction_type, ("flow", prediction_type, T)
+    def __init__(self, T: int, prediction_type: str = "flow_prediction", inverted: bool = False):
+        self.T, self.prediction_type, self.inverted = T, prediction_type, inverted
+        self.identity = ("flow", prediction_type, T, *["inverted"] * inverted)
         self.s_min = 1 / (T - 1)  # sigma = 1/T, the first of the T training times
         self.s_max = self.s_min * (T - 1) ** 2 if prediction_type == "epsilon" else math.inf
 
@@ -139,14 +149,15 @@ class Flow(Schedule):
         return 1 / (1 + s)
 
     def time(self, s):
-        return (self.T * s / (1 + s)).float()
+        return (self.T * (1 if self.inverted else s) / (1 + s)).float()
 
     def sigma(self, t):
-        sigma = t.double() / self.T
+        sigma = 1 - t.double() / self.T if self.inverted else t.double() / self.T
         return sigma / (1 - sigma).clamp(min=0)
 
     def coefficients(self, s):
-        return PREDICTIONS[self.prediction_type](s)
+        a, b = PREDICTIONS[self.prediction_type](s)
+        return a, -b if self.inverted else b
 
 
 class Preconditioned(Schedule):
@@ -227,12 +238,7 @@ def schedule_of(scheduler: Any) -> Schedule:
     if family == "variance exploding":
         return VarianceExploding(config.sigma_min, config.sigma_max)
     if family == "flow matching":
-        if config.get("invert_sigmas"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with invert_sigmas=True counts time from noise to data, which is not supported. "
-                "Wrap the model in a callable (x, t) that inverts its time argument and sign, and pass invert_sigmas=False."
-            )
-        return Flow(config.num_train_timesteps)
+        return Flow(config.num_train_timesteps, inverted=bool(config.get("invert_sigmas")))
     return _discrete(scheduler)
 
 

@@ -67,12 +67,21 @@ class Solver:
         """The samples to begin with."""
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
+    def around(self, clean: Float[Tensor, "N *x"], noise: Float[Tensor, "N *x"], k: int) -> Float[Tensor, "N *x"]:
+        """Samples to go on from at step k, with as much noise as there is at its time."""
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(k)
+        t = self.times[k : k + 1].expand(len(clean))
+        if hasattr(self.scheduler, "scale_noise"):  # of flows
+            return self.scheduler.scale_noise(clean, t, noise)
+        return self.scheduler.add_noise(clean, noise, t)
+
     def scaled(self, x: Float[Tensor, "N *x"], k: int) -> Float[Tensor, "N *x"]:
         """What the network sees of them."""
         scale = getattr(self.scheduler, "scale_model_input", None)
         return x if scale is None else scale(x, self.times[k])
 
-    def step(self, output: Tensor, k: int, x: Float[Tensor, "N *x"], generator: torch.Generator | None) -> Tensor:
+    def step(self, output: Tensor, k: int, x: Float[Tensor, "N *x"], generator: Any) -> Tensor:
         """The samples at the next time, from the network's output."""
         offered = {
             "generator": generator,

@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits bench-images bench-verdicts bench-pipelines docs clean
+.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -53,6 +53,9 @@ bench-verdicts: $(READY)  ## whether error bars of log Z cover and verdicts tell
 	@mkdir -p train_state/verdicts
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/coverage.py --file train_state/verdicts/coverage.jsonl
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/verdicts.py --runs train_state/verdicts/runs.jsonl
+
+bench-overhead: $(READY)  ## the time outside networks of composed runs; DEVICE=cuda for one of the size of Stable Diffusion 3
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/overhead.py --device $(or $(DEVICE),cpu)
 
 docs: $(READY)  ## the API pages, from the docstrings, into docs-html/
 	@$(BIN)/python -c 'import furo, importlib; importlib.import_module("sphinx-mathjax-offline")' 2>/dev/null || \

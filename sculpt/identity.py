@@ -51,10 +51,20 @@ def weights(
     module: nn.Module,
     prefixes: tuple[str, ...] = ("",),
     dtype: torch.dtype | None = None,
+    state: Mapping[str, Tensor] | None = None,
     called: Callable[[str], str | None] | None = None,
 ) -> str:
-    """The hash of a module's state under these prefixes, whatever its class; by other names where ``called`` gives them."""
-    state = {k: t for k, t in module.state_dict().items() if isinstance(t, Tensor) and k.startswith(prefixes)}
+    """The hash of a module's state under these prefixes, whatever its class.
+
+    Args:
+        module: whose state it is.
+        prefixes: of the names that count.
+        dtype: to which it is rounded first.
+        state: the state itself, where the module's own is elsewhere.
+        called: another name for a weight; ``None`` for one that does not count.
+    """
+    state = module.state_dict() if state is None else state
+    state = {k: t for k, t in state.items() if isinstance(t, Tensor) and k.startswith(prefixes)}
     if called is not None:
         state = {name: t for k, t in state.items() if (name := called(k)) is not None}
 

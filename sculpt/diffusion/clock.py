@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from sculpt.model import BaseModel
 
-__all__ = ["Level", "common_start", "level", "like", "noise_levels", "noise_range", "spread"]
+__all__ = ["Level", "common_start", "level", "like", "noise_levels", "noise_range", "share", "spread"]
 
 Level = Float[Tensor, ""] | Float[Tensor, " b"] | float | int
 
@@ -58,14 +58,23 @@ def common_start(models: Sequence[BaseModel]) -> Tensor | None:
     return first.start
 
 
-def spread(u: Float[Tensor, "*b"], s_min: float, s_max: float, scale: float = DATA_SCALE) -> Float[Tensor, "*b"]:
-    """Noise levels at shares u of the way from ``s_max`` (0) to ``s_min`` (1).
+def share(s: Float[Tensor, "*b"], s_min: float, s_max: float, scale: float = DATA_SCALE) -> Float[Tensor, "*b"]:
+    """The share of the way from ``s_max`` (0) to ``s_min`` (1) at noise level s.
 
     Half of the way is even in log s, half in arctan(s / scale): around the scale of the data structure appears, and samplers err most.
     """
+    ends = torch.tensor([s_max, s_min], dtype=torch.float64, device=s.device)
+    way = [
+        ((part - end[0]) / (end[1] - end[0]))
+        for part, end in ((s.log(), ends.log()), ((s / scale).atan(), (ends / scale).atan()))
+    ]
+    return sum(way) / 2
+
+
+def spread(u: Float[Tensor, "*b"], s_min: float, s_max: float, scale: float = DATA_SCALE) -> Float[Tensor, "*b"]:
+    """The noise levels at shares u of the way, see :func:`share`."""
     log_s = torch.linspace(math.log(s_max), math.log(s_min), 4096, dtype=torch.float64, device=u.device)
-    angle = (log_s.exp() / scale).atan()
-    way = sum((part - part[0]) / (part[-1] - part[0]) / 2 for part in (log_s, angle))
+    way = share(log_s.exp(), s_min, s_max, scale)
     i = torch.searchsorted(way, u.double()).clamp(1, len(way) - 1)
     return torch.lerp(log_s[i - 1], log_s[i], (u.double() - way[i - 1]) / (way[i] - way[i - 1])).exp()
 

@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.chain import Chain, Settings
-from sculpt.composition import Composition
 from sculpt.diffusion.chains import DenoisingChain, GuidedChain
 from sculpt.diffusion.clock import Level, common_start, level, like, noise_range
+from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
+from sculpt.diffusion.networks import device_of, dtype_of, state_of, unwrapped
 from sculpt.diffusion.ratios import PATH, path_ratios
 from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.states import DiffusionStore
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.diffusion.diffusers.unet import DenoiserUNet
     from sculpt.formula import Formula, Posterior
-    from sculpt.roads import Guided
 
 __all__ = ["Denoiser", "DiffusionComposition", "GuidedDenoiser"]
 
@@ -52,6 +52,9 @@ class Denoiser(Steppable):
 
     dtype: torch.dtype = torch.float32
     """What the network computes in. States and clock are float32 or wider all the same."""
+
+    model: Any = None
+    """Its network, where it has one."""
 
     autoencoder: nn.Module | None = None
     """A diffusers autoencoder where samples are latents."""
@@ -76,6 +79,16 @@ class Denoiser(Steppable):
     @abc.abstractmethod
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         """D(z, s) in z's dtype. Gradients flow to z."""
+
+    @property
+    def first(self) -> Denoiser:
+        """The base model that says what samples are: itself, or a composition's anchor."""
+        return self
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that moves with it."""
+        return (self.model,) if isinstance(self.model, nn.Module) else ()
 
     @property
     def together(self) -> Any:
@@ -207,12 +220,12 @@ class Denoiser(Steppable):
         """Images in [0, 1] from latents and from pixels (one or three channels); anything else as it is."""
         if self.autoencoder is None:
             return x if self.decoder is None else self.decoder(x)
-        config, weight = self.autoencoder.config, next(self.autoencoder.parameters())
+        config = self.autoencoder.config
         mean, std = (
             x.new_tensor(config.get(entry) or [otherwise])[:, None, None]
             for entry, otherwise in (("latents_mean", config.get("shift_factor") or 0.0), ("latents_std", 1.0))
         )
-        x = (x * std / config.get("scaling_factor", 1.0) + mean).to(weight.device, weight.dtype)
+        x = (x * std / config.get("scaling_factor", 1.0) + mean).to(device_of(self.autoencoder), dtype_of(self.autoencoder))
         images = [self.autoencoder.decode(part).sample for part in x.split(batch_size)]
         return pixels(torch.cat(images).float())
 
@@ -310,39 +323,26 @@ class GuidedDenoiser(Denoiser, Steered):
         s = level(s, z.device)
         return self.base(z, s) + self.guidance(z, s)[1]
 
-    def as_unet(self, scheduler: Any | None = None) -> DenoiserUNet:
-        """The composition as a diffusers UNet, in the coordinates of ``scheduler`` (by default the anchor's own)."""
-        from sculpt.diffusion.diffusers.unet import DenoiserUNet
+    @property
+    def first(self) -> Denoiser:
+        return self.anchor.first
 
-        scheduler = scheduler or self.anchor.scheduler
-        if scheduler is None:
-            raise ValueError(
-                f"The anchor {self.anchor} has no diffusers scheduler of its own: pass scheduler=, the one the loop steps with."
-            )
-        return DenoiserUNet(self, scheduler)
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        classifier = (self.classifier,) if isinstance(self.classifier, nn.Module) else ()
+        return *(network for model in self.operands for leaf in model.leaves for network in leaf.networks), *classifier
 
-
-class DiffusionComposition(Composition):
-    """A composition of diffusion models."""
-
-    def as_unet(self, road: Guided | Guide, scheduler: Any | None = None) -> DenoiserUNet:
-        """The guided composition as a diffusers UNet, for a scheduler's own loop or a pipeline.
-
-        Gradients flow through it. Run a loop of your own under ``torch.no_grad()``, as pipelines do.
-
-        Args:
-            road: a classifier, or ``Guided(classifier, ...)``.
-            scheduler: the one that the loop steps with; by default the anchor's own.
-        """
-        guided = self.guided(road)
-        assert isinstance(guided, GuidedDenoiser)
-        return guided.as_unet(scheduler)
+    def as_unet(self, scheduler: Any | None = None, network: nn.Module | None = None) -> DenoiserUNet:
+        """The composition in the place of a diffusers network, see :meth:`DiffusionComposition.as_unet`."""
+        return in_place(self, scheduler, network)
 
 
 def _latents(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:
     """What defines a latent space: the encoder and the scaling. Decoders may differ, and half precision is the same encoder."""
     if autoencoder is None:
         return None
+    autoencoder = unwrapped(autoencoder)
+    known = weights(autoencoder, ("encoder", "quant_conv"), torch.float16, state_of(autoencoder))
     entries = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
     scaling = tuple((k, autoencoder.config.get(k)) for k in entries if autoencoder.config.get(k) is not None)
-    return type(autoencoder).__name__, *scaling, weights(autoencoder, ("encoder", "quant_conv"), torch.float16)[:8]
+    return type(autoencoder).__name__, *scaling, known[:8]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sculpt.diffusion.clock import Level, level, like
 from sculpt.diffusion.denoiser import Denoiser
-from sculpt.diffusion.networks import first_state, known_as
+from sculpt.diffusion.networks import device_of, dtype_of, known_as
 from sculpt.identity import digest
 
 __all__ = ["EnergyModel"]
@@ -55,8 +55,7 @@ class EnergyModel(Denoiser):
     @property
     def device(self) -> torch.device:
         """The network's."""
-        state = first_state(self.model)
-        return self._device if state is None else state.device
+        return device_of(self.model) or self._device
 
     @property
     def key(self) -> str:
@@ -65,8 +64,7 @@ class EnergyModel(Denoiser):
 
     def energy(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, " b"]:
         """E(z, s)"""
-        state = first_state(self.model)
-        x = z if state is None or not state.is_floating_point() else z.to(state.dtype)
+        x = z if device_of(self.model) is None else z.to(dtype_of(self.model))  # a formula keeps what it is asked in
         E = self.model(x, level(s, z.device).to(x.dtype)).to(z.dtype)
         if E.shape != z.shape[:1]:
             raise ValueError(f"The energy {self} answered with shape {tuple(E.shape)}, expected one per sample, ({len(z)},).")

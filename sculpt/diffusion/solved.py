@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 import torch
 from einops import einsum, reduce
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.chain import Settings
 from sculpt.diffusion.chains import EXTRAPOLATED_NOTE
-from sculpt.diffusion.clock import common_start, level, noise_range
+from sculpt.diffusion.clock import common_start, level, noise_range, share
 from sculpt.diffusion.diffusers.solver import SolverChain
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import analytic_variance, check_finite
 from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.diffusion.tracked import MORE
 from sculpt.formula import Formula
+from sculpt.identity import digest
 
 if TYPE_CHECKING:
     from sculpt.diffusion.clock import Level
@@ -48,27 +49,47 @@ class Remembering:
 
     def __init__(self, formula: Formula, models: Sequence[Denoiser], batch_size: int):
         self.formula, self.models, self.batch_size = formula, models, batch_size
-        first = models[0]
-        self.shape, self.dtype, self.device, self.autoencoder = first.shape, first.dtype, first.device, first.autoencoder
+        self.first = first = models[0]
+        self.shape, self.autoencoder = first.shape, first.autoencoder
         (self.s_min, self.s_max), self.start = noise_range(models), common_start(models)
         self.name = formula.write([str(model) for model in models])
-        self.k, self.way, self.d = 0, 0.0, math.prod(self.shape)
+        self.k, self.d = 0, math.prod(self.shape)
         self.before: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def key(self) -> str:
+        return digest("remembering", self.formula.identity, [model.key for model in self.models])
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        return tuple(network for model in self.models for network in model.networks)
+
     def denoise(self, z: Float[Tensor, "N *x"], s: Level) -> Float[Tensor, "N *x"]:
         """The composed denoised images. The same particles come with every call, in the same order."""
         s, exact = level(s, z.device), z.double()
+        if s.ndim:
+            raise ValueError(f"{self} follows samples along one path of noise levels, got {len(s)} of them at once.")
         D, v = denoise_all(self.models, exact, s, self.batch_size), s**2
         check_finite(D, "a base model gave", self.k, s)
         ell, S = self._followed(exact, v, D)
-        a = fade(self.formula, self.way**2).gradient(ell)
+        way = float(share(s.clamp(self.s_min, self.s_max), self.s_min, self.s_max))
+        a = fade(self.formula, way**2).gradient(ell)
         # Particles that go alone have no weights between each other.
         w = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
         c, _ = analytic_variance(exact, D, a, w, v)
-        self.before = exact, v, ell, S, self.d * (c / v - 1) / v
+        c = c.clamp(min=0).clamp(max=v)  # an estimate outside its bounds is put back
+        self.before, self.k = (exact, v, ell, S, self.d * (c / v - 1) / v), self.k + 1
         return (exact + einsum(a, D - exact[:, None], "N m, N m ... -> N ...")).to(z.dtype)
 
     def _followed(self, z: Tensor, v: Tensor, D: Tensor) -> tuple[Float[Tensor, "N m"], Float[Tensor, "N m *x"]]:
@@ -96,11 +117,6 @@ class SolvedChain(SolverChain):
         super().__init__(self.composed, settings)  # type: ignore[arg-type]
         self.batch_size = 2**62  # all particles at once: the networks are called in parts further down
 
-    def step(self, state, log_w, generator):
-        self.composed.k = int(state.k[0])
-        self.composed.way = self.composed.k / max(1, self.length - 1)
-        return super().step(state, log_w, generator)
-
     def notes(self, x, generator):
-        said = [f"steps of {type(self.scheduler).__name__}"]
+        said = [f"steps of {type(self.solver.scheduler).__name__}"]
         return said + [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.composed.models for leaf in model.leaves)

@@ -141,12 +141,11 @@ class TrackedChain(NoisyChain):
         increment = self.targets[k + 1].value(new.ell) - self.targets[k].value(ell) + kernels[:, 0]
         if self.control is not None:
             self.control.learn(increment, delta * g, delta * g_next, return_ / walk.beta, pull, w)
-        r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
-        H = self.targets[k + 1].hessian(new.ell)
-        new.slip = (
-            state.slip
-            + (einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")) / 2
-        )
+        if not self.alone:
+            r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
+            H = self.targets[k + 1].hessian(new.ell)
+            surprised = einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")
+            new.slip = state.slip + surprised / 2
         return new, torch.where(bad, math.nan, increment)
 
     def _drift(self, a: Float[Tensor, "N m"], S: Float[Tensor, "N m *x"], delta: Tensor) -> tuple[Any, Tensor]:

@@ -88,6 +88,22 @@ class Tracked(Road):
         asked = self.selection.particles
         return asked == 1 or (asked is None and self.detail is None and composition.leaves[0].alone)  # type: ignore[attr-defined]
 
+    def formula_alone(self, composition: Composition) -> Formula:
+        """The formula over the pretrained models where every sample is a run of its own, one noise level after another."""
+        if self.selection.particles not in (None, 1) or self.detail or self.corrector is not None:
+            raise ValueError(
+                f"{self}: whoever steps from outside takes samples that go alone. Leave particles, detail and corrector out."
+            )
+        steps = Tracked(particles=1)._over_leaves(composition, Settings(), {}, self._outer(composition))
+        try:
+            next(steps)  # no inner composition is sampled for its log Z where samples go alone, so there is no step
+        except StopIteration as done:
+            return done.value
+        raise AssertionError("formulas of samples that go alone take no steps")
+
+    def _outer(self, composition: Composition) -> Formula | None:
+        return None if self.anchor is None else composition.anchored(self.anchor)
+
     def _part(self, model: BaseModel, n: int, settings: Settings) -> Iterator[Progress]:
         """Samples of an operand. One without a population has no use for a population's options."""
         return model.stream(n, self if _weighted(model) else None, settings)
@@ -104,9 +120,7 @@ class Tracked(Road):
         alone, leaves = self._alone_in(composition), composition.leaves
         if not alone:
             settings.refuse_each("here particles are selected")
-        formula = yield from self._over_leaves(
-            composition, settings, known, None if self.anchor is None else composition.anchored(self.anchor)
-        )
+        formula = yield from self._over_leaves(composition, settings, known, self._outer(composition))
         chain = leaves[0].tracked(formula, leaves, settings, self, alone)  # type: ignore[attr-defined]
         for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
             if progress.samples is not None:

@@ -32,7 +32,7 @@ from sculpt.diffusion.diffusers.learning import Learned, learn
 from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
-from sculpt.diffusion.networks import first_state, is_a
+from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
 from sculpt.identity import digest
 
 __all__ = ["Diffusion"]
@@ -86,14 +86,14 @@ class Diffusion(Denoiser):
         self._split = scheduler.config.get("variance_type") in ("learned", "learned_range") if said is None else said
         self._time = (True, torch.float32)
         self.build()
-        if not is_a(model, "ModelMixin"):
+        if not is_a(unwrapped(model), "ModelMixin"):
             self._probe()
 
     def _begin(self, model: Any, scheduler: Any, name: str | None, autoencoder: Any, device: Any = None) -> None:
         self.model, self.scheduler, self.schedule = model, scheduler, schedule_of(scheduler)
         self.s_min, self.s_max = self.schedule.s_min, self.schedule.s_max
         self.autoencoder = autoencoder
-        self.name = name or getattr(model, "__name__", type(model).__name__)
+        self.name = name or getattr(model, "__name__", type(unwrapped(model)).__name__)
         self._given_name, self._anonymous = name, uuid.uuid4().hex
         self._device = torch.device(device or "cpu")
 
@@ -108,14 +108,17 @@ class Diffusion(Denoiser):
     @property
     def device(self) -> torch.device:
         """The network's."""
-        state = first_state(self.model)
-        return self._device if state is None else state.device
+        return device_of(self.model) or self._device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the network computes in, read off its weights."""
-        state = first_state(self.model)
-        return torch.float32 if state is None else state.dtype
+        """What the network computes in, as its library says; float32 for a model without weights."""
+        return dtype_of(self.model)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """All that are called."""
+        return tuple(dict.fromkeys(call.network for call in self._calls() if isinstance(call.network, nn.Module)))
 
     @property
     def extrapolated(self) -> bool:

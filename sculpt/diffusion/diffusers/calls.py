@@ -21,7 +21,7 @@ from torch import Tensor
 from sculpt.diffusion.diffusers.sources import Given, Output, Source, State, Time
 from sculpt.diffusion.diffusers.switches import Switches
 from sculpt.diffusion.diffusers.trees import LISTED, Path, at, entries, first, joined, mapped
-from sculpt.diffusion.networks import first_state
+from sculpt.diffusion.networks import dtype_of
 
 __all__ = ["Answer", "Call", "Rescale", "Stage", "Strand", "answers"]
 
@@ -212,8 +212,7 @@ def _together(strands: Sequence[Strand], x: Tensor, t: Tensor) -> list[Tensor]:
     """The rows of each strand's last call."""
     outs: list[Any] = []
     for stage, call in enumerate(strands[0].calls):
-        state = first_state(call.network)
-        own = x if state is None else x.to(state.dtype)
+        own = x.to(dtype_of(call.network))
         values = {}
         for path, source in call.sources.items():
             if isinstance(source, Output):

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.diffusion.diffusers.calls import Answer, Call, Strand
 from sculpt.diffusion.diffusers.sources import Given, State, Time
 from sculpt.diffusion.diffusers.switches import Switches
 from sculpt.diffusion.diffusers.trees import entries, mapped
-from sculpt.diffusion.networks import is_a
+from sculpt.diffusion.networks import is_a, unwrapped
 
 __all__ = [
     "batched",
@@ -55,14 +55,14 @@ def direct_strand(
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     t = Time(0 if time[0] else None, zero, one, time[1])
     given = mapped(lambda _, c: Given(c, 0 if isinstance(c, Tensor) and c.ndim else None, cast=True), dict(condition))
-    by_name = is_a(network, "ModelMixin")
+    by_name = is_a(unwrapped(network), "ModelMixin")
     call = Call(network, {"timestep": t, **given} if by_name else given, (State(0),) if by_name else (State(0), t), switches)
     return Strand((call,), (weight,), Answer(index=torch.arange(math.prod(shape)) if split else None))
 
 
 def splits(network: Any, shape: tuple[int, ...], name: str) -> bool | None:
     """Whether a network of diffusers answers with a variance too; ``None`` where it does not say."""
-    config = network.config if is_a(network, "ModelMixin") else {}
+    config = network.config if is_a(unwrapped(network), "ModelMixin") else {}
     channels, out = config.get("in_channels"), config.get("out_channels") or config.get("in_channels")
     if channels is None:
         return None
@@ -81,8 +81,8 @@ def splits(network: Any, shape: tuple[int, ...], name: str) -> bool | None:
 
 def config_shape(model: Any) -> tuple[int, ...]:
     """The shape of one sample from a diffusers config: ``in_channels`` and ``sample_size``."""
-    kind = type(model).__name__
-    config = model.config if is_a(model, "ModelMixin") else {}
+    kind = type(unwrapped(model)).__name__
+    config = model.config if is_a(unwrapped(model), "ModelMixin") else {}
     channels, size = config.get("in_channels"), config.get("sample_size")
     if channels is None or size is None or any(word in kind for word in ("3D", "Temporal", "Motion")):
         raise ValueError(
@@ -95,7 +95,7 @@ def config_shape(model: Any) -> tuple[int, ...]:
 
 def class_condition(model: Any, label: int) -> tuple[dict, dict | None]:
     """A class label as a condition; transformers of the DiT kind have a null class after the last one."""
-    config = model.config if is_a(model, "ModelMixin") else {}
+    config = model.config if is_a(unwrapped(model), "ModelMixin") else {}
     null = config.get("num_embeds_ada_norm")
     classes = null or config.get("num_class_embeds")
     if classes is None:
@@ -171,7 +171,7 @@ def check_answer(model: Any) -> None:
 def _try(model: Any, state: dict[str, Tensor], place: torch.device) -> None:
     state = {name: value.to(place) for name, value in state.items()}
     twin, x = copy.copy(model), torch.zeros(2, *model.shape, dtype=model.dtype, device=place)
-    twin.model = lambda x, t, **options: torch.func.functional_call(model.model, state, (x,), {"timestep": t, **options})
+    twin.model = _Holding(model.model, state)
     twin.build()
     try:
         with torch.no_grad():
@@ -183,3 +183,14 @@ def _try(model: Any, state: dict[str, Tensor], place: torch.device) -> None:
                 f"{model} cannot be called on samples of shape {model.shape}: {type(error).__name__}: {error!s:.300} Check its config.json, "
                 "and shape= and the condition that it was loaded with."
             ) from None
+
+
+class _Holding(nn.Module):
+    """A network with other numbers in it, and of its own type."""
+
+    def __init__(self, network: nn.Module, state: dict[str, Tensor]):
+        super().__init__()
+        self.network, self.state = network, state
+
+    def forward(self, x: Tensor, t: Tensor, **options: Any) -> Any:
+        return torch.func.functional_call(self.network, self.state, (x,), {"timestep": t, **options})

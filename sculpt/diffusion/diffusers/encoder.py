@@ -16,6 +16,7 @@ from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.settings import check_schedule, check_settings
+from sculpt.diffusion.networks import unwrapped
 from sculpt.entries import Entries
 
 __all__ = ["UNetEncoder"]
@@ -59,7 +60,7 @@ class UNetEncoder(nn.Module):
     @classmethod
     def of(cls, model: Diffusion, width: int = 128) -> UNetEncoder:
         """A copy of this model's encoder, weights included."""
-        unet = getattr(model, "model", None)
+        unet = unwrapped(getattr(model, "model", None))
         if not isinstance(unet, diffusers.UNet2DModel):
             raise ValueError(f"An encoder is read from a diffusers UNet2DModel, got {model} with a {type(unet).__name__}.")
         encoder = cls(

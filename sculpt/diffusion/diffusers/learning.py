@@ -19,6 +19,7 @@ from sculpt.diffusion.diffusers.outputs import without_variance
 from sculpt.diffusion.diffusers.pipeline import PipelineCall
 from sculpt.diffusion.diffusers.probing import Border, Clean, Phase, Probe, Still, Twice
 from sculpt.diffusion.diffusers.watch import Step, networks, one, schedulers
+from sculpt.diffusion.networks import dtype_of
 
 __all__ = ["Learned", "learn"]
 
@@ -206,9 +207,6 @@ class _Learning:
 
 def _limit(stage: Stage, step: Step) -> float:
     """Of an error, in the precision of the networks: guidance multiplies it."""
-    dtypes = [
-        step.F.dtype,
-        *(p.dtype for strand in stage.strands for p in itertools.islice(strand.calls[-1].network.parameters(), 1)),
-    ]
+    dtypes = [step.F.dtype, *(dtype_of(strand.calls[-1].network) for strand in stage.strands)]
     eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
     return max(1e-5, 2 * eps) * (1 + sum(abs(w) for strand in stage.strands for w in strand.weights))

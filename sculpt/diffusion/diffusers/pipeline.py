@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.diffusers.watch import Lead, networks, parameters, watched
-from sculpt.diffusion.networks import is_a
+from sculpt.diffusion.networks import is_a, unwrapped
 
 __all__ = ["PipelineCall", "joined"]
 
@@ -90,12 +90,12 @@ class PipelineCall:
 
     def _encoders(self) -> list[Any]:
         """Networks that are not of diffusers."""
-        return [part for part in networks(self.pipe).values() if not is_a(part, "ModelMixin")]
+        return [part for part in networks(self.pipe).values() if not is_a(unwrapped(part), "ModelMixin")]
 
     @property
     def autoencoder(self) -> Any:
         """What makes latents, where there is something."""
-        found = (part for part in networks(self.pipe).values() if is_a(part, "ModelMixin"))
+        found = (part for part in networks(self.pipe).values() if is_a(unwrapped(part), "ModelMixin"))
         return next((part for part in found if hasattr(part, "encode") and hasattr(part, "decode")), None)
 
     @property

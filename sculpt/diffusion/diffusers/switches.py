@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sculpt.diffusion.networks import is_a, known_as
+from sculpt.diffusion.networks import is_a, known_as, unwrapped
 from sculpt.identity import digest
 
 __all__ = ["Switches", "adapters_of"]
@@ -147,6 +147,7 @@ def _places(network: Any) -> _Places:
     """Where a network can be switched, looked up anew only after adapters were loaded or taken out."""
     if not isinstance(network, nn.Module):
         return _Places({}, {})
+    network = unwrapped(network)
     loaded = getattr(network, "peft_config", None) or {}
     images = getattr(network, "encoder_hid_proj", None), getattr(network, "image_proj", None)
     if not loaded and images == (None, None):

@@ -1,39 +1,65 @@
-"""A denoiser as a diffusers UNet: in the coordinates, the time and the prediction type of any scheduler."""
+"""A denoiser in the place of a diffusers network: in the coordinates, the time and the prediction type of any scheduler."""
 
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from sculpt.diffusion.clock import like
-from sculpt.diffusion.diffusers.schedules import schedule_of
+from sculpt.diffusion.diffusers.place import Place, place_of
+from sculpt.diffusion.diffusers.prediction import Prediction
+from sculpt.diffusion.networks import is_a, unwrapped
 
 __all__ = ["DenoiserUNet"]
 
-S_MAX = 1e5
-"""Stands for the infinite noise level of pure noise: the sample's share is then under float32's resolution of the input."""
-
 
 class DenoiserUNet(ModelMixin, ConfigMixin):
-    """``(sample, timestep) -> output`` for a scheduler's own loop, or for ``DDPMPipeline(unet=..., scheduler=...)``.
+    """``(sample, timestep) -> output`` for a scheduler's own loop, or for a pipeline: ``pipe.unet = ...``, ``pipe.transformer = ...``.
 
-    ``denoiser`` is anything with ``denoise``, ``shape``, ``s_min``, ``s_max``, ``device`` and ``dtype``. Nothing is saved with
-    it: save the base models instead.
+    It is called as the network that it takes the place of, and has its configuration, its attributes and its methods. What a pipeline
+    passes beside x and t, the embedded prompt among it, is ignored: the base models bring their own conditions. So a guidance scale of the
+    pipeline has no effect. It doubles the batch or the calls, and both halves get the same answer, made once.
+
+    A denoiser may remember the path (:class:`~sculpt.diffusion.solved.Remembering`). It begins anew where the noise rises, where the number
+    of samples changes, and where the scheduler has got new times. Nothing is saved with this: save the base models instead.
+
+    Args:
+        denoiser: anything with ``denoise``, ``first``, ``shape``, ``s_min``, ``s_max``, ``device`` and ``dtype``.
+        scheduler: the one of the loop.
+        network: the one it takes the place of; by default the first base model's.
     """
 
-    def __init__(self, denoiser: Any, scheduler: Any):
+    def __init__(self, denoiser: Any, scheduler: Any, network: nn.Module | None = None):
         super().__init__()
-        if scheduler.config.get("variance_type") in ("learned", "learned_range"):
-            raise ValueError(
-                f"{type(scheduler).__name__} with variance_type={scheduler.config.variance_type!r} steps with a variance "
-                "that a denoiser does not give. Use from_config(scheduler.config, variance_type='fixed_small')."
-            )
-        self.denoiser, self.schedule = denoiser, schedule_of(scheduler)
-        channels, *size = denoiser.shape
-        square = len(size) == 2 and size[0] == size[1]
-        self.register_to_config(in_channels=channels, out_channels=channels, sample_size=size[0] if square else tuple(size))
+        network = denoiser.first.model if network is None else network
+        self.fresh, self.scheduler, self.predict = denoiser, scheduler, Prediction(denoiser, scheduler)
+        self.place = place_of(denoiser.first, network) if isinstance(network, nn.Module) else Place()
+        # Where a pipeline moves its network, it moves these.
+        self.networks = nn.ModuleList(
+            dict.fromkeys([*denoiser.networks, *([network] if isinstance(network, nn.Module) else [])])
+        )
+        self.register_to_config(**_config(unwrapped(network), denoiser.shape))
+        self.restart()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or not len(networks := self.__dict__["_modules"].get("networks", ())):
+                raise
+            return getattr(unwrapped(networks[0]), name)
+
+    @property
+    def denoiser(self) -> Any:
+        """What answers, with what it remembers of this run."""
+        return self.predict.denoiser
 
     @property
     def device(self) -> torch.device:
@@ -43,12 +69,79 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
 
-    def forward(self, sample: Tensor, timestep: Any, return_dict: bool = True, **ignored: Any) -> UNet2DOutput | tuple[Tensor]:
-        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        s = self.schedule.sigma(torch.as_tensor(timestep, device=x.device)).clamp(max=S_MAX)
-        z = x / like(self.schedule.scale(s), x)
-        # Outside the denoiser's range its nearest level stands in; above it the excess noise is scaled away.
-        known = s.clamp(self.denoiser.s_min, self.denoiser.s_max)
-        D = self.denoiser.denoise(like((known / s).clamp(max=1), z) * z, known)
-        F = self.schedule.output(z, s, D).to(sample.dtype)
-        return UNet2DOutput(sample=F) if return_dict else (F,)
+    def restart(self) -> None:
+        """Begin a new run: forget the path."""
+        self.predict.denoiser = copy.copy(self.fresh)
+        self.level, self.times = float("inf"), getattr(self.scheduler, "timesteps", None)
+        self.asked: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        raise ValueError("A composition is not saved as a network: save its base models, and compose them again.")
+
+    def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
+        came, t = self.place.read(args, options)
+        x = torch.stack([self._sample(part) for part in came])
+        n = _distinct(x, t)
+        F = self._answer(x[:n], t[:n] if t.ndim else t) * self.place.sign
+        F = F.repeat(len(x) // n, *(1,) * (x.ndim - 1)) if n < len(x) else F
+        # In the shape in which the samples came, without channels that were none of theirs; no variance is learned.
+        shape = (-1, *came[0].shape[1:]) if self._has_more(came[0]) else came[0].shape
+        out = [
+            torch.cat([part.reshape(shape)] + [torch.zeros_like(part).reshape(shape)] * (self.place.answers - 1)) for part in F
+        ]
+        answer = out if isinstance(came, list) else torch.stack(out)
+        return UNet2DOutput(sample=answer) if return_dict else (answer,)
+
+    def _answer(self, sample: Float[Tensor, "n *x"], t: Tensor) -> Float[Tensor, "n *x"]:
+        """What the scheduler wants of the network. Asked twice for the same, as by guidance in two calls, it answers from memory."""
+        t = t.flatten()[0] if t.ndim and (t == t.flatten()[0]).all() else t
+        if self.asked is not None and _same(self.asked[:2], (t, sample)):
+            return self.asked[2]
+        self._begun(float(self.predict.level(t).max()), len(sample))
+        F = self.predict(sample, t)
+        self.asked = None if F.requires_grad else (t, sample.clone(), F)
+        return F
+
+    def _begun(self, s: float, n: int) -> None:
+        """Notice a new run."""
+        renewed = getattr(self.scheduler, "timesteps", None) is not self.times
+        if renewed or s > self.level or (self.asked is not None and len(self.asked[1]) != n):
+            self.restart()
+        self.level = s
+
+    def _has_more(self, sample: Tensor) -> bool:
+        """Whether there are channels behind the sample's own: masks, images."""
+        shape = tuple(self.denoiser.shape)
+        return sample.ndim == len(shape) and sample.shape[1:] == shape[1:] and sample.shape[0] > shape[0]
+
+    def _sample(self, sample: Tensor) -> Float[Tensor, "*x"]:
+        """The sample, in its own shape."""
+        shape = tuple(self.denoiser.shape)
+        sample = sample[: shape[0]] if self._has_more(sample) else sample
+        if sample.numel() != math.prod(shape):
+            raise ValueError(
+                f"The composition makes samples of shape {shape}, the pipeline wants {tuple(sample.shape)}. Make its base models with "
+                "shape=, or ask the pipeline for their size (height=, width=)."
+            )
+        return sample.reshape(shape)
+
+
+def _config(network: Any, shape: Sequence[int]) -> dict[str, Any]:
+    """What pipelines read of the network: its configuration, where it has one."""
+    channels, *size = shape
+    square = len(size) == 2 and size[0] == size[1]
+    own = {"in_channels": channels, "out_channels": channels, "sample_size": size[0] if square else tuple(size)}
+    return {**own, **network.config} if is_a(network, "ModelMixin") else own
+
+
+def _distinct(x: Float[Tensor, "b *x"], t: Tensor) -> int:
+    """How many of these samples there are once guidance has repeated them."""
+    for k in (k for k in (4, 3, 2) if len(x) % k == 0):
+        n = len(x) // k
+        if all(torch.equal(whole, whole[:n].repeat(k, *(1,) * (whole.ndim - 1))) for whole in ([x, t] if t.ndim else [x])):
+            return n
+    return len(x)
+
+
+def _same(known: Sequence[Tensor], asked: Sequence[Tensor]) -> bool:
+    return all(p.shape == q.shape and p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(known, asked, strict=True))

@@ -11,7 +11,7 @@ from checkpoints import save_parts, save_pipeline, tiny_unet
 from diffusers import DDPMScheduler
 
 import sculpt
-from sculpt.diffusion.diffusers.settings import check_settings
+from sculpt.settings import check_settings
 from sculpt.entries import Entries
 
 

@@ -34,16 +34,16 @@ class Memory(State):
     tensors: tuple[Any, ...]
 
     def _map(self, function: Callable[..., Tensor], *others: State) -> Memory:
-        memories = (self, *others)
-        if others:
-            memories = tuple(map(Memory, zip(*(_padded(parts) for parts in zip(*(m.tensors for m in memories), strict=True)))))
-        return State._map(memories[0], function, *memories[1:])
+        first, *rest = map(Memory, _padded([memory.tensors for memory in (self, *others)]))  # type: ignore[attr-defined]
+        return State._map(first, function, *rest)
 
 
 def _padded(parts: Sequence[Any]) -> list[Any]:
     """The same entry of several memories, all of one shape but for the number of rows."""
     if isinstance(parts[0], tuple):
         return list(zip(*(_padded(inner) for inner in zip(*parts, strict=True)), strict=True))
+    if parts[0] is None:
+        return list(parts)
     shapes = [part.shape[1:] for part in parts]
     if len(set(shapes)) == 1:
         return list(parts)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.diffusion.diffusers.settings import clear
+from sculpt.settings import clear
 from sculpt.diffusion.networks import is_a
 
 __all__ = ["class_condition", "entries", "expand", "leaves", "prompt_encoder", "tree_map"]

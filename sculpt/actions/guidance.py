@@ -7,13 +7,13 @@ Notation: :math:`P_i(s'|s)` policy of base model i, :math:`h(s) = p(y_2 \dots y_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from sculpt.actions.reading import policy, read
+from sculpt.actions.reading import Memory, policy, read
 from sculpt.actions.states import NEG_INF, distinct
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
@@ -128,10 +128,13 @@ class Guidance:
         unique, rows = distinct(states)
         return self._normalised(unique)[rows]
 
-    def read(self, states: Shaped[Tensor, "b *s"], memory: Any) -> tuple[Float[Tensor, "b a"], Any]:
+    def read(
+        self, states: Shaped[Tensor, "b *s"], memory: Memory | None
+    ) -> tuple[Float[Tensor, "b a"], Memory | None]:
         """The same, with what the models have kept of the states before, and keep of these."""
-        reading = read(self.asked, states, memory)
-        return self._normalised(reading.states, reading.log_p)[reading.rows], reading.memory
+        reading = read(self.asked, states, None if memory is None else memory.tensors)
+        log_p = self._normalised(reading.states, reading.log_p)[reading.rows]
+        return log_p, None if reading.memory is None else Memory(reading.memory)
 
     def _normalised(
         self, states: Shaped[Tensor, "u *s"], log_p: Sequence[Float[Tensor, "u a"]] | None = None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sculpt.actions.chains import ActionChain, DensityCorrectedChain, GuidedChain, TrackedChain
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.paths import ONE_PARENT, path_ratios
+from sculpt.actions.reading import Memory
 from sculpt.actions.trajectories import TrajectoryStore
 from sculpt.chain import Chain, Settings
 from sculpt.identity import module_digest
@@ -64,14 +65,14 @@ class ActionModel(Steppable):
         """The children by these actions, none of them the exit. The states that were given stay as they are."""
 
     def read(
-        self, models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: Any
-    ) -> tuple[Sequence[Float[Tensor, "b a"]], Any]:
+        self, models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: Memory | None
+    ) -> tuple[Sequence[Float[Tensor, "b a"]], Memory | None]:
         """:meth:`log_pf` of models that are read ``together``, this one the first of them, and what to keep of these states.
 
         Args:
             models: these.
             states: all of them a step behind those that were read before.
-            memory: what was kept of those: a :class:`~sculpt.actions.reading.Memory`, or tuples of some. ``None`` at first.
+            memory: what was kept of those; ``None`` at first.
         """
         return [model.log_pf(states) for model in models], None
 

@@ -26,7 +26,7 @@ __all__ = ["Memory", "Reading", "emptied", "policy", "read"]
 
 @dataclass
 class Memory(State):
-    """What a policy keeps of the states that it has read: tensors, or tuples of them, with a row for each particle.
+    """What a policy keeps of the states that it has read: tensors, tuples of them or other memories, with a row for each particle.
 
     Where memories of longer and of shorter states meet, the shorter ones are padded: they belong to particles that have ended.
     """
@@ -42,6 +42,8 @@ def _padded(parts: Sequence[Any]) -> list[Any]:
     """The same entry of several memories, all of one shape but for the number of rows."""
     if isinstance(parts[0], tuple):
         return list(zip(*(_padded(inner) for inner in zip(*parts, strict=True)), strict=True))
+    if isinstance(parts[0], Memory):
+        return list(map(Memory, _padded([part.tensors for part in parts])))
     if parts[0] is None:
         return list(parts)
     shapes = [part.shape[1:] for part in parts]
@@ -89,7 +91,8 @@ def read(models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: 
     own = memory
     if memory is not None:
         if 2 * len(unique) <= len(states):
-            own = tuple(part and part[rows.new_empty(len(unique)).scatter_(0, rows, torch.arange(len(rows), device=rows.device))] for part in memory)
+            some = rows.new_empty(len(unique)).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+            own = _rows(memory, some)
         else:  # copies of what is kept cost more than they save
             unique, rows = states, torch.arange(len(states), device=states.device)
     own = own or (None,) * len(groups)
@@ -102,9 +105,11 @@ def read(models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: 
         kept.append(part)
     if all(part is None for part in kept):
         return Reading(unique, rows, tuple(log_p), None)
-    if unique is not states:
-        kept = [part and part[rows] for part in kept]
-    return Reading(unique, rows, tuple(log_p), tuple(kept))
+    return Reading(unique, rows, tuple(log_p), tuple(kept) if unique is states else _rows(kept, rows))
+
+
+def _rows(memory: Sequence[Memory | None], rows: Int[Tensor, "k"]) -> tuple[Memory | None, ...]:
+    return tuple(None if part is None else part[rows] for part in memory)
 
 
 def policy(model: ActionModel, states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a"]:

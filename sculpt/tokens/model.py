@@ -247,8 +247,8 @@ class Tokens(ActionModel):
 
     @torch.no_grad()
     def read(
-        self, models: Sequence[ActionModel], states: Int[Tensor, "b t"], memory: Any
-    ) -> tuple[Sequence[Float[Tensor, "b a"]], Any]:
+        self, models: Sequence[ActionModel], states: Int[Tensor, "b t"], memory: Memory | None
+    ) -> tuple[Sequence[Float[Tensor, "b a"]], Memory | None]:
         b, m, t = len(states), len(models), int(lengths(states[:1]).sum())  # all of them are of one length
         if t == self.max_length or not b:
             return [self._ended(b)] * m, memory

@@ -133,23 +133,22 @@ class CausalNetwork(Network):
         return bool(cache.layers) and all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in cache.layers)
 
     def __call__(self, tokens: Int[Tensor, "b t"], cache: Any, last: bool = False) -> tuple[Float[Tensor, "b k v"], Any]:
-        there = tokens >= 0
         before, layers = (None, None) if cache is None else cache
-        mask = None if before is None and bool(there.all()) else there
-        if before is not None:
-            mask = torch.cat([before, there], 1)
-        given: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "use_cache": self.remembers}
+        there = tokens >= 0
+        if layers is not None:
+            past = there.new_ones(len(there), layers[0][0].shape[-2]) if before is None else before
+            there = torch.cat([past, there], 1)
+        padded = before is not None or (layers is None and not bool(there.all()))
+        given: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "attention_mask": there.long(), "use_cache": self.remembers}
         if self.remembers:
             given["past_key_values"] = self._cache(layers)
-        if mask is not None:
-            given["attention_mask"] = mask.long()
-            if "position_ids" in self._takes:
-                given["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if padded and "position_ids" in self._takes:
+            given["position_ids"] = (there.long().cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         if last and "logits_to_keep" in self._takes:
             given["logits_to_keep"] = 1
         with self._switched():
             logits = self.model(**given).logits
-        kept = (mask, tuple((layer.keys, layer.values) for layer in given["past_key_values"].layers)) if self.remembers else None
+        kept = (there if padded else None, tuple((layer.keys, layer.values) for layer in given["past_key_values"].layers)) if self.remembers else None
         return logits[:, -1:] if last else logits, kept
 
     def _cache(self, layers: Any) -> Any:
@@ -267,6 +266,8 @@ def _tokenizer(library: Any, folder: Path) -> Any:
     for name, found in (("tokenizer_config.json", None), ("tokenizer.json", ("padding", "truncation"))):
         if (folder / name).exists():
             entries = Entries(read_json(folder / name, "tokenizer"), str(folder / name))
-            check_tokenizer(entries if found is None else Entries({entry: entries.get(entry) for entry in found}, entries.where))
+            entries.optional("model_max_length", entries.number)  # many have 10³⁰, and nothing is padded to it here
+            looked_at = [entry for entry in found or entries.found if entry in entries and entry != "model_max_length"]
+            check_tokenizer(Entries({entry: entries.get(entry) for entry in looked_at}, entries.where))
     with clear(f"The tokenizer in {folder} cannot be read"):
         return library.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

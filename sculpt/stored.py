@@ -52,7 +52,9 @@ class Stored:
         """What else there is for each sample: texts under these names, numbers under others."""
         said, columns = self._said.inside("columns"), {}
         for name in {*names, *said.found}:
-            columns[name] = said.texts(name, max(self.n, 1)) if name in names else said.each(name, float, "numbers", max(self.n, 1))
+            columns[name] = (
+                said.texts(name, max(self.n, 1)) if name in names else said.each(name, float, "numbers", max(self.n, 1))
+            )
         if wrong := [name for name, values in columns.items() if len(values) != self.n]:
             raise self._damaged(f"its {wrong[0]} do not belong to {self.n} samples")
         return columns

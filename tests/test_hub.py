@@ -11,8 +11,8 @@ from checkpoints import save_parts, save_pipeline, tiny_unet
 from diffusers import DDPMScheduler
 
 import sculpt
-from sculpt.settings import check_settings
 from sculpt.entries import Entries
+from sculpt.settings import check_settings
 
 
 @pytest.fixture

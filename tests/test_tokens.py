@@ -133,7 +133,10 @@ def test_models_of_one_network_are_one_call_and_prompts_of_different_length_are_
     handle.remove()
     assert len(calls) == 4 and p.together == q.together
     separate = [causal(0, 6), causal(0, 6)]
-    a, b = (sculpt.Tokens(net, vocabulary="abcde.", prompt=text, max_length=4) for net, text in zip(separate, ("a", "cabed"), strict=True))
+    a, b = (
+        sculpt.Tokens(net, vocabulary="abcde.", prompt=text, max_length=4)
+        for net, text in zip(separate, ("a", "cabed"), strict=True)
+    )
     other = (a & b).sample(500, sculpt.Tracked(particles=1000), generator=seeded())
     assert torch.equal(run.x, other.x) and run.log_z == pytest.approx(other.log_z, abs=1e-5)
     assert run.log_p.keys() == {"a", "cabed"}
@@ -209,7 +212,11 @@ def test_loras_are_base_models_that_share_the_weights():
         torch.manual_seed(seed)
         net.add_adapter(peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False), adapter_name=name)
     base = sculpt.Tokens(net, prompt=[5], max_length=12, name="base").with_adapters({}, name="base")
-    ink, oil, half = base.with_adapters({"ink": 1.0}), base.with_adapters({"oil": 1.0}), base.with_adapters({"ink": 0.5}, name="half")
+    ink, oil, half = (
+        base.with_adapters({"ink": 1.0}),
+        base.with_adapters({"oil": 1.0}),
+        base.with_adapters({"ink": 0.5}, name="half"),
+    )
     x = base.sample(10, generator=seeded()).x
     wanted = {}
     for name in ("ink", "oil"):
@@ -241,11 +248,25 @@ def test_half_precision_networks_have_log_densities_in_full(dtype):
 
 
 def test_options_of_generate_make_the_distribution_that_generate_samples():
-    from transformers import LogitsProcessorList, MinLengthLogitsProcessor, SuppressTokensLogitsProcessor
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        LogitsProcessorList,
+        MinLengthLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     logits = 3 * torch.randn(50, 12, generator=seeded())
-    theirs = LogitsProcessorList([SuppressTokensLogitsProcessor([3]), MinLengthLogitsProcessor(2, 11), TemperatureLogitsWarper(0.7), TopKLogitsWarper(6), TopPLogitsWarper(0.8)])
+    theirs = LogitsProcessorList(
+        [
+            SuppressTokensLogitsProcessor([3]),
+            MinLengthLogitsProcessor(2, 11),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(6),
+            TopPLogitsWarper(0.8),
+        ]
+    )
     options = Sampling(temperature=0.7, top_k=6, top_p=0.8, min_length=2, suppress=[3])
     for t in (1, 2):
         expected = theirs(torch.zeros(50, t, dtype=torch.long), logits.clone()).softmax(-1)
@@ -277,7 +298,9 @@ def test_supports_that_are_disjoint_leave_what_both_have_and_no_nan():
     ell = densities([m.with_sampling(min_length=1) for m in none])
     assert (Posterior(2, (0, 1)).value(ell) == -torch.inf).all()
     with pytest.raises(FloatingPointError, match="weight zero"):
-        (none[0].with_sampling(min_length=1) & none[1].with_sampling(min_length=1)).sample(10, generator=seeded(), progress=False)
+        (none[0].with_sampling(min_length=1) & none[1].with_sampling(min_length=1)).sample(
+            10, generator=seeded(), progress=False
+        )
 
 
 def test_a_text_that_has_a_stop_string_ends_there():
@@ -313,7 +336,9 @@ def words(size=20):
 @pytest.fixture
 def folder(tmp_path):
     net = causal(0, 20, 0.3)
-    net.config.eos_token_id = net.config.bos_token_id = net.generation_config.eos_token_id = net.generation_config.bos_token_id = 0
+    net.config.eos_token_id = net.config.bos_token_id = net.generation_config.eos_token_id = (
+        net.generation_config.bos_token_id
+    ) = 0
     net.save_pretrained(tmp_path / "letters")
     words().save_pretrained(tmp_path / "letters")
     return tmp_path / "letters"
@@ -326,7 +351,10 @@ def test_a_folder_of_transformers_loads_with_its_prompt_and_samples_text(folder)
     assert q.model.dtype == torch.bfloat16 and not p.model.training and not next(p.model.parameters()).requires_grad
     assert p.key == sculpt.load(folder, prompt="ab", max_length=8).key
     samples = (p & q).sample(50, generator=seeded())
-    assert all(set(text) <= set("abcdefghijklmnopqrs") and len(text) == len(row) for text, row in zip(samples.text, samples.tokens, strict=True))
+    assert all(
+        set(text) <= set("abcdefghijklmnopqrs") and len(text) == len(row)
+        for text, row in zip(samples.text, samples.tokens, strict=True)
+    )
     assert list(samples.table()) == ["text", "length", "weight", "log p: letters[ab]", "log p: letters[cde]"]
     assert sculpt.load(folder).max_length == 32
     with pytest.raises(ValueError, match="guidance_scale: no option of a language model, which takes prompt, max_length"):
@@ -422,7 +450,10 @@ def test_bad_input_is_refused_before_time_is_spent(folder):
     with pytest.raises(ValueError, match="temperature divides the logits"):
         p.with_sampling(temperature=0.0)
     for other, words_ in (
-        (sculpt.Tokens(causal(1, 5), max_length=4, name="q"), "p and q cannot be composed: their tokens differ, a vocabulary of 4 tokens and"),
+        (
+            sculpt.Tokens(causal(1, 5), max_length=4, name="q"),
+            "p and q cannot be composed: their tokens differ, a vocabulary of 4 tokens and",
+        ),
         (sculpt.Tokens(causal(1), max_length=3, name="q"), "max_length is 4 on one side, 3 on the other"),
         (sculpt.Tokens(causal(1), max_length=4, end=2, name="q"), r"end is \(3,\) on one side, \(2,\) on the other"),
         (sculpt.Tokens(causal(1), max_length=4, vocabulary="abc.", name="q"), "What helps: models fine-tuned from one"),
@@ -438,7 +469,9 @@ def test_logits_that_are_no_numbers_on_the_way_name_the_model_and_the_state():
         return (logits if n < 2 else logits * torch.nan), torch.full((len(tokens),), n + 1)
 
     model = sculpt.Tokens(network, vocabulary=4, end=3, max_length=6, name="broken")
-    with pytest.raises(FloatingPointError, match=r"broken gave no distribution over its actions for \d+ of \d+ states, first for \["):
+    with pytest.raises(
+        FloatingPointError, match=r"broken gave no distribution over its actions for \d+ of \d+ states, first for \["
+    ):
         model.sample(20, generator=seeded(), progress=False)
 
 

@@ -35,7 +35,10 @@ def causal(seed, vocabulary=4, scale=0.3, positions=32, **options):
 def recurrent_models(m, length=4, vocabulary=4, **options):
     end = vocabulary - 1
     nets = (Recurrent(seed, vocabulary) for seed in range(m))
-    return [sculpt.Tokens(net, vocabulary=vocabulary, end=end, max_length=length, name=f"r{i}", **options) for i, net in enumerate(nets)]
+    return [
+        sculpt.Tokens(net, vocabulary=vocabulary, end=end, max_length=length, name=f"r{i}", **options)
+        for i, net in enumerate(nets)
+    ]
 
 
 def causal_models(m, length=4, vocabulary=4, scale=0.3, **options):
@@ -46,7 +49,9 @@ def causal_models(m, length=4, vocabulary=4, scale=0.3, **options):
 def sequences(model):
     """All of them, and where each is."""
     written = [i for i in range(model.vocabulary.size) if i not in model.end]
-    every = [w + (-1,) * (model.max_length - k) for k in range(model.max_length + 1) for w in itertools.product(written, repeat=k)]
+    every = [
+        w + (-1,) * (model.max_length - k) for k in range(model.max_length + 1) for w in itertools.product(written, repeat=k)
+    ]
     return torch.tensor(every, device=model.device), {x: i for i, x in enumerate(every)}
 
 

@@ -213,13 +213,12 @@ class TrackedChain(ActionChain):
 
     def propose(self, reading, carry, generator):
         ell, (first, *others), unique, rows = carry, self.models, reading.states, reading.rows
-        log_p = torch.stack(reading.log_p, dim=-1)
-        log_b = torch.zeros_like(log_p[..., 0]) if self.cancels else children_log_pb(first, unique, log_p)
+        log_p = torch.stack(reading.log_p).movedim(0, -1)  # models first in memory: sums over them are then over whole tables
+        log_b = torch.zeros(()).to(log_p) if self.cancels else children_log_pb(first, unique, log_p)
         own = [] if self.shared else [children_log_pb(model, unique, log_p) for model in others]
-        ratio = log_p - torch.stack([log_b, *own], dim=-1)  # one column serves all where it is shared
-        each, action = (log_p > NEG_INF).any(-1)[rows].nonzero(as_tuple=True)
-        phi = torch.full((len(rows), log_p.shape[1]), NEG_INF, dtype=torch.float64, device=rows.device)
-        phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action]) + log_b[rows[each], action]
+        # One column serves all where it is shared.
+        ratio = log_p if self.cancels else log_p - torch.stack([log_b, *own]).movedim(0, -1)
+        phi = self._phi(ell, ratio, rows) + (log_b if self.cancels else log_b[rows])
         log_N = torch.logsumexp(phi, dim=-1)
         dead = ~log_N.isfinite()
         if dead.any():  # nothing is left to go on with: the particle is lost, and any way out will do
@@ -227,6 +226,17 @@ class TrackedChain(ActionChain):
         log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
         actions = draw(log_pi, torch.arange(len(rows), device=rows.device), generator)
         return torch.where(dead, log_N, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
+
+    def _phi(self, ell: Float[Tensor, "b m"], ratio: Float[Tensor, "u a m"], rows: Int[Tensor, "b"]) -> Float[Tensor, "b a"]:
+        """The formula at every child, minus infinity where no model goes."""
+        there = (ratio > NEG_INF).any(-1)
+        if 2 * there.count_nonzero() > there.numel():  # most children are there
+            children = ell.T[..., None] + ratio.movedim(-1, 0)[:, rows]
+            return torch.where(there[rows], self.target.value(children.movedim(0, -1)), NEG_INF)
+        each, action = there[rows].nonzero(as_tuple=True)
+        phi = torch.full((len(rows), ratio.shape[1]), NEG_INF, dtype=torch.float64, device=rows.device)
+        phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action])
+        return phi
 
     def slip(self, state, population):
         x = _some(state, population, self.generator)

@@ -128,9 +128,7 @@ class Guidance:
         unique, rows = distinct(states)
         return self._normalised(unique)[rows]
 
-    def read(
-        self, states: Shaped[Tensor, "b *s"], memory: Memory | None
-    ) -> tuple[Float[Tensor, "b a"], Memory | None]:
+    def read(self, states: Shaped[Tensor, "b *s"], memory: Memory | None) -> tuple[Float[Tensor, "b a"], Memory | None]:
         """The same, with what the models have kept of the states before, and keep of these."""
         reading = read(self.asked, states, None if memory is None else memory.tensors)
         log_p = self._normalised(reading.states, reading.log_p)[reading.rows]

@@ -51,7 +51,10 @@ def _padded(parts: Sequence[Any]) -> list[Any]:
         return list(parts)
     largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     return [
-        F.pad(part, [pad for size, most in zip(reversed(part.shape[1:]), reversed(largest), strict=True) for pad in (0, most - size)])
+        F.pad(
+            part,
+            [pad for size, most in zip(reversed(part.shape[1:]), reversed(largest), strict=True) for pad in (0, most - size)],
+        )
         for part in parts
     ]
 

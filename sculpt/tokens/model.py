@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sculpt.actions.model import ActionModel
 from sculpt.actions.reading import Memory
-from sculpt.actions.states import NEG_INF
 from sculpt.checks import check_whole
 from sculpt.composition import Composition
 from sculpt.identity import digest
 from sculpt.model import BaseModel
-from sculpt.state import in_parts
-from sculpt.tokens import transformers
+from sculpt.tokens import sequences, transformers
 from sculpt.tokens.networks import FunctionNetwork, Network, TokenFeatures, mapped
 from sculpt.tokens.results import Reader, Texts
 from sculpt.tokens.sampling import Sampling
@@ -39,11 +37,6 @@ if TYPE_CHECKING:
     from sculpt.formula import Formula
 
 __all__ = ["Tokens", "TokensComposition"]
-
-AT_ONCE = 2**15
-"""Tokens that go through a network at once where whole sequences are read."""
-NUMBERS = 2**24
-"""Logits of theirs at once."""
 
 
 class Tokens(ActionModel):
@@ -153,7 +146,9 @@ class Tokens(ActionModel):
             )
         for what in ("end", "max_length", "stop", "device"):
             if (p := getattr(self, what)) != (q := getattr(its, what)):
-                raise ValueError(f"{self} and {other} cannot be composed: {what} is {p} on one side, {q} on the other. Pass the same {what}=.")
+                raise ValueError(
+                    f"{self} and {other} cannot be composed: {what} is {p} on one side, {q} on the other. Pass the same {what}=."
+                )
 
     def compose(
         self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
@@ -245,89 +240,24 @@ class Tokens(ActionModel):
         last = lengths(states)[:, None] - 1
         return states.scatter(1, last, NOTHING), states.gather(1, last)[:, 0]
 
-    @torch.no_grad()
     def read(
         self, models: Sequence[ActionModel], states: Int[Tensor, "b t"], memory: Memory | None
     ) -> tuple[Sequence[Float[Tensor, "b a"]], Memory | None]:
-        b, m, t = len(states), len(models), int(lengths(states[:1]).sum())  # all of them are of one length
-        if t == self.max_length or not b:
-            return [self._ended(b)] * m, memory
-        if memory is None:
-            tokens = torch.stack([self._padded(model.prompt, models, states[:, :t]) for model in models], 1)  # type: ignore[attr-defined]
-        else:
-            tokens = states[:, None, t - 1 : t].expand(-1, m, -1)
-        cache = None if memory is None else mapped(lambda part: part.flatten(0, 1), memory.tensors)
-        logits, cache = self.network(tokens.flatten(0, 1), cache, last=True)
-        logits = self._checked(logits, b * m)[:, -1].unflatten(0, (b, m))
-        over, early = self.vocabulary.stops(states, self.stop) <= t if self.stop else None, torch.tensor(True, device=logits.device)
-        log_p = []
-        for i, model in enumerate(models):
-            own = model.sampling.log_p(logits[:, i], self.end, early if t < model.sampling.min_length else ~early)  # type: ignore[attr-defined]
-            log_p.append(own if over is None else torch.where(over[:, None], self._ended(b), own))
-        keep = self.cache and cache is not None
-        return log_p, Memory(mapped(lambda part: part.unflatten(0, (b, m)), cache)) if keep else None
-
-    def _padded(self, prompt: Sequence[int], models: Sequence[Any], states: Int[Tensor, "b t"]) -> Int[Tensor, "b t2"]:
-        """The prompt before the sequences, as long as the longest of the models'."""
-        before = [NOTHING] * (max(len(model.prompt) for model in models) - len(prompt))
-        return torch.cat([torch.tensor([*before, *prompt], device=self.device).expand(len(states), -1), states], dim=1)
-
-    def _ended(self, b: int) -> Float[Tensor, "b a"]:
-        """All that is left is the exit."""
-        out = torch.full((b, self.n_actions), NEG_INF, dtype=torch.float64, device=self.device)
-        out[:, -1] = 0.0
-        return out
-
-    # Whole sequences
+        return sequences.read_on(models, states, memory)  # type: ignore[arg-type]
 
     def log_pf(self, states: Int[Tensor, "b t"]) -> Float[Tensor, "b a"]:
         r""":math:`\log \pi` of every token, and of the exit, after each of these prefixes. Those on the way to another one cost nothing."""
-        unique, place = torch.unique(states, dim=0, return_inverse=True)
-        # In this order a prefix stands right before what goes on from it.
-        going_on = ((unique[:-1] == NOTHING) | (unique[:-1] == unique[1:])).all(-1)
-        whole = torch.nn.functional.pad(~going_on, (0, 1), value=True)
-        owner, n = (whole.cumsum(0) - whole.long()), lengths(unique)
-        out = torch.empty(len(unique), self.n_actions, dtype=torch.float64, device=self.device)
-        longest = unique[whole]
-        for some in torch.arange(len(longest), device=self.device).split(self._rows(longest)):
-            mine = ((owner >= some[0]) & (owner <= some[-1])).nonzero()[:, 0]
-            out[mine] = self._tables(longest[some])[owner[mine] - some[0], n[mine]]
-        return out[place]
+        return sequences.after(self, states)
 
     def log_p(self, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
         """Log-probabilities of sequences with their end."""
         self._check(x)
-        return in_parts(self._log_p, self._rows(x), x) if len(x) else torch.zeros(0, dtype=torch.float64, device=self.device)
-
-    def _log_p(self, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
-        log_p, n = self._tables(x), lengths(x)
-        step = torch.arange(log_p.shape[1], device=x.device)
-        chosen = torch.nn.functional.pad(x, (0, 1), value=NOTHING)[:, : log_p.shape[1]]
-        chosen = torch.where(chosen == NOTHING, self.n_actions - 1, chosen)
-        each = log_p.gather(-1, chosen[..., None])[..., 0]
-        return torch.where(step <= n[:, None], each, 0.0).sum(-1)
-
-    @torch.no_grad()
-    def _tables(self, x: Int[Tensor, "b t"]) -> Float[Tensor, "b k a"]:
-        """Log-probabilities of the actions after each prefix of these, itself the last; what is longer than one of them is of no use."""
-        longest = int(lengths(x).max())
-        read = min(longest, self.max_length - 1)
-        begun = torch.tensor(self.prompt, device=self.device).expand(len(x), -1)
-        logits, _ = self.network(torch.cat([begun, x[:, :read].clamp(min=0)], 1), None)
-        logits, step = self._checked(logits, len(x))[:, len(self.prompt) - 1 :], torch.arange(read + 1, device=self.device)
-        log_p = self.sampling.log_p(logits, self.end, step < self.sampling.min_length)
-        if self.stop:
-            over = step >= self.vocabulary.stops(x, self.stop)[:, None]
-            log_p = torch.where(over[..., None], self._ended(1), log_p)
-        return torch.cat([log_p, self._ended(1).expand(len(x), 1, -1)], 1) if longest > read else log_p
-
-    def _rows(self, x: Int[Tensor, "b t"]) -> int:
-        """How many sequences are read at once."""
-        tokens = len(self.prompt) + (int(lengths(x).max()) if len(x) else 0)
-        return max(1, min(AT_ONCE, NUMBERS // self.n_actions) // tokens)
+        return sequences.log_p(self, x)
 
     def notes(self, x: Int[Tensor, "b t"]) -> list[str]:
-        if not self.end or not (cut := int(((lengths(x) == self.max_length) & (self.vocabulary.stops(x, self.stop) > self.max_length)).sum())):
+        if not self.end or not (
+            cut := int(((lengths(x) == self.max_length) & (self.vocabulary.stops(x, self.stop) > self.max_length)).sum())
+        ):
             return []
         return [f"{cut} of {len(x)} sequences have max_length={self.max_length} tokens, and were cut there"]
 
@@ -338,14 +268,20 @@ class Tokens(ActionModel):
         if given is None:
             given = getattr(self.tokenizer, "eos_token_id", None)
         if given is None:
-            raise ValueError("Which token ends a sequence? Pass end=, one or several; or end=() for sequences that all have max_length tokens.")
+            raise ValueError(
+                "Which token ends a sequence? Pass end=, one or several; or end=() for sequences that all have max_length tokens."
+            )
         return tuple(sorted({self.vocabulary.token(word) for word in ([given] if isinstance(given, int | str) else given)}))
 
     def _check_end(self) -> None:
         if wrong := [i for i in self.sampling.suppress if i >= self.vocabulary.size]:
-            raise ValueError(f"suppress names the token {wrong[0]}, and {self.vocabulary} has none beyond {self.vocabulary.size - 1}.")
-        if self.end and (missing := set(self.end) - set(self.sampling.suppress)) == set():
-            raise ValueError(f"The end tokens {self.end} are suppressed, so no sequence would ever end. Leave one of them out of suppress. {missing or ''}")
+            raise ValueError(
+                f"suppress names the token {wrong[0]}, and {self.vocabulary} has none beyond {self.vocabulary.size - 1}."
+            )
+        if self.end and set(self.end) <= set(self.sampling.suppress):
+            raise ValueError(
+                f"The end tokens {self.end} are suppressed, so no sequence would ever end. Leave one of them out of suppress."
+            )
 
     def _prompt(self, prompt: str | Sequence[int] | None, max_length: int | None) -> None:
         begin = [i for i in (self._told.begin, getattr(self.tokenizer, "bos_token_id", None), *self.end) if i is not None][:1]
@@ -370,25 +306,18 @@ class Tokens(ActionModel):
     @torch.no_grad()
     def _try(self) -> None:
         """Ask for the first token once: what does not fit is better known before time is spent."""
-        tokens = torch.tensor(self.prompt, device=self.device).expand(2, -1)
-        logits, cache = self.network(tokens, None)
-        if not bool(torch.isfinite(self._checked(logits, 2, len(self.prompt))).any(-1).all()) or bool(logits.isnan().any()):
-            raise FloatingPointError(f"{self} answers its prompt with logits that are no numbers. Check its weights and its dtype.")
-        sizes: list[tuple[int, ...]] = []
-        mapped(lambda part: sizes.append(tuple(part.shape)) or part, cache)  # type: ignore[func-returns-value]
-        if wrong := [shape for shape in sizes if shape[:1] != (2,)]:
-            raise ValueError(f"{self} keeps a tensor of shape {wrong[0]} for 2 sequences; expected their rows along the first axis.")
-
-    def _checked(self, logits: Tensor, b: int, t: int | None = None) -> Float[Tensor, "b k v"]:
-        """The logits of the vocabulary. Models of transformers may have some to spare, which are no tokens."""
-        v, spare = self.vocabulary.size, isinstance(self.network, transformers.CausalNetwork)
-        fits = logits.ndim == 3 and logits.shape[0] == b and t in (None, logits.shape[1])
-        if not fits or logits.shape[2] < v or (logits.shape[2] > v and not spare):
-            raise ValueError(
-                f"{self} answered {b} sequences{f' of {t} tokens' if t else ''} with logits of shape {tuple(logits.shape)}; expected one for each of "
-                f"{v:,} tokens after each token, ({b}, {t or 'tokens'}, {v}). Check vocabulary= or tokenizer=."
+        logits, cache = self.network(torch.tensor(self.prompt, device=self.device).expand(2, -1), None)
+        first = sequences.checked(self, logits, 2, len(self.prompt))[:, -1]
+        if first.isnan().any() or not first.isfinite().any(-1).all():
+            raise FloatingPointError(
+                f"{self} answers its prompt with logits that are no numbers. Check its weights and its dtype."
             )
-        return logits[..., :v]
+        shapes: list[tuple[int, ...]] = []
+        mapped(lambda part: shapes.append(tuple(part.shape)) or part, cache)  # type: ignore[func-returns-value]
+        if wrong := [shape for shape in shapes if shape[:1] != (2,)]:
+            raise ValueError(
+                f"{self} keeps a tensor of shape {wrong[0]} for 2 sequences; expected their rows along the first axis."
+            )
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.max_length or bool((x >= self.vocabulary.size).any()):

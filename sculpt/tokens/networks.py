@@ -30,6 +30,9 @@ class Network(abc.ABC):
     pads: bool = False
     """Whether it takes sequences that begin later than others: ``NOTHING`` stands before them."""
 
+    spare: bool = False
+    """Whether it may give more logits than there are tokens."""
+
     @property
     @abc.abstractmethod
     def identity(self) -> Any:
@@ -81,7 +84,9 @@ class FunctionNetwork(Network):
             given = self._carries.given(given, len(tokens))
         answer = self.function(tokens, given)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor)):
-            raise ValueError(f"{self.name} answered with a {type(answer).__name__}, expected the pair (logits, cache); the cache may be None.")
+            raise ValueError(
+                f"{self.name} answered with a {type(answer).__name__}, expected the pair (logits, cache); the cache may be None."
+            )
         logits, cache = answer
         if self._carries is not None:
             cache = self._carries.kept(cache)
@@ -95,7 +100,10 @@ class _Carry:
         self.network = network
         self.device = next(network.parameters()).device
         two, three = (network.init_carry(n, self.device) for n in (2, 3))
-        self.axes = {name: next(i for i, (a, b) in enumerate(zip(two[name].shape, three[name].shape, strict=True)) if a != b) for name in two}
+        self.axes = {
+            name: next(i for i, (a, b) in enumerate(zip(two[name].shape, three[name].shape, strict=True)) if a != b)
+            for name in two
+        }
 
     def given(self, cache: Any, n: int) -> dict[str, Tensor]:
         if cache is None:

@@ -63,7 +63,9 @@ class Texts(Samples):
     def log_p(self) -> dict[str, list[float]]:
         """By the name of each base model, the log-densities of the sequences under it."""
         if not isinstance(self.decoder, Reader):
-            raise ValueError("These samples were read back without their models and without log-densities: model.log_p(samples.x) has them.")
+            raise ValueError(
+                "These samples were read back without their models and without log-densities: model.log_p(samples.x) has them."
+            )
         return self.decoder.log_p(self.x)
 
     @property
@@ -105,7 +107,11 @@ class Texts(Samples):
         log_w = torch.zeros(n) if self.log_weights is None else self.log_weights.cpu()
         own = {f"{DENSITY}{name}": np.array(values, dtype=np.float64) for name, values in vars(self).get("log_p", {}).items()}
         length = np.array(list(map(len, self.tokens)), dtype=np.int64)
-        return {"text": np.array(self.text, dtype=object), "length": length, "weight": torch.softmax(log_w.double(), 0).numpy()} | own
+        return {
+            "text": np.array(self.text, dtype=object),
+            "length": length,
+            "weight": torch.softmax(log_w.double(), 0).numpy(),
+        } | own
 
     def rows(self) -> Table:
         """The same as :meth:`table`."""
@@ -126,4 +132,3 @@ class Texts(Samples):
     def picture(self, most: int = 64) -> tuple[Literal["png", "svg+xml", "text"], bytes]:
         """Some of the texts."""
         return "text", "\n".join(f"{text!r:.200}" for text in self.text[: min(most, 24)]).encode()
-

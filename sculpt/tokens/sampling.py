@@ -39,13 +39,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 < real("temperature", self.temperature) < math.inf:
-            raise ValueError(f"temperature divides the logits: a positive number, got {self.temperature}. The most probable token alone is top_k=1.")
+            raise ValueError(
+                f"temperature divides the logits: a positive number, got {self.temperature}. The most probable token alone is top_k=1."
+            )
         if not 0 < real("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p is a probability, more than 0 and at most 1; got {self.top_p}.")
         if self.top_k is not None:
             whole("top_k", self.top_k, least=1)
         whole("min_length", self.min_length, least=0)
-        object.__setattr__(self, "suppress", tuple(sorted({whole("a token", i, least=0) for i in each("suppress", self.suppress, "tokens")})))
+        object.__setattr__(
+            self, "suppress", tuple(sorted({whole("a token", i, least=0) for i in each("suppress", self.suppress, "tokens")}))
+        )
 
     def log_p(self, logits: Float[Tensor, "*b v"], end: Sequence[int], early: Bool[Tensor, "*#b"]) -> Float[Tensor, "*b a"]:
         """Log-probabilities of all tokens, and last that of the exit: of the end tokens together, which are no tokens of their own.

@@ -52,7 +52,9 @@ def facts(model: Any) -> Facts:
         return Facts()
     model = _inner(model)
     if not hasattr(model, "generation_config") or model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is no causal language model. Load one with transformers' AutoModelForCausalLM.")
+        raise ValueError(
+            f"{type(model).__name__} is no causal language model. Load one with transformers' AutoModelForCausalLM."
+        )
     config = model.config.get_text_config(decoder=True)
     told = lambda name: next((v for c in (model.generation_config, config) if (v := getattr(c, name, None)) is not None), None)  # noqa: E731
     return Facts(config.vocab_size, told("bos_token_id"), told("eos_token_id"), told("max_length"))
@@ -67,7 +69,9 @@ def _inner(model: Any) -> Any:
     if not _is_a(model, "PeftModel"):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise ValueError(f"{type(model).__name__} learns its prompt; adapters in the layers (LoRA) can be composed. Pass a model with those.")
+        raise ValueError(
+            f"{type(model).__name__} learns its prompt; adapters in the layers (LoRA) can be composed. Pass a model with those."
+        )
     return model.get_base_model()
 
 
@@ -79,7 +83,7 @@ class CausalNetwork(Network):
         adapters: which of its adapters, and how much each counts; by default those that are active now.
     """
 
-    pads = True
+    pads = spare = True
 
     def __init__(self, model: Any, adapters: Mapping[str, float] | None = None):
         self.model = _inner(model)
@@ -127,10 +131,14 @@ class CausalNetwork(Network):
         with torch.no_grad(), self._switched():
             cache = self._cache(None)
             try:
-                self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True)
+                self.model(
+                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True
+                )
             except Exception:  # whatever a model with another kind of memory says
                 return False
-        return bool(cache.layers) and all(type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in cache.layers)
+        return bool(cache.layers) and all(
+            type(layer).__name__ == "DynamicLayer" and layer.is_initialized for layer in cache.layers
+        )
 
     def __call__(self, tokens: Int[Tensor, "b t"], cache: Any, last: bool = False) -> tuple[Float[Tensor, "b k v"], Any]:
         before, layers = (None, None) if cache is None else cache
@@ -148,13 +156,20 @@ class CausalNetwork(Network):
             given["logits_to_keep"] = 1
         with self._switched():
             logits = self.model(**given).logits
-        kept = (there if padded else None, tuple((layer.keys, layer.values) for layer in given["past_key_values"].layers)) if self.remembers else None
+        kept = (
+            (there if padded else None, tuple((layer.keys, layer.values) for layer in given["past_key_values"].layers))
+            if self.remembers
+            else None
+        )
         return logits[:, -1:] if last else logits, kept
 
     def _cache(self, layers: Any) -> Any:
         cache = importlib.import_module("transformers").DynamicCache()
-        for i, (keys, values) in enumerate(layers or ()):
-            cache.update(keys, values, i)
+        for keys, values in layers or ():
+            layer = cache.layer_class_to_replicate()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values  # an update would copy them
+            cache.layers.append(layer)
         return cache
 
     @contextlib.contextmanager
@@ -205,9 +220,14 @@ def read_folder(folder: Path, device: Any = None, dtype: torch.dtype | None = No
     try:
         library = importlib.import_module("transformers")
     except ImportError:
-        raise ImportError(f"{folder} holds a language model, which is read with transformers: pip install transformers") from None
+        raise ImportError(
+            f"{folder} holds a language model, which is read with transformers: pip install transformers"
+        ) from None
     check_plain(folder)
-    config, files = Entries(read_json(folder / "config.json", "language model"), str(folder / "config.json")), check_weights(folder)
+    config, files = (
+        Entries(read_json(folder / "config.json", "language model"), str(folder / "config.json")),
+        check_weights(folder),
+    )
     cls, described = _described(library, config)
     stored = Weights(files[0])
     for path in files[1:]:
@@ -220,7 +240,9 @@ def read_folder(folder: Path, device: Any = None, dtype: torch.dtype | None = No
     with clear(f"{folder} does not hold the {cls.__name__} that its config.json describes"):
         tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
         told = TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "auto")
-        model, info = cls.from_pretrained(None, config=described, state_dict=tensors, dtype=dtype or told, output_loading_info=True)
+        model, info = cls.from_pretrained(
+            None, config=described, state_dict=tensors, dtype=dtype or told, output_loading_info=True
+        )
     if missing := info["missing_keys"]:
         raise _misfit(folder, cls, f"{len(missing)} are missing, {min(missing)} among them")
     if wrong := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
@@ -233,9 +255,16 @@ def _described(library: Any, config: Entries) -> tuple[Any, Any]:
     """The class of a model and its configuration, both the library's own."""
     kind = config.text("model_type", most=100)
     if config.get("quantization_config") is not None:
-        raise config.refuse("quantization_config", "none: dequantize the weights with the library that wrote them, and save that")
-    if kind not in library.CONFIG_MAPPING or (described := library.CONFIG_MAPPING[kind]) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise config.refuse("model_type", "a causal language model of the installed transformers; code from a checkpoint is not run")
+        raise config.refuse(
+            "quantization_config", "none: dequantize the weights with the library that wrote them, and save that"
+        )
+    if (
+        kind not in library.CONFIG_MAPPING
+        or (described := library.CONFIG_MAPPING[kind]) not in library.MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise config.refuse(
+            "model_type", "a causal language model of the installed transformers; code from a checkpoint is not run"
+        )
     check_settings(config, described)
     with clear(f"{config.where} does not describe a {kind}"):
         made = described(**known(config, described))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sculpt.settings import clear
 from sculpt.diffusion.networks import is_a
+from sculpt.settings import clear
 
 __all__ = ["class_condition", "entries", "expand", "leaves", "prompt_encoder", "tree_map"]
 

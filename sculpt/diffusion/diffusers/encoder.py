@@ -16,8 +16,8 @@ from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.settings import check_schedule
-from sculpt.settings import check_settings
 from sculpt.entries import Entries
+from sculpt.settings import check_settings
 
 __all__ = ["UNetEncoder"]
 

@@ -25,6 +25,7 @@ CLASSES = {
     "ImageNetwork": "sculpt.diffusion.backbones",
     "UNetEncoder": "sculpt.diffusion.diffusers.encoder",
     "GridNetwork": "sculpt.actions.networks",
+    "StateNetwork": "sculpt.actions.networks",
     "TokenFeatures": "sculpt.tokens.networks",
     "FragmentNetwork": "sculpt.molecules.network",
     "FragmentFeatures": "sculpt.molecules.network",

@@ -21,7 +21,7 @@ from sculpt.state import State
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
 
-__all__ = ["Memory", "Reading", "emptied", "policy", "read"]
+__all__ = ["Carry", "Memory", "Reading", "emptied", "policy", "read"]
 
 
 @dataclass
@@ -66,6 +66,33 @@ def emptied(memory: Any) -> Any:
     if isinstance(memory, tuple):
         return tuple(map(emptied, memory))
     return None if memory is None else memory.new_empty(len(memory), *[0] * (memory.ndim - 1))
+
+
+class Carry:
+    """The carry of torchgfn's recurrent networks, a dict of tensors with their rows along any axis, as a tuple with the rows first.
+
+    Args:
+        network: with ``init_carry(n, device)``.
+        device: where it is.
+    """
+
+    def __init__(self, network: Any, device: torch.device):
+        self.network, self.device = network, device
+        two, three = (network.init_carry(n, device) for n in (2, 3))
+        self.axes = {
+            name: next(i for i, (a, b) in enumerate(zip(two[name].shape, three[name].shape, strict=True)) if a != b)
+            for name in two
+        }
+
+    def given(self, kept: tuple[Tensor, ...] | None, n: int) -> dict[str, Tensor]:
+        """What the network wants to be given for n particles."""
+        if kept is None:
+            return dict(self.network.init_carry(n, self.device))
+        return {name: part.movedim(0, axis).contiguous() for (name, axis), part in zip(self.axes.items(), kept, strict=True)}
+
+    def kept(self, carry: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What a particle keeps of the network's carry."""
+        return tuple(carry[name].movedim(axis, 0) for name, axis in self.axes.items())
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sculpt.actions.reading import Carry
 from sculpt.identity import weights
 from sculpt.tokens.vocabulary import NOTHING, lengths
 
@@ -66,7 +67,7 @@ class FunctionNetwork(Network):
         self.name = name or getattr(function, "__name__", type(function).__name__)
         first = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
         self.device = torch.device("cpu") if first is None else first.device
-        self._carries = _Carry(function) if hasattr(function, "init_carry") else None
+        self._carries = Carry(function, self.device) if hasattr(function, "init_carry") else None
         self.positions = getattr(function, "max_position_embeddings", None)
 
     @property
@@ -91,27 +92,6 @@ class FunctionNetwork(Network):
         if self._carries is not None:
             cache = self._carries.kept(cache)
         return logits[:, -1:] if last else logits, None if cache is None else (cache,)
-
-
-class _Carry:
-    """The carry of torchgfn's recurrent networks, a dict whose tensors have their rows anywhere, as a tuple with rows first."""
-
-    def __init__(self, network: Any):
-        self.network = network
-        self.device = next(network.parameters()).device
-        two, three = (network.init_carry(n, self.device) for n in (2, 3))
-        self.axes = {
-            name: next(i for i, (a, b) in enumerate(zip(two[name].shape, three[name].shape, strict=True)) if a != b)
-            for name in two
-        }
-
-    def given(self, cache: Any, n: int) -> dict[str, Tensor]:
-        if cache is None:
-            return dict(self.network.init_carry(n, self.device))
-        return {name: part.movedim(0, axis).contiguous() for (name, axis), part in zip(self.axes.items(), cache, strict=True)}
-
-    def kept(self, carry: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(carry[name].movedim(axis, 0) for name, axis in self.axes.items())
 
 
 def mapped(function: Callable[[Tensor], Tensor], cache: Any) -> Any:

@@ -98,7 +98,14 @@ class StateNetwork(nn.Module):
             )
         self.size, self.low, self.high, self.width = size, float(low), float(high), width
         self.one_hot = whole and high - low < self.VALUES
-        self.config: dict[str, Any] = {"size": size, "low": self.low, "high": self.high, "whole": whole, "width": width, "depth": depth}
+        self.config: dict[str, Any] = {
+            "size": size,
+            "low": self.low,
+            "high": self.high,
+            "whole": whole,
+            "width": width,
+            "depth": depth,
+        }
         each = int(high - low) + 1 if self.one_hot else 1 + 2 * self.WAVES
         widths = itertools.chain([size * each], itertools.repeat(width, depth))
         self.layers = nn.Sequential(
@@ -108,7 +115,9 @@ class StateNetwork(nn.Module):
     def forward(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b w"]:
         x, dtype = states.flatten(1), next(self.parameters()).dtype
         if x.shape[1] != self.size:
-            raise ValueError(f"This network reads states of {self.size} numbers, got {x.shape[1]}. Pass those of its environment.")
+            raise ValueError(
+                f"This network reads states of {self.size} numbers, got {x.shape[1]}. Pass those of its environment."
+            )
         if self.one_hot:
             x = x.clamp(self.low, self.high)[..., None] == torch.arange(self.low, self.high + 1, device=x.device)
         else:

@@ -20,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
-from sculpt.gflownet.environments import title, walk
+from sculpt.gflownet.environments import rules, title, walk
 from sculpt.model import Steppable
 
 __all__ = ["ComposedEstimator", "LogProbPolicy", "NetworkPolicy", "check_condition", "check_one_parent", "check_parts"]
@@ -89,6 +89,13 @@ def check_parts(env: Any, policy: Any, backward: Any) -> None:
         )
     if not isinstance(env, DiscreteEnv):
         raise TypeError(f"GFlowNet composes discrete environments (gfn.env.DiscreteEnv), got {_kind(env)}.")
+    try:
+        rules(env)
+    except Exception as error:  # whatever an environment says where it cannot step a batch
+        raise ValueError(
+            f"{type(env).__name__} cannot walk from its own initial state: {type(error).__name__}: {error!s:.200}. Its step and masks have to take "
+            "several states at once."
+        ) from None
     if int(env.exit_action) != (last := env.n_actions - 1):
         raise ValueError(
             f"The exit action of {type(env).__name__} is {int(env.exit_action)}; torchgfn expects the last, {last}."
@@ -97,7 +104,9 @@ def check_parts(env: Any, policy: Any, backward: Any) -> None:
         if side == "backward" and estimator is None:
             continue
         if not isinstance(estimator, DiscretePolicyEstimator):
-            raise TypeError(f"{side} is an estimator of torchgfn (gfn.estimators.DiscretePolicyEstimator), got {_kind(estimator)}.{_way(side, estimator)}")
+            raise TypeError(
+                f"{side} is an estimator of torchgfn (gfn.estimators.DiscretePolicyEstimator), got {_kind(estimator)}.{_way(side, estimator)}"
+            )
         if estimator.is_backward != (side == "backward") or estimator.expected_output_dim != outputs:
             way = "backward" if estimator.is_backward else "forward"
             raise ValueError(
@@ -107,7 +116,9 @@ def check_parts(env: Any, policy: Any, backward: Any) -> None:
 
 
 def _kind(thing: Any) -> str:
-    return "None" if thing is None else f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    return (
+        "None" if thing is None else f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    )
 
 
 def _way(side: str, thing: Any) -> str:

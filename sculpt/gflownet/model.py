@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.model import ActionModel, GuidedActions
 from sculpt.actions.networks import GridNetwork, StateNetwork
+from sculpt.actions.paths import ONE_PARENT
 from sculpt.actions.reading import Carry, Memory
-from sculpt.actions.states import NEG_INF, draw, masked_log_softmax
+from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
 from sculpt.gflownet.environments import describe, rules, states_of, title, walk
@@ -99,6 +100,8 @@ class GFlowNet(ActionModel):
     @property
     def backward_key(self) -> str:  # type: ignore[override]
         """Equal where two models surely share their backward policy."""
+        if self._carry is not None:  # it is refused where a state has several parents
+            return ONE_PARENT
         return "uniform" if self.backward is None else module_digest(self.backward) + json.dumps(self.condition)
 
     @property
@@ -158,16 +161,14 @@ class GFlowNet(ActionModel):
     def _replayed(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
         """What a recurrent policy says of states: it has to go their ways again."""
         out = torch.empty(len(states), self.n_actions, dtype=torch.float64, device=states.device)
-        way, depth, s0 = [states], torch.zeros(len(states), dtype=torch.long, device=states.device), self.start(1)
-        while (inside := (way[-1] != s0).flatten(1).any(-1)).any():
-            before = way[-1].clone()
-            before[inside] = self.backtrack(way[-1][inside])[0]
-            way.append(before)
-            depth += inside
+        depth = (states >= 0).flatten(1).sum(-1)  # as the estimator counts it
         for d in depth.unique().tolist():
-            rows, kept = (depth == d).nonzero()[:, 0], None
-            for before in reversed(way[: d + 1]):
-                out[rows], kept = self._read_on(before[rows], kept)
+            rows = (depth == d).nonzero()[:, 0]
+            way, kept = [states[rows]], None
+            for _ in range(d):
+                way.append(self.backtrack(way[-1])[0])
+            for before in reversed(way):
+                out[rows], kept = self._read_on(before, kept)
         return out
 
     def _masked(self, states: Tensor, wrapped: DiscreteStates, logits: Tensor) -> Float[Tensor, "b a"]:
@@ -209,9 +210,13 @@ class GFlowNet(ActionModel):
     def backtrack(
         self, states: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None
     ) -> tuple[Shaped[Tensor, "b *s"], Int[Tensor, "b"]]:
-        actions = draw(self.log_pb(states), torch.arange(len(states), device=states.device), generator)
-        wrapped = self.env.states_from_tensor(states.clone())
-        return self.env.backward_step(wrapped, self.env.actions_from_tensor(actions[:, None])).tensor, actions
+        unique, rows = distinct(states)
+        actions = draw(self.log_pb(unique), rows, generator)
+        # Each different step once: some environments are slow at it.
+        step, each = torch.unique(rows * self.n_actions + actions, return_inverse=True)
+        wrapped = self.env.states_from_tensor(unique[step // self.n_actions].clone())
+        before = self.env.backward_step(wrapped, self.env.actions_from_tensor(step[:, None] % self.n_actions)).tensor
+        return before[each], actions
 
     # What the package asks of a base model
 

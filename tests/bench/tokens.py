@@ -121,7 +121,12 @@ def speed() -> None:
     both = best(lambda: (p & q).sample(64, sculpt.Tracked(particles=64), progress=False))
     size = sum(value.numel() for value in nets[0].parameters())
     row("base sampling over generate", f"{theirs / ours:.2f}", "≥ .8", f"{size:,} parameters, vocabulary 1,024; {ours:.2f} s")
-    row("two models tracked over both alone", f"{both / (2 * ours):.2f}", "≤ 1.3", f"{both:.2f} s, of generate's {both / (2 * theirs):.2f}")
+    row(
+        "two models tracked over both alone",
+        f"{both / (2 * ours):.2f}",
+        "≤ 1.3",
+        f"{both:.2f} s, of generate's {both / (2 * theirs):.2f}",
+    )
 
 
 # Molecules as texts: two halves of MOSES by logP

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__)
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2] / "pretrained" / "smiles")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "pretrained" / "smiles"))
 
 from token_models import causal, causal_models, densities, over_floor, recurrent_models
 
@@ -202,7 +202,7 @@ def halves(steps: int):
     log_p = torch.tensor([Crippen.MolLogP(Chem.MolFromSmiles(text)) for text in decode(x)])
     models, middle = [], log_p.median()
     for name, part in (("low", x[log_p < middle]), ("high", x[log_p >= middle])):
-        net = network.load(HERE.parents[2] / "pretrained" / "smiles" / "prior")
+        net = network.load(Path(__file__).parents[2] / "pretrained" / "smiles" / "prior")
         adam = torch.optim.Adam(net.parameters(), lr=3e-4)
         for step in range(steps):
             rows = network.trimmed(part[torch.randint(len(part), (64,), generator=seeded(step))])

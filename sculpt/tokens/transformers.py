@@ -129,11 +129,9 @@ class CausalNetwork(Network):
     def remembers(self) -> bool:
         """Whether all of what it keeps is keys and values."""
         with torch.no_grad(), self._switched():
-            cache = self._cache(None)
+            cache, one = self._cache(None), torch.ones(1, 1, dtype=torch.long, device=self.device)
             try:
-                self.model(
-                    input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache, use_cache=True
-                )
+                self.model(input_ids=one - 1, attention_mask=one, past_key_values=cache, use_cache=True)
             except Exception:  # whatever a model with another kind of memory says
                 return False
         return bool(cache.layers) and all(

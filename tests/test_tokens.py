@@ -21,7 +21,7 @@ from sculpt.tokens.sampling import Sampling
 N = 4000
 KINDS = {"recurrent": recurrent_models, "transformer": causal_models}
 MODELS = functools.cache(lambda kind, m: tuple(KINDS[kind](m)))
-CLASSIFIER = functools.cache(lambda kind: sculpt.fit(MODELS(kind, 2), steps=500, samples=4000, batch_size=64, progress=False))
+CLASSIFIER = functools.cache(lambda kind: sculpt.fit(MODELS(kind, 2), steps=300, samples=2000, batch_size=32, progress=False))
 
 
 def seeded(seed=0):

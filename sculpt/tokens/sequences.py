@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sculpt.actions.reading import Memory
-from sculpt.actions.states import NEG_INF
+from sculpt.actions.states import NEG_INF, distinct
 from sculpt.state import in_parts
 from sculpt.tokens.networks import mapped
 from sculpt.tokens.vocabulary import NOTHING, lengths
@@ -86,7 +86,10 @@ def log_p(model: Tokens, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
         steps = tables.gather(-1, chosen[..., None])[..., 0]
         return torch.where(torch.arange(k, device=x.device) <= lengths(x)[:, None], steps, 0.0).sum(-1)
 
-    return in_parts(of_some, _rows(model, x), x) if len(x) else torch.zeros(0, dtype=torch.float64, device=x.device)
+    if not len(x):
+        return torch.zeros(0, dtype=torch.float64, device=x.device)
+    unique, rows = distinct(x)
+    return in_parts(of_some, _rows(model, x), unique)[rows]
 
 
 @torch.no_grad()

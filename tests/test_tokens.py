@@ -9,7 +9,19 @@ import pytest
 import torch
 from token_models import Recurrent, causal, causal_models, densities, over_floor, recurrent_models, sequences
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import sculpt
 from sculpt.actions.reading import read
@@ -195,14 +207,49 @@ def test_log_densities_are_the_networks_own_loss(make):
         expected = -torch.stack([loss_of(net, model, x) for model in (p, q)], -1)
     every = torch.stack([model.log_p(x) for model in (p, q)], -1)
     assert ((every - expected).abs() / (n + 1)[:, None]).max() < 1e-4
-    # Token by token as a chain goes: both prompts in one call, the shorter one padded on the left.
     for k in n.unique().tolist():
-        own, memory, ell = x[n == k], None, 0.0
-        for t in range(min(k + 1, 20)):
-            log_p, memory = p.read([p, q], torch.where(torch.arange(20) < t, own, -1), memory)
-            action = torch.where(own[:, t] < 0, p.n_actions - 1, own[:, t])
-            ell = ell + torch.stack([table.gather(1, action[:, None])[:, 0] for table in log_p], -1)
-        assert ((ell - expected[n == k]).abs() / (k + 1)).max() < 1e-4
+        assert ((token_by_token([p, q], x[n == k]) - expected[n == k]).abs() / (k + 1)).max() < 1e-4
+
+
+def token_by_token(models, x):
+    """Log-densities of sequences of one length, as a chain reads them: all prompts in one call, shorter ones padded on the left."""
+    first, n, memory, ell = models[0], int((x[0] >= 0).sum()), None, 0.0
+    for t in range(min(n + 1, first.max_length)):
+        states = torch.where(torch.arange(first.max_length) < t, x, -1)
+        log_p, memory = first.read(models, states, memory)
+        action = torch.where(x[:, t] < 0, first.n_actions - 1, x[:, t])
+        ell = ell + torch.stack([table.gather(1, action[:, None])[:, 0] for table in log_p], -1)
+    return ell
+
+
+def others():
+    """Rotary positions, a sliding window, biases instead of positions, and a memory that is no cache of keys and values."""
+    ends = {"vocab_size": 12, "eos_token_id": 0, "bos_token_id": 1, "hidden_size": 16}
+    heads = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    yield Qwen2ForCausalLM(Qwen2Config(**ends, **heads, max_position_embeddings=64))
+    yield MistralForCausalLM(MistralConfig(**ends, **heads, max_position_embeddings=64, sliding_window=4))
+    yield BloomForCausalLM(BloomConfig(**ends, n_layer=2, n_head=2))
+    yield MambaForCausalLM(MambaConfig(**ends, state_size=4, num_hidden_layers=2))
+
+
+def test_other_architectures_read_prompts_of_different_length_token_by_token():
+    for net in others():
+        p = sculpt.Tokens(net, prompt=[1, 2], max_length=10, name=type(net).__name__)
+        q = p.with_prompt([3], name="q")
+        assert p.network.remembers != isinstance(net, MambaForCausalLM)
+        x = (p & q).sample(30, sculpt.Tracked(particles=60), generator=seeded()).x
+        x = x[(x >= 0).sum(-1) == (x >= 0).sum(-1).max()]
+        assert (token_by_token([p, q], x) - torch.stack([p.log_p(x), q.log_p(x)], -1)).abs().max() < 1e-5
+
+
+def test_a_model_of_peft_is_one_with_its_adapter():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    model = sculpt.Tokens(peft.get_peft_model(causal(0, 8), config), max_length=5, name="tuned")
+    base = model.with_adapters({}, name="base")
+    x = base.sample(20, generator=seeded()).x
+    assert model.network.adapters == {"default": 1.0} and not torch.allclose(model.log_p(x), base.log_p(x))
+    assert torch.allclose(base.log_p(x), sculpt.Tokens(causal(0, 8), max_length=5).log_p(x), atol=1e-5)
 
 
 def test_loras_are_base_models_that_share_the_weights():

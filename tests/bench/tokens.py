@@ -65,7 +65,7 @@ def roads() -> None:
     ):
         for m in (2, 3):
             models = make(m, length, vocabulary)
-            classifier = sculpt.fit(models, observations=m, steps=2000, samples=10_000, batch_size=128, progress=False)
+            classifier = sculpt.fit(models, observations=m, steps=1000, samples=10_000, batch_size=64, progress=False)
             for name, composition in compositions(models).items():
                 target = exact_target(composition)
                 ratios = [ratio(composition, target, road) for road in all_roads(composition, classifier)]
@@ -80,7 +80,7 @@ def compositions(models):
 
 
 def all_roads(composition, classifier):
-    yield sculpt.Tracked(particles=4 * N)
+    yield sculpt.Tracked(particles=8 * N)
     posterior = isinstance(composition.formula, Posterior)
     flat = posterior and not any(model.models for model in composition.models)
     for correct in (True, "densities"):

@@ -152,6 +152,8 @@ def test_models_of_one_network_are_one_call_and_prompts_of_different_length_are_
     other = (a & b).sample(500, sculpt.Tracked(particles=1000), generator=seeded())
     assert torch.equal(run.x, other.x) and run.log_z == pytest.approx(other.log_z, abs=1e-5)
     assert run.log_p.keys() == {"a", "cabed"}
+    namesakes = (sculpt.Tokens(net, vocabulary="abcde.", prompt="a", max_length=4) for net in (causal(0, 6), causal(1, 6)))
+    assert list(sculpt.mixture(*namesakes).sample(5, generator=seeded()).log_p) == ["a (0)", "a (1)"]
 
 
 def test_what_is_kept_is_selected_with_its_particle():
@@ -476,6 +478,7 @@ def test_bad_input_is_refused_before_time_is_spent(folder):
         ({"end": 9}, ValueError, "Token 9 is none of"),
         ({"max_length": 40}, ValueError, "The prompt has 1 tokens and the model reads 32"),
         ({"prompt": [0] * 40}, ValueError, "Shorten the prompt"),
+        ({"prompt": [7]}, ValueError, "The prompt has a token 7, and GPT2LMHeadModel knows 4 tokens"),
         ({"sampling": Sampling(suppress=[3])}, ValueError, "no sequence would ever end"),
         ({"sampling": Sampling(min_length=5), "max_length": 4}, ValueError, "min_length=5 is more than max_length=4"),
         ({"vocabulary": 6}, ValueError, r"logits of shape \(2, 1, 4\); expected one for each of 6 tokens"),

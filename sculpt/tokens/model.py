@@ -289,6 +289,10 @@ class Tokens(ActionModel):
         self.prompt = self.prompt or tuple(begin)
         if not self.prompt:
             raise ValueError("A network begins from a token. Pass prompt=, the token that begins a sequence, [number].")
+        if self._told.width is not None and max(self.prompt) >= self._told.width:
+            raise ValueError(
+                f"The prompt has a token {max(self.prompt)}, and {self.network.name} knows {self._told.width:,} tokens."
+            )
         room = None if self.network.positions is None else self.network.positions - len(self.prompt) + 1
         usual = self._told.max_length or 256 + len(self.prompt)
         length = check_whole("max_length", max_length) or max(1, min(usual - len(self.prompt), room or 256))

@@ -41,8 +41,13 @@ class Reader:
         return self._first.vocabulary.texts(x)
 
     def log_p(self, x: Int[Tensor, "b t"]) -> dict[str, list[float]]:
-        """Log-densities under each model that knows its own."""
-        told = {str(model): getattr(model, "log_p", lambda _: None)(x.to(model.device)) for model in self.models}
+        """Log-densities under each model that knows its own; models of one name are numbered."""
+        names = [str(model) for model in self.models]
+        names = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+        told = {
+            name: getattr(model, "log_p", lambda _: None)(x.to(model.device))
+            for name, model in zip(names, self.models, strict=True)
+        }
         return {name: log_p.tolist() for name, log_p in told.items() if log_p is not None}
 
 

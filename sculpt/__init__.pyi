@@ -5,6 +5,7 @@ from sculpt.hub import load as load
 from sculpt.diffusion.diffusers.adapter import Diffusion as Diffusion
 from sculpt.diffusion.energy import EnergyModel as EnergyModel
 from sculpt.gflownet.model import GFlowNet as GFlowNet
+from sculpt.tokens.model import Tokens as Tokens
 
 # what a family of one's own fills
 from sculpt.model import BaseModel as BaseModel

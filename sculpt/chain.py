@@ -148,6 +148,10 @@ class Chain(abc.ABC):
     ) -> tuple[Tensor, Float[Tensor, "n"] | None]:
         """The finished samples, and the last increments."""
 
+    def at_rest(self, state: State) -> State:
+        """What is kept of particles that have ended."""
+        return state
+
     def settled(self, state: State) -> bool:
         """Whether weights are complete here: as many are selected as samples are wanted, and only these go on."""
         return False
@@ -286,7 +290,7 @@ class _Flock:
         done = chain.done(self.state)
         (stop,), (go,) = done.nonzero(as_tuple=True), (~done).nonzero(as_tuple=True)
         if len(stop) and not chain.whole:
-            self.ended.append((self.rows[stop], self.state[stop]))
+            self.ended.append((self.rows[stop], chain.at_rest(self.state[stop])))
             self.rows, self.state = self.rows[go], self.state[go]
         return len(go)
 

@@ -19,11 +19,14 @@ CLASSES = {
     # results
     "Samples": "sculpt.samples",
     "Molecules": "sculpt.molecules.results",
+    "Texts": "sculpt.tokens.results",
     # networks and environments of checkpoints
     "VectorNetwork": "sculpt.diffusion.backbones",
     "ImageNetwork": "sculpt.diffusion.backbones",
     "UNetEncoder": "sculpt.diffusion.diffusers.encoder",
     "GridNetwork": "sculpt.actions.networks",
+    "StateNetwork": "sculpt.actions.networks",
+    "TokenFeatures": "sculpt.tokens.networks",
     "FragmentNetwork": "sculpt.molecules.network",
     "FragmentFeatures": "sculpt.molecules.network",
     "FragmentTrees": "sculpt.molecules.trees",

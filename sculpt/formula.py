@@ -122,12 +122,15 @@ class Posterior(Formula):
         return _log_softmax(_log(self.odds, ell) + ell)
 
     def value(self, ell):
-        # Exchanging labels only rescales: the one of least density stands first, so that infinities of both signs never meet.
-        labels = list(self.labels)
-        own, shares, log_v = ell[..., labels], self._shares(ell)[..., labels], _log(self.odds, ell)[labels]
-        first = own.argmin(-1, keepdim=True)
-        standing = own + (log_v - log_v[0])
-        return standing.gather(-1, first)[..., 0] + shares.scatter(-1, first, 0.0).sum(-1)
+        log_v, shares, (anchor, *_) = _log(self.odds, ell), self._shares(ell).unbind(-1), self.labels
+        out = None
+        for first in dict.fromkeys(self.labels):
+            # Exchanging labels only rescales, so each may stand first. The least is a number where infinities of both signs meet in others.
+            rest = list(self.labels)
+            rest.remove(first)
+            value = ell[..., first] + (log_v[first] - log_v[anchor]) + sum(shares[i] for i in rest)
+            out = value if out is None else torch.fmin(out, value)
+        return out
 
     def gradient(self, ell):
         counts = torch.zeros(self.m, dtype=ell.dtype, device=ell.device)

@@ -15,16 +15,18 @@ import torch
 
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
-from sculpt.diffusion.diffusers.parts import NETWORKS, check_weights, read_pipeline
+from sculpt.diffusion.diffusers.parts import NETWORKS, read_pipeline
 from sculpt.entries import read_json
 from sculpt.files import settled
 from sculpt.model import BaseModel
+from sculpt.weights import check_weights
 
 if TYPE_CHECKING:
     from sculpt.diffusion.denoiser import DiffusionComposition
     from sculpt.gflownet.model import GFlowNetComposition
+    from sculpt.tokens.model import TokensComposition
 
-    class LoadedComposition(DiffusionComposition, GFlowNetComposition):
+    class LoadedComposition(DiffusionComposition, GFlowNetComposition, TokensComposition):
         """A composition of what was loaded."""
 
     class Loaded(BaseModel, Guide):
@@ -55,21 +57,25 @@ def load(
 
     Args:
         path_or_hub_id: a diffusers pipeline, a folder with ``unet/`` (or ``transformer/``) and ``scheduler/``, a GFlowNet of
-            sculpt, or a classifier of sculpt.
+            sculpt, a causal language model of transformers, or a classifier of sculpt.
         device: where its networks go.
         dtype: of its networks.
         condition: what fixes one distribution of a conditional model. A pipeline takes what its own call takes, with its defaults:
             ``prompt``, ``negative_prompt``, ``guidance_scale``, ``height`` and the like; networks alone ``class_label``, ``guidance_scale``
             and ``shape``; both a ``name``. GFlowNets: the values it was trained to be conditioned on, e.g. ``beta=32``.
+            Language models: ``prompt``, ``max_length``, ``stop``, ``name``, and what changes their distribution: ``temperature``, ``top_k``,
+            ``top_p``, ``min_length`` and ``suppress``.
     """
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)
+    # A snapshot's folder is named by its hash.
+    name = folder.resolve().name if Path(path_or_hub_id).expanduser().is_dir() else str(path_or_hub_id).rpartition("/")[2]
     if kind == "diffusion":
-        # A snapshot's folder is named by its hash.
-        name = folder.resolve().name if Path(path_or_hub_id).expanduser().is_dir() else str(path_or_hub_id).rpartition("/")[2]
         with settled(folder):
             return _diffusion(folder, name, device, dtype, condition)
     check_weights(folder)
+    if kind == "tokens":
+        return _tokens(folder, name, device, dtype, condition)
     if kind == "gflownet":
         from sculpt.gflownet.model import GFlowNet
 
@@ -118,7 +124,7 @@ def _download(repository: str) -> Path:
 
 
 def kind_of(folder: Path) -> str:
-    """``"diffusion"``, ``"gflownet"`` or ``"classifier"``, by what is in the folder."""
+    """``"diffusion"``, ``"tokens"``, ``"gflownet"`` or ``"classifier"``, by what is in the folder."""
     with settled(folder):
         if (folder / "model_index.json").exists() or any((folder / part).is_dir() for part in NETWORKS):
             return "diffusion"
@@ -149,6 +155,8 @@ def _kind_of_config(folder: Path) -> str:
             "or put the two together: sculpt.Diffusion(model, scheduler)."
         )
     names = config.get("architectures")
+    if isinstance(names, list) and any(str(one).endswith(("ForCausalLM", "LMHeadModel")) for one in names):
+        return "tokens"
     name = ", ".join(map(str, names)) if isinstance(names, list) and names else str(kind or "another kind of model")
     raise ValueError(f"{folder} holds {name:.200}, which sculpt does not compose. {_EXPECTED}")
 
@@ -157,8 +165,21 @@ _OPTIONS = ("prompt", "negative_prompt", "class_label", "guidance_scale", "shape
 """of a network without a pipeline's call"""
 _EXPECTED = (
     "Expected model_index.json, or unet/ (or transformer/) and scheduler/, as diffusers writes them; or a GFlowNet or a classifier "
-    "written by sculpt's save_pretrained."
+    "written by sculpt's save_pretrained; or a causal language model of transformers, config.json with weights."
 )
+
+
+def _tokens(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:
+    from sculpt.tokens.model import Tokens
+    from sculpt.tokens.sampling import Sampling
+
+    known = [*inspect.signature(Tokens.from_pretrained).parameters, *inspect.signature(Sampling).parameters]
+    known = [option for option in known if option not in ("folder", "device", "dtype", "sampling")]
+    if unknown := sorted(set(condition) - set(known)):
+        raise ValueError(f"{', '.join(unknown)}: no option of a language model, which takes {', '.join(known)}.")
+    if isinstance(prompt := condition.get("prompt"), str) and prompt:
+        name += f"[{prompt}]"
+    return Tokens.from_pretrained(folder, device=device, dtype=dtype, **({"name": name} | condition))
 
 
 def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:

@@ -169,7 +169,7 @@ class Samples:
         return {name: vars(self)[name] for name in self.columns if name in vars(self)}
 
     def _keep(self, columns: dict[str, list[Any]]) -> None:
-        vars(self).update(columns)
+        vars(self).update({name: values for name, values in columns.items() if name in self.columns})
 
     # Files
 

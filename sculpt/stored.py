@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -47,9 +48,13 @@ class Stored:
         self.n, self.name, self.decoder = shape[0], said.text("class", 200), said.choice("decoder", decoders)
         self.diagnostics = Diagnostics.read(said.inside("diagnostics"))
 
-    def columns(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """What else there is for each sample."""
-        columns = {name: self._said.inside("columns").texts(name, max(self.n, 1)) for name in names}
+    def columns(self, names: Sequence[str]) -> dict[str, list[Any]]:
+        """What else there is for each sample: texts under these names, numbers under others."""
+        said, columns = self._said.inside("columns"), {}
+        for name in {*names, *said.found}:
+            columns[name] = (
+                said.texts(name, max(self.n, 1)) if name in names else said.each(name, float, "numbers", max(self.n, 1))
+            )
         if wrong := [name for name, values in columns.items() if len(values) != self.n]:
             raise self._damaged(f"its {wrong[0]} do not belong to {self.n} samples")
         return columns

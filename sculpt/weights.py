@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import stat
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from sculpt.entries import Entries, open_plain, parse_json
+from sculpt.entries import Entries, open_plain, parse_json, read_json
 
-__all__ = ["REAL", "WHOLE", "Shape", "Weights", "read_tensors"]
+__all__ = ["REAL", "WHOLE", "Shape", "Weights", "check_plain", "check_weights", "read_tensors"]
 
 Shape = tuple[int, ...]
 
@@ -51,6 +52,11 @@ BITS = {
     "F64": 64,
     "C64": 64,
 }
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TEXTS = (".json", ".txt", ".jinja", ".model")
+MOST_TEXT = 2**26
+"""of one of these"""
 
 
 class Weights:
@@ -138,3 +144,41 @@ class Weights:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A safetensors file, or an error that says what is wrong with it."""
     return Weights(path).read()
+
+
+# Folders of other libraries
+
+
+def check_plain(folder: Path) -> None:
+    """A library would wait for a pipe, and read a device without end."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}. Copy or download it again.") from None
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise ValueError(f"{path} is no plain file. Copy or download it again.")
+        if path.suffix in _TEXTS and found.st_size > MOST_TEXT:
+            raise ValueError(f"{path} has {found.st_size:,} bytes, expected at most {MOST_TEXT:,}. Copy or download it again.")
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, all that it names; pickles are refused with the way out of them."""
+    files = sorted(folder.glob("*.safetensors"))
+    for path in folder.glob("*.safetensors.index*.json"):
+        index = Entries(read_json(path, "sharded checkpoint"), str(path)).inside("weight_map")
+        listed = {index.text(name, most=255) for name in index.found}
+        if missing := sorted(listed - {file.name for file in files}):
+            raise ValueError(f"{folder} lacks {', '.join(missing):.300}, named in {path.name}. Copy or download it again.")
+    if not files:
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
+        if pickles:
+            raise ValueError(
+                f"{folder} has its weights as {', '.join(pickles)} only. A pickle may run any code when it is read, so sculpt reads "
+                "safetensors only. If you trust the file, convert it once with the library that wrote it: "
+                "Model.from_pretrained(folder, use_safetensors=False).save_pretrained(folder)."
+            )
+        raise ValueError(f"{folder} has no weights: no .safetensors file. Copy or download it again.")
+    for file in files:
+        Weights(file)
+    return files

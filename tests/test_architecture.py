@@ -10,11 +10,11 @@ import sculpt
 
 ROOT = Path(sculpt.__file__).parent
 FILES = {".".join(("sculpt", *path.relative_to(ROOT).with_suffix("").parts)): path for path in sorted(ROOT.rglob("*.py"))}
-FAMILIES = ("diffusion", "gflownet", "molecules")
+FAMILIES = ("diffusion", "gflownet", "molecules", "tokens")
 BORDERS = {
     "diffusers": ("sculpt.diffusion.diffusers.", "sculpt.hub", "sculpt.apps.demos."),
     "gfn": ("sculpt.gflownet.", "sculpt.molecules.trees"),
-    "transformers": ("sculpt.hub",),
+    "transformers": ("sculpt.hub", "sculpt.tokens.transformers"),
     "rdkit": ("sculpt.molecules.",),
     "ipywidgets": ("sculpt.apps.explorer.",),
 }

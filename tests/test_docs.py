@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,17 @@ def test_contributing_runs_as_it_is_written():
     scope: dict = {"__name__": "contributing"}
     for block in blocks:
         exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+
+
+def test_the_page_on_policies_of_other_libraries_runs_and_its_samples_are_right():
+    page = (ROOT / ".docs/policies.rst").read_text()
+    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
+    assert len(blocks) == 2
+    scope: dict = {"__name__": "policies"}
+    for block in blocks:
+        exec(compile(textwrap.dedent(block), "policies.rst", "exec"), scope)
+    p, x = scope["p"], scope["sets"].x
+    assert x.sum(-1).max() <= 3 and len(p.sample(50)) == 50
+    between = scope["between"].x
+    # The harmonic mean of N(-1, 2) and N(1, 2) is symmetric, and narrower than both.
+    assert abs(float(between.mean())) < 0.35 and float(between.var()) < 2.0

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sculpt.actions.guidance import policy
-from sculpt.actions.paths import Disagreement, children_log_pb, disagreement, path_ratios
-from sculpt.actions.states import NEG_INF, distinct, draw
+from sculpt.actions.paths import ONE_PARENT, Disagreement, children_log_pb, disagreement, path_ratios
+from sculpt.actions.reading import Reading, emptied, read
+from sculpt.actions.states import NEG_INF, draw
 from sculpt.chain import Chain, Settings
 from sculpt.diagnostics import APART
 from sculpt.formula import Formula, Nested, divides
@@ -37,11 +37,12 @@ LOOKED_AT = 64
 
 @dataclass
 class Written(State):
-    """What has been written so far, whether it goes on, and what is carried along: log h, log-densities."""
+    """What has been written so far, whether it goes on, what is carried along (log h, log-densities), and what the policies keep of it."""
 
     states: Shaped[Tensor, "b *s"]
     going: Bool[Tensor, "b"]
     carry: Float[Tensor, "b k"] | None = None
+    memory: tuple[Any, ...] | None = None
 
 
 Proposal = tuple[Float[Tensor, "b"] | None, Int[Tensor, "b"], Float[Tensor, "b k"] | None]
@@ -56,28 +57,33 @@ class ActionChain(Chain):
         self.exit = model.n_actions - 1
         self.batch_size = settings.batch_size or model.batch_size
         self.generator, self.said = settings.generator, []  # type: ignore[var-annotated]
+        self.readers: tuple[ActionModel, ...] = (model,)
 
     def start(self, n, generator):
         going = torch.ones(n, dtype=torch.bool, device=self.device)
         return Written(self.model.start(n), going, self.carried(n)), self.first(n)
 
     def step(self, state, log_w, generator):
-        increment, actions, carry = self.propose(state.states, state.carry, generator)
+        reading = read(self.readers, state.states, state.memory)
+        increment, actions, carry = self.propose(reading, state.carry, generator)
         go = actions != self.exit
         on = go.nonzero()[:, 0]
         states = self.model.step(state.states[on], actions[on])
         if len(on) < len(go):
             states = state.states.index_copy(0, on, states)
-        return Written(states, go, carry), increment
+        return Written(states, go, carry, reading.memory), increment
 
     def done(self, state):
         return ~state.going
+
+    def at_rest(self, state):
+        return state if state.memory is None else replace(state, memory=emptied(state.memory))
 
     def end(self, state, log_w, generator):
         return state.states, None
 
     def notes(self, x, generator):
-        return self.said
+        return [*self.said, *self.model.notes(x)]
 
     def follow(self, found: Disagreement) -> float:
         """Keep what the verdict and the notes want to know; what it adds to log Z."""
@@ -92,10 +98,9 @@ class ActionChain(Chain):
         """Their first log-weights."""
         return None
 
-    def propose(self, states: Tensor, carry: Tensor | None, generator: torch.Generator | None) -> Proposal:
-        """One action for each state."""
-        unique, rows = distinct(states)
-        return None, draw(policy(self.model, unique), rows, generator), None
+    def propose(self, reading: Reading, carry: Tensor | None, generator: torch.Generator | None) -> Proposal:
+        """One action for each particle."""
+        return None, draw(reading.log_p[0], reading.rows, generator), None
 
 
 class GuidedChain(ActionChain):
@@ -112,7 +117,7 @@ class GuidedChain(ActionChain):
     def __init__(self, model: GuidedActions, settings: Settings, corrected: bool = False):
         super().__init__(model, settings, "classifier, anchored form" + ", corrected" * corrected)
         self.guidance: Guidance = model.guidance
-        self.log_scale, self.corrected = 0.0, corrected
+        self.log_scale, self.corrected, self.readers = 0.0, corrected, self.guidance.asked
 
     def carried(self, n):
         return self.guidance.log_h(self.model.start(1)).expand(n)[:, None].clone()
@@ -120,9 +125,9 @@ class GuidedChain(ActionChain):
     def first(self, n):
         return self.guidance.log_h(self.model.start(1)).expand(n) + self.log_scale
 
-    def propose(self, states, carry, generator):
-        unique, rows = distinct(states)
-        log_p, log_h = self.guidance.scores(unique)
+    def propose(self, reading, carry, generator):
+        rows = reading.rows
+        log_p, log_h = self.guidance.scores(reading.states, reading.log_p)
         log_N = torch.logsumexp(log_p + log_h, dim=-1)
         actions = draw(log_p + log_h - log_N[:, None], rows, generator)
         return log_N[rows] - carry[:, 0], actions, log_h[rows, actions, None]
@@ -156,23 +161,24 @@ class DensityCorrectedChain(GuidedChain):
     def __init__(self, model: GuidedActions, settings: Settings):
         super().__init__(model, settings, corrected=True)
         self.road += " by densities"
+        self.readers = self.guidance.models
         self.batch_size = settings.batch_size or max(1, self.batch_size // len(self.guidance.models))
 
     def carried(self, n):
         log_h = super().carried(n)
         return torch.cat([log_h, log_h.new_zeros(n, len(self.guidance.models))], dim=1)
 
-    def propose(self, states, carry, generator):
-        guidance, (log_h, ell) = self.guidance, carry.split([1, len(self.guidance.models)], dim=1)
-        unique, rows = distinct(states)
-        log_p, log_h_next = (part[rows] for part in guidance.scores(unique))
-        ratio = _log_ratios(guidance.models, unique)
+    def propose(self, reading, carry, generator):
+        guidance, (log_h, ell), rows = self.guidance, carry.split([1, len(self.guidance.models)], dim=1), reading.rows
+        anchor = reading.log_p[guidance.labels[0]]
+        log_p, log_h_next = (part[rows] for part in guidance.scores(reading.states, [anchor]))
+        ratio = _log_ratios(guidance.models, reading)
         stop = log_p[:, -1] > NEG_INF
         log_h_next[stop, -1] = guidance.log_h_of((ell + ratio[rows, -1])[stop])
         log_N = torch.logsumexp(log_p + log_h_next, dim=-1)
         dead = ~log_N.isfinite()  # only the exit is left, and not all labels are possible there
         log_pi = torch.where(dead[:, None], log_p, log_p + log_h_next - log_N[:, None])
-        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        actions = draw(log_pi, torch.arange(len(rows), device=rows.device), generator)
         entered = log_h_next.gather(1, actions[:, None])
         carry = torch.cat([entered, ell + ratio[rows, actions]], dim=1)
         return torch.where(dead, log_N, log_N - log_h[:, 0]), actions, carry
@@ -192,12 +198,12 @@ class TrackedChain(ActionChain):
 
     def __init__(self, formula: Formula, models: Sequence[ActionModel], settings: Settings):
         super().__init__(models[0], settings, "tracked densities")
-        self.target, self.models = formula, models
+        self.target, self.models, self.readers = formula, models, tuple(models)
         self.batch_size = settings.batch_size or max(1, models[0].batch_size // len(models))
         self.shared = len({model.backward_key for model in models}) == 1
         # A common P_B only shifts the log-densities, and a formula of degree one takes a shift out of itself: then it cancels
-        # in proposal and weight, and the children need not be visited.
-        self.cancels = self.shared and _degree_one(formula)
+        # in proposal and weight, and the children need not be visited. Nor are they where it is 1.
+        self.cancels = self.shared and (_degree_one(formula) or models[0].backward_key == ONE_PARENT)
 
     def carried(self, n):
         return torch.zeros(n, len(self.models), dtype=torch.float64, device=self.device)
@@ -205,23 +211,32 @@ class TrackedChain(ActionChain):
     def first(self, n):
         return self.target.value(self.carried(n))
 
-    def propose(self, states, carry, generator):
-        ell, (first, *others) = carry, self.models
-        unique, rows = distinct(states)
-        log_p = torch.stack([policy(model, unique) for model in self.models], dim=-1)
-        log_b = torch.zeros_like(log_p[..., 0]) if self.cancels else children_log_pb(first, unique, log_p)
+    def propose(self, reading, carry, generator):
+        ell, (first, *others), unique, rows = carry, self.models, reading.states, reading.rows
+        log_p = torch.stack(reading.log_p).movedim(0, -1)  # models first in memory: sums over them are then over whole tables
+        log_b = torch.zeros(()).to(log_p) if self.cancels else children_log_pb(first, unique, log_p)
         own = [] if self.shared else [children_log_pb(model, unique, log_p) for model in others]
-        ratio = log_p - torch.stack([log_b, *own], dim=-1)  # one column serves all where it is shared
-        each, action = (log_p > NEG_INF).any(-1)[rows].nonzero(as_tuple=True)
-        phi = torch.full((len(states), log_p.shape[1]), NEG_INF, dtype=torch.float64, device=states.device)
-        phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action]) + log_b[rows[each], action]
+        # One column serves all where it is shared.
+        ratio = log_p if self.cancels else log_p - torch.stack([log_b, *own]).movedim(0, -1)
+        phi = self._phi(ell, ratio, rows) + (log_b if self.cancels else log_b[rows])
         log_N = torch.logsumexp(phi, dim=-1)
         dead = ~log_N.isfinite()
         if dead.any():  # nothing is left to go on with: the particle is lost, and any way out will do
             phi[dead] = log_p[rows[dead]].logsumexp(-1)
         log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
-        actions = draw(log_pi, torch.arange(len(states), device=states.device), generator)
+        actions = draw(log_pi, torch.arange(len(rows), device=rows.device), generator)
         return torch.where(dead, log_N, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
+
+    def _phi(self, ell: Float[Tensor, "b m"], ratio: Float[Tensor, "u a m"], rows: Int[Tensor, "b"]) -> Float[Tensor, "b a"]:
+        """The formula at every child, minus infinity where no model goes."""
+        there = (ratio > NEG_INF).any(-1)
+        if 2 * there.count_nonzero() > there.numel():  # most children are there
+            children = ell.T[..., None] + ratio.movedim(-1, 0)[:, rows]
+            return torch.where(there[rows], self.target.value(children.movedim(0, -1)), NEG_INF)
+        each, action = there[rows].nonzero(as_tuple=True)
+        phi = torch.full((len(rows), ratio.shape[1]), NEG_INF, dtype=torch.float64, device=rows.device)
+        phi[each, action] = self.target.value(ell[each] + ratio[rows[each], action])
+        return phi
 
     def slip(self, state, population):
         x = _some(state, population, self.generator)
@@ -249,12 +264,12 @@ def _some(state: Written, population: Population, generator: torch.Generator | N
     return state.states[systematic(population.log_w, LOOKED_AT, generator)]
 
 
-def _log_ratios(models: Sequence[ActionModel], states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a m"]:
+def _log_ratios(models: Sequence[ActionModel], reading: Reading) -> Float[Tensor, "u a m"]:
     r""":math:`\log P_i(s'|s) - \log P_B^i(s|s')` of every action, up to a common term where the models share their backward policy."""
-    log_p = torch.stack([policy(model, states) for model in models], dim=-1)
+    log_p = torch.stack(reading.log_p, dim=-1)
     if len({model.backward_key for model in models}) == 1:
         return log_p
-    return log_p - torch.stack([children_log_pb(model, states, log_p) for model in models], dim=-1)
+    return log_p - torch.stack([children_log_pb(model, reading.states, log_p) for model in models], dim=-1)
 
 
 def _degree_one(formula: Formula) -> bool:

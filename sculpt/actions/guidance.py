@@ -6,7 +6,6 @@ Notation: :math:`P_i(s'|s)` policy of base model i, :math:`h(s) = p(y_2 \dots y_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from sculpt.actions.reading import Memory, policy, read
 from sculpt.actions.states import NEG_INF, distinct
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
@@ -23,20 +23,7 @@ from sculpt.model import BaseModel, Steppable
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
 
-__all__ = ["Guidance", "policy"]
-
-
-def policy(model: ActionModel, states: Shaped[Tensor, "u *s"]) -> Float[Tensor, "u a"]:
-    """The log-probabilities of a model's actions; raise where they are none."""
-    log_p = model.log_pf(states)
-    top = log_p.amax(-1)
-    if not math.isfinite(top.detach().sum()):  # one number to look at: this is done at every step
-        bad = ~top.isfinite()
-        raise FloatingPointError(
-            f"{model} gave no distribution over its actions for {int(bad.sum())} of {len(states)} states, first for "
-            f"{states[bad][0].tolist()!s:.200}: expected log-probabilities, one of them more than minus infinity and none NaN."
-        )
-    return log_p
+__all__ = ["Guidance"]
 
 
 class Guidance:
@@ -86,12 +73,17 @@ class Guidance:
                 "Pass correct=True, or bind the inner classifier: inner.guided(its_classifier)."
             )
 
-    def proposal(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
+    @property
+    def asked(self) -> tuple[ActionModel, ...]:
+        """The models whose policies the classifier reweights: the anchor, or all of them."""
+        return (self.anchor,) if self.form == "anchored" else self.models
+
+    def proposal(self, states: Shaped[Tensor, "b *s"], log_p: Sequence[Float[Tensor, "b a"]]) -> Float[Tensor, "b a"]:
         """What the classifier is to reweight: the anchor's policy, or the mixture of all."""
         if self.form == "anchored":
-            return policy(self.anchor, states)
-        log_p = torch.stack([policy(model, states) for model in self.models], dim=1)
-        return torch.logsumexp(self.classifier.marginal(states).double()[..., None] + log_p, dim=1)
+            return log_p[0]
+        each = torch.stack(list(log_p), dim=1)
+        return torch.logsumexp(self.classifier.marginal(states).double()[..., None] + each, dim=1)
 
     def children_log_h(self, states: Shaped[Tensor, "b *s"], allowed: Tensor) -> Float[Tensor, "b a"]:
         """log h of every allowed child: by one pass where the classifier has a head over actions, else by visiting the children."""
@@ -111,13 +103,20 @@ class Guidance:
             out[stop, -1] = self.log_h_end(states[stop])
         return out
 
-    def scores(self, states: Shaped[Tensor, "b *s"]) -> tuple[Float[Tensor, "b a"], Float[Tensor, "b a"]]:
-        r""":math:`\log P(s'|s)` of the proposal and :math:`\log h(s')`."""
-        log_p = self.proposal(states)
-        log_h = self.children_log_h(states, log_p > NEG_INF)
+    def scores(
+        self, states: Shaped[Tensor, "b *s"], log_p: Sequence[Float[Tensor, "b a"]] | None = None
+    ) -> tuple[Float[Tensor, "b a"], Float[Tensor, "b a"]]:
+        r""":math:`\log P(s'|s)` of the proposal and :math:`\log h(s')`.
+
+        Args:
+            states: these.
+            log_p: the policies of the models that are ``asked``, where they are known.
+        """
+        own = self.proposal(states, [policy(model, states) for model in self.asked] if log_p is None else log_p)
+        log_h = self.children_log_h(states, own > NEG_INF)
         self._check(log_h.isnan().any(-1), "the classifier's output is not a number", states)
-        self._check((log_p + log_h == NEG_INF).all(-1), "no action leads to where all labels are possible", states)
-        return log_p, log_h
+        self._check((own + log_h == NEG_INF).all(-1), "no action leads to where all labels are possible", states)
+        return own, log_h
 
     def _check(self, bad: Tensor, why: str, states: Tensor) -> None:
         if bad.any():
@@ -127,7 +126,18 @@ class Guidance:
     def log_pf(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
         """The guided policy, normalised, in float64."""
         unique, rows = distinct(states)
-        log_p, log_h = self.scores(unique)
+        return self._normalised(unique)[rows]
+
+    def read(self, states: Shaped[Tensor, "b *s"], memory: Memory | None) -> tuple[Float[Tensor, "b a"], Memory | None]:
+        """The same, with what the models have kept of the states before, and keep of these."""
+        reading = read(self.asked, states, None if memory is None else memory.tensors)
+        log_p = self._normalised(reading.states, reading.log_p)[reading.rows]
+        return log_p, None if reading.memory is None else Memory(reading.memory)
+
+    def _normalised(
+        self, states: Shaped[Tensor, "u *s"], log_p: Sequence[Float[Tensor, "u a"]] | None = None
+    ) -> Float[Tensor, "u a"]:
+        own, log_h = self.scores(states, log_p)
         # With the exact classifier the sum over children is already h(s). A learned one drifts, so we normalise by the
         # sum instead of evaluating h(s).
-        return torch.log_softmax(log_p + log_h, dim=-1)[rows]
+        return torch.log_softmax(own + log_h, dim=-1)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from sculpt.actions.chains import ActionChain, DensityCorrectedChain, GuidedChain, TrackedChain
 from sculpt.actions.guidance import Guidance
-from sculpt.actions.paths import path_ratios
+from sculpt.actions.paths import ONE_PARENT, path_ratios
+from sculpt.actions.reading import Memory
 from sculpt.actions.trajectories import TrajectoryStore
 from sculpt.chain import Chain, Settings
 from sculpt.identity import module_digest
@@ -43,8 +44,11 @@ class ActionModel(Steppable):
     n_actions: int
     """The exit counts, and comes last."""
 
-    backward_key: str = "one parent"
+    backward_key: str = ONE_PARENT
     """Equal where two models surely share their backward policy."""
+
+    together: Any = None
+    """Models with the same, which is not ``None``, are read in one call."""
 
     knows_density = True  # exactly where a state has one parent or the flows balance
 
@@ -59,6 +63,26 @@ class ActionModel(Steppable):
     @abc.abstractmethod
     def step(self, states: Shaped[Tensor, "b *s"], actions: Int[Tensor, "b"]) -> Shaped[Tensor, "b *s"]:
         """The children by these actions, none of them the exit. The states that were given stay as they are."""
+
+    def read(
+        self, models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: Memory | None
+    ) -> tuple[Sequence[Float[Tensor, "b a"]], Memory | None]:
+        """:meth:`log_pf` of models that are read ``together``, this one the first of them, and what to keep of these states.
+
+        Args:
+            models: these.
+            states: all of them a step behind those that were read before.
+            memory: what was kept of those; ``None`` at first.
+        """
+        return [model.log_pf(states) for model in models], None
+
+    def log_p(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"] | None:
+        """Log-probabilities of finished samples, where a family has a shorter way to them than along their paths."""
+        return None
+
+    def notes(self, x: Shaped[Tensor, "b *s"]) -> list[str]:
+        """What the diagnostics should say of such samples."""
+        return []
 
     def log_pb(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b p"]:
         r""":math:`\log P_B(s|s')` of s' = ``states``, per action that may have led there. By default a state has one parent."""
@@ -202,6 +226,13 @@ class GuidedActions(ActionModel, Steered):
 
     def log_pf(self, states):
         return self.guidance.log_pf(states)
+
+    def read(self, models, states, memory):
+        log_p, memory = self.guidance.read(states, memory)
+        return [log_p], memory
+
+    def notes(self, x):
+        return self.anchor.notes(x)
 
     def step(self, states, actions):
         return self.anchor.step(states, actions)

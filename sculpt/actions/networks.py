@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-__all__ = ["GridNetwork"]
+__all__ = ["GridNetwork", "StateNetwork"]
 
 
 class GridNetwork(nn.Module):
@@ -74,3 +74,54 @@ class GridNetwork(nn.Module):
         k = torch.arange(self.height, device=states.device)
         on = states[..., None] >= k if self.encoding == "thermometer" else states[..., None] == k
         return self.layers(on.flatten(1).to(next(self.parameters()).dtype))
+
+
+class StateNetwork(nn.Module):
+    """Vectors to features: whole numbers of few values each by its value, others by their size and its waves; then an MLP.
+
+    Args:
+        size: how many numbers a state has.
+        low: the least of them.
+        high: the largest.
+        whole: whether they are whole.
+        width: of the layers.
+        depth: how many layers there are.
+    """
+
+    VALUES, WAVES = 64, 6
+
+    def __init__(self, size: int, low: float, high: float, whole: bool = True, *, width: int = 256, depth: int = 2):
+        super().__init__()
+        if min(size, width, depth) < 1 or not -1e9 <= low <= high <= 1e9:
+            raise ValueError(
+                f"Got size={size}, low={low}, high={high}, width={width} and depth={depth}: expected at least 1 number and layer, and a range."
+            )
+        self.size, self.low, self.high, self.width = size, float(low), float(high), width
+        self.one_hot = whole and high - low < self.VALUES
+        self.config: dict[str, Any] = {
+            "size": size,
+            "low": self.low,
+            "high": self.high,
+            "whole": whole,
+            "width": width,
+            "depth": depth,
+        }
+        each = int(high - low) + 1 if self.one_hot else 1 + 2 * self.WAVES
+        widths = itertools.chain([size * each], itertools.repeat(width, depth))
+        self.layers = nn.Sequential(
+            *(layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.LeakyReLU()))
+        )
+
+    def forward(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b w"]:
+        x, dtype = states.flatten(1), next(self.parameters()).dtype
+        if x.shape[1] != self.size:
+            raise ValueError(
+                f"This network reads states of {self.size} numbers, got {x.shape[1]}. Pass those of its environment."
+            )
+        if self.one_hot:
+            x = x.clamp(self.low, self.high)[..., None] == torch.arange(self.low, self.high + 1, device=x.device)
+        else:
+            x = (x - self.low) / max(self.high - self.low, 1e-12)
+            waves = x[..., None] * (2.0 ** torch.arange(self.WAVES, device=x.device)) * math.pi
+            x = torch.cat([2 * x[..., None] - 1, waves.sin(), waves.cos()], dim=-1)
+        return self.layers(x.flatten(1).to(dtype))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
     from sculpt.formula import Formula
 
-__all__ = ["Disagreement", "backward_paths", "children_log_pb", "disagreement", "path_ratios"]
+__all__ = ["ONE_PARENT", "Disagreement", "backward_paths", "children_log_pb", "disagreement", "path_ratios"]
 
 ERROR, FEW, MOST = 0.1, 64, 64
 """The standard error of an averaged log-density, in nats, that is good enough; samples that tell how many paths it takes, and paths at most."""
@@ -25,6 +25,8 @@ UNCONVERGED = 0.2
 """Nats between paths, from which on a model is called so."""
 PATHS = 16
 """Paths to a state, that tell how far they disagree."""
+ONE_PARENT = "one parent"
+"""The backward key of models whose states have one parent each: there is one path, and nothing to disagree about."""
 
 
 @torch.no_grad()
@@ -48,7 +50,11 @@ def path_ratios(
         made_by: whose backward policy they follow.
         paths: how many for each sample; ``None`` says as many as their spread asks for.
     """
-
+    known = [model.log_p(x) for model in models]
+    if all(log_p is not None for log_p in known):
+        return torch.stack(known, dim=-1)  # type: ignore[arg-type]
+    if paths is None and all(model.backward_key == ONE_PARENT for model in models):
+        paths = 1
     if paths is None:
         paths = _enough(torch.stack([_told(models, x[:FEW], generator, made_by)[0] for _ in range(4)]))
     if paths == 1:
@@ -141,6 +147,8 @@ def disagreement(
         generator: draws the paths.
         first: whose backward policy they follow.
     """
+    if all(model.backward_key == ONE_PARENT for model in models):
+        return Disagreement()
     try:
         own, drawn = zip(*(_told(models, x, generator, first) for _ in range(PATHS)), strict=True)
     except NotImplementedError:

@@ -6,20 +6,25 @@ import hashlib
 import importlib
 import multiprocessing
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from gfn.env import DiscreteEnv
+from gfn.states import DiscreteStates
+from jaxtyping import Shaped
+from torch import Tensor
 
 from sculpt.contents import arguments, find
 from sculpt.entries import LARGEST, Entries
 
-__all__ = ["describe", "fingerprint", "make", "rules", "title"]
+__all__ = ["describe", "fingerprint", "make", "rules", "states_of", "title", "walk"]
 
 # torchgfn's own: the constructor's argument -> where the environment keeps it, and the largest that a file may ask for, so that making
 # it and taking its fingerprint is a matter of a second; None is for flags. Rewards are no part of the rules.
 _GYM: dict[str, dict[str, tuple[str, int | None]]] = {
     "HyperGrid": {"ndim": ("ndim", 2048), "height": ("height", LARGEST)},
+    "BitSequencePlus": {"word_size": ("word_size", 11), "seq_size": ("seq_size", 2048), "n_modes": ("n_modes", 1024)},
     "BitSequence": {"word_size": ("word_size", 12), "seq_size": ("seq_size", 2048), "n_modes": ("n_modes", 1024)},
     "NonAutoregressiveBitSequence": {
         "word_size": ("word_size", 8),
@@ -120,25 +125,38 @@ def title(env: DiscreteEnv) -> str:
     return f"{spec['name'].split(':')[1]}({', '.join(f'{k}={v}' for k, v in spec['arguments'].items())})"
 
 
-def fingerprint(env: DiscreteEnv, walks: int = 16, steps: int = 256) -> str:
-    """A hash of the environment's rules: masks and states along fixed walks that stop as late as they can.
+def states_of(env: DiscreteEnv, states: Shaped[Tensor, "b *s"]) -> DiscreteStates:
+    """Raw states as torchgfn's, with the masks that some environments write into them."""
+    wrapped = env.states_from_tensor(states)
+    if hasattr(env, "update_masks"):
+        env.update_masks(wrapped)
+    return wrapped
+
+
+def walk(env: DiscreteEnv, walks: int = 16, steps: int = 256) -> Iterator[DiscreteStates]:
+    """States along fixed walks that stop as late as they can."""
+    states = env.s0.expand(walks, *env.state_shape).clone()
+    which = torch.arange(walks, device=states.device)
+    for t in range(steps):
+        wrapped = states_of(env, states.clone())
+        yield wrapped
+        inner = wrapped.forward_masks[:, :-1]
+        go = inner.any(-1)
+        if not go.any():
+            break
+        states, inner, which = states[go], inner[go], which[go]
+        rank = (7919 * which + 104729 * t + which * t * t) % inner.sum(-1)
+        actions = (inner.cumsum(-1) == rank[:, None] + 1).int().argmax(-1)
+        states = env.step(states_of(env, states.clone()), env.actions_from_tensor(actions[:, None])).tensor
+
+
+def fingerprint(env: DiscreteEnv) -> str:
+    """A hash of the environment's rules: masks and states along fixed walks.
 
     It sees another order of actions, another mask, another version of the same name.
     """
     digest = hashlib.sha256(repr((env.n_actions, tuple(env.state_shape))).encode())
-    states = env.s0.expand(walks, *env.state_shape).clone()
-    walk = torch.arange(walks, device=states.device)
-    for t in range(steps):
-        wrapped = env.states_from_tensor(states.clone())
-        forward = wrapped.forward_masks
-        for part in (states.double(), forward, wrapped.backward_masks):
+    for states in walk(env):
+        for part in (states.tensor.double(), states.forward_masks, states.backward_masks):
             digest.update(part.cpu().contiguous().numpy().tobytes())
-        inner = forward[:, :-1]
-        go = inner.any(-1)
-        if not go.any():
-            break
-        states, inner, walk = states[go], inner[go], walk[go]
-        rank = (7919 * walk + 104729 * t + walk * t * t) % inner.sum(-1)
-        actions = (inner.cumsum(-1) == rank[:, None] + 1).int().argmax(-1)
-        states = env.step(env.states_from_tensor(states.clone()), env.actions_from_tensor(actions[:, None])).tensor
     return digest.hexdigest()[:16]

@@ -12,6 +12,7 @@ import numbers
 from typing import Any
 
 import torch
+from gfn.env import DiscreteEnv, Env, GraphEnv
 from gfn.estimators import DiscretePolicyEstimator
 from gfn.preprocessors import IdentityPreprocessor
 from gfn.states import States
@@ -19,9 +20,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
+from sculpt.gflownet.environments import rules, title, walk
 from sculpt.model import Steppable
 
-__all__ = ["ComposedEstimator", "LogProbPolicy", "NetworkPolicy", "check_condition"]
+__all__ = ["ComposedEstimator", "LogProbPolicy", "NetworkPolicy", "check_condition", "check_one_parent", "check_parts"]
 
 
 class NetworkPolicy(DiscretePolicyEstimator):
@@ -71,3 +73,68 @@ def check_condition(condition: dict[str, float], policy: DiscretePolicyEstimator
             trained = f" from {low:g} to {high:g}, the range that it was trained for" if key in ranges else ""
             raise ValueError(f"{key}={value!r} for {who}: expected a number{trained}.")
     return {key: float(value) for key, value in condition.items()}
+
+
+def check_parts(env: Any, policy: Any, backward: Any) -> None:
+    """Raise where these are no environment with its estimators, and say what would be."""
+    if isinstance(env, GraphEnv):
+        raise TypeError(
+            f"{type(env).__name__} is discrete, but its states are graphs and not tensors of one shape, and its actions have five parts. Write "
+            "such a policy as a sculpt.ActionModel of your own, states as tensors: the page on policies of other libraries has an example."
+        )
+    if isinstance(env, Env) and not isinstance(env, DiscreteEnv):
+        raise TypeError(
+            f"{type(env).__name__} has continuous actions: a composed policy weighs all children of a state, and here they cannot be listed. "
+            "Finished samples of such policies compose by rejection: the page on policies of other libraries says how."
+        )
+    if not isinstance(env, DiscreteEnv):
+        raise TypeError(f"GFlowNet composes discrete environments (gfn.env.DiscreteEnv), got {_kind(env)}.")
+    try:
+        rules(env)
+    except Exception as error:  # whatever an environment says where it cannot step a batch
+        raise ValueError(
+            f"{type(env).__name__} cannot walk from its own initial state: {type(error).__name__}: {error!s:.200}. Its step and masks have to take "
+            "several states at once."
+        ) from None
+    if int(env.exit_action) != (last := env.n_actions - 1):
+        raise ValueError(
+            f"The exit action of {type(env).__name__} is {int(env.exit_action)}; torchgfn expects the last, {last}."
+        )
+    for side, estimator, outputs in (("policy", policy, env.n_actions), ("backward", backward, last)):
+        if side == "backward" and estimator is None:
+            continue
+        if not isinstance(estimator, DiscretePolicyEstimator):
+            raise TypeError(
+                f"{side} is an estimator of torchgfn (gfn.estimators.DiscretePolicyEstimator), got {_kind(estimator)}.{_way(side, estimator)}"
+            )
+        if estimator.is_backward != (side == "backward") or estimator.expected_output_dim != outputs:
+            way = "backward" if estimator.is_backward else "forward"
+            raise ValueError(
+                f"{side} has to be a {side.replace('policy', 'forward')} estimator over the {outputs} actions of "
+                f"{type(env).__name__}, got a {way} estimator over {estimator.expected_output_dim}."
+            )
+
+
+def _kind(thing: Any) -> str:
+    return (
+        "None" if thing is None else f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
+    )
+
+
+def _way(side: str, thing: Any) -> str:
+    """What to pass instead."""
+    own = "pb" if side == "backward" else "pf"
+    if hasattr(thing, own):
+        return f" Its estimator is .{own}: pass that."
+    if isinstance(thing, nn.Module) or callable(thing):
+        return f" Wrap a network of raw states: sculpt.gflownet.estimators.NetworkPolicy(network, n_actions{', is_backward=True' * (own == 'pb')})."
+    return ""
+
+
+def check_one_parent(env: DiscreteEnv, policy: DiscretePolicyEstimator) -> None:
+    """Raise where a recurrent policy is none of the state: where several ways lead to one."""
+    if any((states.backward_masks.sum(-1) > 1).any() for states in walk(env)):
+        raise ValueError(
+            f"{type(policy).__name__} remembers the way to a state, and in {title(env)} several ways lead to one: what it says is no function of "
+            "the state, so it has no density to compose. Recurrent policies compose where every state has one parent, as in BitSequence."
+        )

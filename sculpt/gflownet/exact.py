@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sculpt.actions.states import NEG_INF, state_keys
 from sculpt.classifier.guide import Guide, with_odds
 from sculpt.formula import Formula
-from sculpt.gflownet.environments import title
+from sculpt.gflownet.environments import states_of, title
 from sculpt.gflownet.estimators import LogProbPolicy
 from sculpt.gflownet.model import GFlowNet, GuidedGFlowNet
 
@@ -81,7 +81,7 @@ def _enumerate(env: DiscreteEnv, limit: int) -> DAG:
     states, keys = wave, state_keys(wave)
     allowed, edges, first = [], [], 0
     while len(wave):
-        mask = env.states_from_tensor(wave.clone()).forward_masks
+        mask = states_of(env, wave.clone()).forward_masks
         rows, actions, children = model.children(wave, mask)
         child_keys = state_keys(children)
         allowed.append(mask)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gfn.env import DiscreteEnv
-from gfn.estimators import DiscretePolicyEstimator
+from gfn.estimators import DiscretePolicyEstimator, RecurrentDiscretePolicyEstimator
 from gfn.states import DiscreteStates
 from gfn.utils.modules import UniformModule
 from jaxtyping import Float, Int, Shaped
@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.model import ActionModel, GuidedActions
-from sculpt.actions.networks import GridNetwork
-from sculpt.actions.states import NEG_INF, draw, masked_log_softmax
+from sculpt.actions.networks import GridNetwork, StateNetwork
+from sculpt.actions.paths import ONE_PARENT
+from sculpt.actions.reading import Carry, Memory
+from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, rules, title
-from sculpt.gflownet.estimators import ComposedEstimator, LogProbPolicy, check_condition
+from sculpt.gflownet.environments import describe, rules, states_of, title, walk
+from sculpt.gflownet.estimators import ComposedEstimator, LogProbPolicy, check_condition, check_one_parent, check_parts
 from sculpt.identity import module_digest
 from sculpt.model import BaseModel
 from sculpt.samples import Samples
@@ -62,22 +64,7 @@ class GFlowNet(ActionModel):
         name: str | None = None,
         key: str | None = None,
     ):
-        if not isinstance(env, DiscreteEnv):
-            raise TypeError(f"GFlowNet composes discrete environments (gfn.env.DiscreteEnv), got {type(env).__name__}.")
-        last = env.n_actions - 1
-        if int(env.exit_action) != last:
-            raise ValueError(
-                f"The exit action of {type(env).__name__} is {int(env.exit_action)}; torchgfn expects the last, {last}."
-            )
-        for side, estimator, outputs in (("policy", policy, env.n_actions), ("backward", backward, last)):
-            if estimator is None:
-                continue
-            if estimator.is_backward != (side == "backward") or estimator.expected_output_dim != outputs:
-                way = "backward" if estimator.is_backward else "forward"
-                raise ValueError(
-                    f"{side} has to be a {side.replace('policy', 'forward')} estimator over the {outputs} actions of "
-                    f"{type(env).__name__}, got a {way} estimator over {estimator.expected_output_dim}."
-                )
+        check_parts(env, policy, backward)
         if backward is not None and isinstance(backward.module, UniformModule):
             backward = None
         self.env, self.policy, self.backward = env, policy, backward
@@ -85,6 +72,10 @@ class GFlowNet(ActionModel):
         self._key, self._name = key, name
         self.n_actions, self.shape = env.n_actions, tuple(env.state_shape)
         self.samples_class = getattr(env, "samples_class", Samples)
+        self._carry = None
+        if isinstance(policy, RecurrentDiscretePolicyEstimator):
+            check_one_parent(env, policy)
+            self._carry = Carry(policy, self.device)
 
     # Identity
 
@@ -109,6 +100,8 @@ class GFlowNet(ActionModel):
     @property
     def backward_key(self) -> str:  # type: ignore[override]
         """Equal where two models surely share their backward policy."""
+        if self._carry is not None:  # it is refused where a state has several parents
+            return ONE_PARENT
         return "uniform" if self.backward is None else module_digest(self.backward) + json.dumps(self.condition)
 
     @property
@@ -142,8 +135,44 @@ class GFlowNet(ActionModel):
         r""":math:`\log P(s'|s)` of every action in float64, minus infinity where masked."""
         if isinstance(self.policy, LogProbPolicy):
             return self.policy.log_pf(states)
-        wrapped = self.env.states_from_tensor(states)
-        log_p = masked_log_softmax(self._logits(self.policy, wrapped), wrapped.forward_masks)
+        if self._carry is not None:
+            return self._replayed(states)
+        wrapped = states_of(self.env, states)
+        return self._masked(states, wrapped, self._logits(self.policy, wrapped))
+
+    def read(
+        self, models: Sequence[ActionModel], states: Shaped[Tensor, "b *s"], memory: Memory | None
+    ) -> tuple[Sequence[Float[Tensor, "b a"]], Memory | None]:
+        if self._carry is None:
+            return super().read(models, states, memory)
+        log_p, kept = self._read_on(states, memory and memory.tensors)
+        return [log_p], Memory(kept)
+
+    def _read_on(
+        self, states: Shaped[Tensor, "b *s"], kept: tuple[Tensor, ...] | None
+    ) -> tuple[Float[Tensor, "b a"], tuple[Tensor, ...]]:
+        """A step of a recurrent policy, as torchgfn's Sampler takes it."""
+        assert self._carry is not None
+        wrapped = states_of(self.env, states)
+        with torch.no_grad(), _evaluating(self.policy):
+            out, carry = self.policy(wrapped, self._carry.given(kept, len(states)))
+        return self._masked(states, wrapped, out), self._carry.kept(carry)
+
+    def _replayed(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
+        """What a recurrent policy says of states: it has to go their ways again."""
+        out = torch.empty(len(states), self.n_actions, dtype=torch.float64, device=states.device)
+        depth = (states >= 0).flatten(1).sum(-1)  # as the estimator counts it
+        for d in depth.unique().tolist():
+            rows = (depth == d).nonzero()[:, 0]
+            way, kept = [states[rows]], None
+            for _ in range(d):
+                way.append(self.backtrack(way[-1])[0])
+            for before in reversed(way):
+                out[rows], kept = self._read_on(before, kept)
+        return out
+
+    def _masked(self, states: Tensor, wrapped: DiscreteStates, logits: Tensor) -> Float[Tensor, "b a"]:
+        log_p = masked_log_softmax(logits, wrapped.forward_masks)
         if (bad := log_p.isnan().any(-1) | (log_p == NEG_INF).all(-1)).any():
             mask = wrapped.forward_masks[bad][0]
             why = "the environment allows no action" if not mask.any() else "the policy's logits are not numbers"
@@ -152,7 +181,7 @@ class GFlowNet(ActionModel):
 
     def log_pb(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b p"]:
         r""":math:`\log P_B(s|s')` of s' = ``states``, per action that may have led there; the initial state has none."""
-        wrapped = self.env.states_from_tensor(states)
+        wrapped = states_of(self.env, states)
         mask = wrapped.backward_masks
         if self.backward is None:
             return torch.where(mask, -mask.sum(-1, keepdim=True).double().log(), NEG_INF)
@@ -181,9 +210,13 @@ class GFlowNet(ActionModel):
     def backtrack(
         self, states: Shaped[Tensor, "b *s"], generator: torch.Generator | None = None
     ) -> tuple[Shaped[Tensor, "b *s"], Int[Tensor, "b"]]:
-        actions = draw(self.log_pb(states), torch.arange(len(states), device=states.device), generator)
-        wrapped = self.env.states_from_tensor(states.clone())
-        return self.env.backward_step(wrapped, self.env.actions_from_tensor(actions[:, None])).tensor, actions
+        unique, rows = distinct(states)
+        actions = draw(self.log_pb(unique), rows, generator)
+        # Each different step once: some environments are slow at it.
+        step, each = torch.unique(rows * self.n_actions + actions, return_inverse=True)
+        wrapped = self.env.states_from_tensor(unique[step // self.n_actions].clone())
+        before = self.env.backward_step(wrapped, self.env.actions_from_tensor(step[:, None] % self.n_actions)).tensor
+        return before[each], actions
 
     # What the package asks of a base model
 
@@ -193,14 +226,14 @@ class GFlowNet(ActionModel):
         return getattr(self.env, "decode", None)
 
     def default_network(self) -> nn.Module:
-        """A backbone for a classifier of such states: the environment's own ``classifier_network()``, or one for grids."""
+        """A backbone for a classifier of such states: the environment's own ``classifier_network()``, one for grids, or one for vectors."""
         if hasattr(self.env, "classifier_network"):
             return self.env.classifier_network()
-        if describe(self.env) is None or not {"ndim", "height"} <= describe(self.env)["arguments"].keys():
-            raise ValueError(
-                f"No default classifier network for {title(self.env)}. Pass network=, a module from states to features."
-            )
-        return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
+        spec = describe(self.env)
+        if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
+            return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
+        seen = torch.cat([states.tensor.flatten(1) for states in walk(self.env)]).double()
+        return StateNetwork(seen.shape[1], float(seen.min()), float(seen.max()), whole=bool((seen == seen.round()).all()))
 
     def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
         return GuidedGFlowNet(guidance)

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.diffusers.settings import check_schedule, check_settings
+from sculpt.diffusion.diffusers.settings import check_schedule
 from sculpt.diffusion.networks import unwrapped
 from sculpt.entries import Entries
+from sculpt.settings import check_settings
 
 __all__ = ["UNetEncoder"]
 

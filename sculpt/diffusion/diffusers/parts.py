@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sculpt.blueprint import draw
-from sculpt.diffusion.diffusers.settings import check_sample_size, check_schedule, check_settings, check_tokenizer, clear, known
+from sculpt.diffusion.diffusers.settings import check_sample_size, check_schedule
 from sculpt.entries import Entries, read_json
-from sculpt.weights import Weights
+from sculpt.settings import check_settings, check_tokenizer, clear, known
+from sculpt.weights import Weights, check_plain, check_weights
 
-__all__ = ["NETWORKS", "check_weights", "read_pipeline"]
+__all__ = ["NETWORKS", "read_pipeline"]
 
 NETWORKS = ("unet", "transformer")
 # Part of a pipeline -> where its class has to come from, and what it has to be. Other parts (safety checkers and the like) are not
@@ -45,11 +45,7 @@ _PARTS = {
         "GemmaTokenizer GemmaTokenizerFast Qwen2Tokenizer Qwen2TokenizerFast PreTrainedTokenizerFast",
     ),
 }
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-_TEXTS = (".json", ".txt", ".jinja", ".model")
-MOST_BYTES = 2**26
-"""of one of these"""
 
 
 def read_pipeline(folder: Path, device: Any, dtype: torch.dtype | None) -> Any:
@@ -151,7 +147,7 @@ class _Part:
     def __init__(self, folder: Path, cls: type):
         if not folder.is_dir():
             raise ValueError(f"{folder.parent} names a part {folder.name!r} that is missing. Copy or download it again.")
-        _check_plain(folder)
+        check_plain(folder)
         self.folder, self.cls = folder, cls
         self.damaged = f"{folder} does not hold the {cls.__name__} that its config.json describes"
         if folder.name.startswith("tokenizer"):
@@ -252,41 +248,6 @@ class _Part:
         options = {"use_safetensors": True, "variant": variant, "local_files_only": True, "output_loading_info": True}
         options |= {"torch_dtype": dtype or torch.float32, "low_cpu_mem_usage": is_accelerate_available()}
         return read(self.folder, **options)
-
-
-def _check_plain(folder: Path) -> None:
-    """A library would wait for a pipe, and read a device without end."""
-    for path in sorted(folder.rglob("*")):
-        try:
-            found = path.stat()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}. Copy or download it again.") from None
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            raise ValueError(f"{path} is no plain file. Copy or download it again.")
-        if path.suffix in _TEXTS and found.st_size > MOST_BYTES:
-            raise ValueError(f"{path} has {found.st_size:,} bytes, expected at most {MOST_BYTES:,}. Copy or download it again.")
-
-
-def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, all that it names; pickles are refused with the way out of them."""
-    files = sorted(folder.glob("*.safetensors"))
-    for path in folder.glob("*.safetensors.index*.json"):
-        index = Entries(read_json(path, "sharded checkpoint"), str(path)).inside("weight_map")
-        listed = {index.text(name, most=255) for name in index.found}
-        if missing := sorted(listed - {file.name for file in files}):
-            raise ValueError(f"{folder} lacks {', '.join(missing):.300}, named in {path.name}. Copy or download it again.")
-    if not files:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLES]
-        if pickles:
-            raise ValueError(
-                f"{folder} has its weights as {', '.join(pickles)} only. A pickle may run any code when it is read, so sculpt reads "
-                "safetensors only. If you trust the file, convert it once with the library that wrote it: "
-                "Model.from_pretrained(folder, use_safetensors=False).save_pretrained(folder)."
-            )
-        raise ValueError(f"{folder} has no weights: no .safetensors file. Copy or download it again.")
-    for file in files:
-        Weights(file)
-    return files
 
 
 def _variant(files: list[Path]) -> str | None:

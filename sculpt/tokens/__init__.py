@@ -1,0 +1,1 @@
+"""The family of language models: sequences of tokens, whose log-density is known at every prefix."""

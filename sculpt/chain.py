@@ -181,9 +181,9 @@ class Progress:
     """how many have to end"""
     effective: float | None = None
     """the effective share of the particles, where they have weights"""
+    samples: Samples | None = field(default=None, repr=False)
     state: Any = field(default=None, repr=False, compare=False)
     """of the particles, as their chain has it: diffusion models' noisy samples are its ``z``, or ``x`` with a solver"""
-    samples: Samples | None = field(default=None, repr=False)
 
 
 def run(
@@ -223,7 +223,7 @@ def run(
             elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
-        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective, flock.state)
+        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective, state=flock.state)
         if not left:
             break
         with torch.no_grad():
@@ -243,7 +243,7 @@ def run(
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
-    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, state, samples)
+    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples, state)
 
 
 def _without_lost(x: Tensor, increment: Tensor | None) -> tuple[Tensor, Tensor | None]:

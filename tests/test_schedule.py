@@ -278,7 +278,6 @@ def test_shifts_and_solver_settings_do_not_change_the_path():
         (lambda: diffusers.DDPMScheduler(prediction_type="rectified"), "rectified.*epsilon, sample"),
         (lambda: diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=True"),
         (lambda: diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="v_prediction"), "v_prediction"),
-        (lambda: diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
         (lambda: diffusers.DDPMScheduler(trained_betas=[0.0, 0.0, 0.1]), "increase strictly"),
     ],
 )

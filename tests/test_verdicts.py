@@ -221,7 +221,7 @@ def test_lost_particles_are_doubted():
             return torch.where(z[:, :1] > 1.0, torch.nan, out)
 
     p, q = (exact_model(mixture, name=name) for mixture, name in zip(tight_rings()[:2], "pq", strict=True))
-    p.model = Broken(p.model)
+    p = sculpt.Diffusion(Broken(p.model), p.scheduler, p.shape, name="p")
     with pytest.warns(UserWarning, match="not finite"):
         samples = (p & q).sample(50, sculpt.Tracked(particles=200), steps=16, generator=generator(), progress=False)
     assert samples.diagnostics.lost > 2 and samples.verdict.level in ("doubtful", "collapsed")

@@ -91,7 +91,8 @@ class TrackedChain(NoisyChain):
             corrector.reset()
         check_powers(self.degree, self.levels)
         self.last, self.halved = self.turn(), None
-        if d <= FEW_DIMENSIONS and (divides(formula) or self.degree != 1) and not alone and self.length >= 4:
+        biased = divides(formula) or self.degree != 1
+        if d <= FEW_DIMENSIONS and biased and not alone and self.length >= 4 and followed(self.degree, self.levels[::2]):
             settings = dataclasses.replace(settings, steps=self.length // 2)
             self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
         # In few dimensions a drift takes variance out of the weights.
@@ -241,10 +242,16 @@ def _quadratic(H: Float[Tensor, "N m m"], r: Float[Tensor, "N m"]) -> Float[Tens
     return einsum(r, H, r, "N i, N i j, N j -> N")
 
 
-def check_powers(degree: float, levels: Float[Tensor, "steps"]) -> None:
-    """Raise where steps of noise much wider than the target's own could not follow its densities."""
+def followed(degree: float, levels: Float[Tensor, "steps"]) -> bool:
+    """Whether these steps can follow densities of this degree: their noise is not much wider than the target's own."""
     shares = 1 - (levels[1:] / levels[:-1]) ** 2
-    if float((degree * shares - 1).clamp(min=1).log().sum()) > math.log(1000):
+    return float((degree * shares - 1).clamp(min=1).log().sum()) <= math.log(1000)
+
+
+def check_powers(degree: float, levels: Float[Tensor, "steps"]) -> None:
+    """Raise where steps cannot follow the densities."""
+    if not followed(degree, levels):
+        shares = 1 - (levels[1:] / levels[:-1]) ** 2
         steps = 1 + math.ceil(len(shares) * math.log1p(-float(shares.max())) / math.log1p(-2 / degree))
         raise ValueError(
             f"Powers that sum to {degree:g} are too much for {len(levels)} steps: densities that sharp cannot be followed. Take "

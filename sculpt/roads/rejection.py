@@ -112,7 +112,7 @@ class Rejection(Road):
             notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())]
             + ["the models' denoising errors decided, an approximation"] * guesses,
         )
-        yield Progress(f"sampling {composition}", 0, None, n, n, None, None, composition.result(x[:n], None, diagnostics))
+        yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
 
     def _guesses(self, composition: Composition) -> bool:
         return self.classifier is None and not composition.knows_density

@@ -190,7 +190,7 @@ class Tracked(Road):
         }
         diagnostics = Diagnostics(**said, log_z=0.0, log_z_error=0.0, parts=inner)
         samples = composition.result(in_order(x, choice), None, diagnostics)
-        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, None, samples)
+        yield Progress(f"sampling {composition}", steps, steps or None, n, n, None, samples)
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,6 @@ def test_a_network_of_ones_own_serves_any_environment():
         def forward(self, states):
             return self.layers(torch.nn.functional.one_hot(states + 1, 3).flatten(1).float())
 
-    with pytest.raises(ValueError, match=r"No default classifier network for DiscreteEBM\(ndim=4\). Pass network="):
-        sculpt.fit(models, steps=1, progress=False)
     torch.manual_seed(0)
     options = {"steps": 300, "batch_size": 64, "descent": Descent(5e-3), "samples": 2000, "progress": False}
     classifier = sculpt.fit(models, network=Own(), **options)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pipelines = pytest.importorskip("pipelines")
 
-from sculpt import Diffusion  # noqa: E402
-from sculpt.diffusion.diffusers.prediction import Prediction  # noqa: E402
+import pipelines
+
+from sculpt import Diffusion
+from sculpt.diffusion.diffusers.prediction import Prediction
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 

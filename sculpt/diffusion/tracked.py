@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sculpt.chain import Selection, Settings, run, watch
 from sculpt.diffusion.chains import NoisyChain
+from sculpt.diffusion.clock import noise_levels
 from sculpt.diffusion.control import Control
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import Walk, analytic_variance, check_finite, inner, kernel_variance, surprise
@@ -92,8 +93,9 @@ class TrackedChain(NoisyChain):
         check_powers(self.degree, self.levels)
         self.last, self.halved = self.turn(), None
         biased = divides(formula) or self.degree != 1
-        if d <= FEW_DIMENSIONS and biased and not alone and self.length >= 4 and followed(self.degree, self.levels[::2]):
-            settings = dataclasses.replace(settings, steps=self.length // 2)
+        half = self.length // 2
+        if d <= FEW_DIMENSIONS and biased and not alone and half >= 2 and followed(self.degree, noise_levels(models, half)):
+            settings = dataclasses.replace(settings, steps=half)
             self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
         # In few dimensions a drift takes variance out of the weights.
         self.controls, self.control = d <= FEW_DIMENSIONS and not alone, None

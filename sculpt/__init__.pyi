@@ -37,6 +37,9 @@ from sculpt.classifier.fit import fit as fit
 from sculpt.classifier.fit import Descent as Descent
 from sculpt.classifier.heads import Classifier as Classifier
 
+# compositions as checkpoints
+from sculpt.distillation import distill as distill
+
 # results
 from sculpt.samples import Samples as Samples
 from sculpt.diagnostics import Diagnostics as Diagnostics

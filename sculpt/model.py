@@ -25,6 +25,7 @@ from sculpt.state import finite
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.composition import Composition
+    from sculpt.distillation import Student
     from sculpt.formula import Formula, Posterior
     from sculpt.roads import Road, Tracked
 
@@ -114,6 +115,12 @@ class BaseModel(abc.ABC):
         """Log-densities ``(b, m)`` of all models at finished samples x of model ``made_by``, up to a constant common to all; with a
         detail level, of x seen through noise of that level; averaged over so many paths, where several lead to one x."""
         raise ValueError(f"{self} does not know log-densities of finished samples: pass a classifier, or a function that does.")
+
+    def student(self, composition: BaseModel, road: Any, **options: Any) -> Student:
+        """What learns to be a composition of this family."""
+        raise ValueError(
+            f"{type(self).__name__} does not say how its compositions are distilled: define student(composition, road, **options)."
+        )
 
     def ratio_source(self, models: Sequence[BaseModel]) -> tuple[str, int]:
         """What :meth:`log_ratios` of these models are, in words, and how often each model is called for a sample at most."""

@@ -38,7 +38,7 @@ class Student(abc.ABC):
         """What belongs to the state of a training beside the networks, such as samples that were drawn."""
         return {}
 
-    def prepare(self, progress: bool) -> None:
+    def prepare(self, progress: bool) -> None:  # noqa: B027  nothing to draw is the usual case
         """Draw what is learned from, where it is not there yet. A training that goes on has it already."""
 
     @abc.abstractmethod

@@ -20,6 +20,7 @@ from sculpt.composition import contrast as contrast
 from sculpt.composition import posterior as posterior
 from sculpt.composition import product as product
 from sculpt.composition import power_mean as power_mean
+from sculpt.factor import Factor as Factor
 
 # roads
 from sculpt.roads import Road as Road

@@ -67,3 +67,13 @@ def each(name: str, values: Any, kind: str = "numbers") -> list[Any]:
     if not several(values):
         raise TypeError(f"{name} has to be a list of {kind}, got {values!r:.60}.")
     return list(values)
+
+
+def normalised(weights: Sequence[float], what: str) -> tuple[float, ...]:
+    """Positive numbers scaled to sum to one; only their ratios matter."""
+    given = tuple(number(f"one of the {what}", w) for w in each(what, weights))
+    total = sum(given)
+    # A ratio of more than 300 digits leaves no share.
+    if not given or not 0 < total < math.inf or not all(w / total > 0 for w in given):
+        raise ValueError(f"{what} have to be positive numbers, one per base model; got {given}.")
+    return tuple(w / total for w in given)

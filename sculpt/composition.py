@@ -23,7 +23,8 @@ from torch import Tensor
 from sculpt.chain import Progress, Settings
 from sculpt.checks import each, number, real, several, whole
 from sculpt.classifier.guide import Guide
-from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product
+from sculpt.factor import Factor
+from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product, Tilted
 from sculpt.model import BaseModel, Steered, check_composable, check_model, operand_names, same_model
 from sculpt.roads import Guided, as_road
 
@@ -41,19 +42,26 @@ class Composition(BaseModel):
         models: its operands, each once.
         operator: what it was written with, if it was.
         chain: the operands as they were written, which a longer chain of the operator continues.
+        own: the factors that multiply its one operand, whose formula is a ``Tilted``.
     """
 
     def __init__(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
+        self,
+        formula: Formula,
+        models: Sequence[BaseModel],
+        operator: str | None = None,
+        chain: Sequence[BaseModel] = (),
+        own: Sequence[Factor] = (),
     ):
         self.formula, self.models, self.operator, self.chain = formula, tuple(models), operator, tuple(chain)
+        self.own = tuple(own)
         self._known_key: tuple[list[str], str] = ([], "")
         for model in self.models:
             check_model(model)
         check_composable(self.models)
         first = self.leaves[0]
         self.shape, self.default_steps, self.samples_class = first.shape, first.default_steps, first.samples_class
-        self.name = formula.write(operand_names(models))
+        self.name = formula.write([*operand_names(models), *map(str, self.own)])
 
     def __str__(self) -> str:
         return self.name
@@ -66,12 +74,19 @@ class Composition(BaseModel):
         """The pretrained models underneath, each once."""
         return tuple(_distinct([leaf for model in self.models for leaf in model.leaves])[0])
 
+    @functools.cached_property
+    def factors(self) -> tuple[Factor, ...]:
+        """The factors anywhere in it, each once, those of operands before those that multiply them."""
+        inner = [factor for model in self.models if isinstance(model, Composition) for factor in model.factors]
+        return tuple({factor.key: factor for factor in (*inner, *self.own)}.values())
+
     @property
     def key(self) -> str:
         """A hash of the formula and the models' keys, computed again only after a model underneath has changed."""
         leaves = [leaf.key for leaf in self.leaves]
         if self._known_key[0] != leaves:
-            said = repr((self.formula.identity, [model.key for model in self.models]))
+            keys = [part.key for part in (*self.models, *self.own)]
+            said = repr((self.formula.identity, keys))
             self._known_key = leaves, hashlib.sha256(said.encode()).hexdigest()
         return self._known_key[1]
 
@@ -246,6 +261,21 @@ def power_mean(models: Sequence[BaseModel], exponent: float, weights: Sequence[f
     weights = PowerMean(exponent, given or [1.0] * len(models)).weights  # checked as given
     distinct, index = _distinct(models)
     return _composed(PowerMean(exponent, _gather(weights, index)), distinct)
+
+
+def tilted(model: BaseModel, factor: Factor) -> Composition:
+    """``p * factor``. Factors of one model are one composition, whatever their order."""
+    check_model(model)
+    operand, factors = model, [factor]
+    if isinstance(model, Composition) and model.own:
+        (operand,), factors = model.models, [*model.own, factor]
+    powers: dict[str, float] = {}
+    for one in factors:
+        powers[one.key] = powers.get(one.key, 0.0) + one.power
+    if not all(powers.values()):
+        raise ValueError(f"The powers of {factor} cancel in {model} * {factor!r}. Leave it out.")
+    own = {one.key: one for one in factors}
+    return operand.leaves[0].compose(Tilted(list(powers.values())), [operand], "*", (), list(own.values()))
 
 
 def operate(operator: str, p: BaseModel, q: BaseModel) -> Composition:

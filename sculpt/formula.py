@@ -7,7 +7,6 @@ Hessian :math:`H = \partial^2 \Phi`, in log space: log-densities of any size, mi
 
 import abc
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +14,10 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from sculpt.checks import each, number, real, whole
+from sculpt.checks import each, normalised, real, whole
+from sculpt.logspace import covariance, log_of, log_softmax, softmax
 
-__all__ = ["Formula", "Mixture", "Posterior", "Product", "PowerMean", "Nested", "divides", "label_sets"]
+__all__ = ["Formula", "Mixture", "Posterior", "Product", "PowerMean", "Tilted", "Nested", "divides", "label_sets"]
 
 NEG_INF = float("-inf")
 
@@ -34,6 +34,8 @@ class Formula(abc.ABC):
     r"""A function :math:`\Phi(\ell_1, \dots, \ell_m)` of log-densities."""
 
     m: int
+    factors: tuple[int, ...] = ()
+    """The entries that are log-likelihoods, not log-densities: the degree does not count them."""
 
     @property
     @abc.abstractmethod
@@ -46,7 +48,7 @@ class Formula(abc.ABC):
 
     @abc.abstractmethod
     def gradient(self, ell: Float[Tensor, "*b m"]) -> Float[Tensor, "*b m"]:
-        r""":math:`a_i = \partial \Phi / \partial \ell_i`; the entries sum to the degree."""
+        r""":math:`a_i = \partial \Phi / \partial \ell_i`; the entries of densities sum to the degree."""
 
     @abc.abstractmethod
     def hessian(self, ell: Float[Tensor, "*b m"]) -> Float[Tensor, "*b m m"]:
@@ -77,17 +79,17 @@ class Mixture(Formula):
     degree = 1.0
 
     def __init__(self, weights: Sequence[float]):
-        self.weights = _normalised(weights, "weights")
+        self.weights = normalised(weights, "weights")
         self.m = len(self.weights)
 
     def value(self, ell):
-        return torch.logsumexp(_log(self.weights, ell) + ell, dim=-1)
+        return torch.logsumexp(log_of(self.weights, ell) + ell, dim=-1)
 
     def gradient(self, ell):
-        return _softmax(_log(self.weights, ell) + ell)
+        return softmax(log_of(self.weights, ell) + ell)
 
     def hessian(self, ell):
-        return _covariance(self.gradient(ell))
+        return covariance(self.gradient(ell))
 
     def write(self, names):
         if len(set(self.weights)) == 1:
@@ -113,16 +115,16 @@ class Posterior(Formula):
             raise ValueError("A posterior needs at least one label, got none. Pass labels=(0, 1) to observe y1=0 and y2=1.")
         if wrong := [i for i in self.labels if not 0 <= i < m]:
             raise ValueError(f"Labels are indices of base models, 0 to {m - 1}; got {wrong} in {self.labels}.")
-        self.odds = _normalised([1.0] * m if odds is None else odds, "odds")
+        self.odds = normalised([1.0] * m if odds is None else odds, "odds")
         if len(self.odds) != m:
             raise ValueError(f"Got {len(self.odds)} odds for {m} base models. Pass one positive number per model.")
 
     def _shares(self, ell):
         r""":math:`\log r_i = \log v_i + \ell_i - \log \sum_j v_j e^{\ell_j}`, minus infinity where no model has density."""
-        return _log_softmax(_log(self.odds, ell) + ell)
+        return log_softmax(log_of(self.odds, ell) + ell)
 
     def value(self, ell):
-        log_v, shares, (anchor, *_) = _log(self.odds, ell), self._shares(ell).unbind(-1), self.labels
+        log_v, shares, (anchor, *_) = log_of(self.odds, ell), self._shares(ell).unbind(-1), self.labels
         out = None
         for first in dict.fromkeys(self.labels):
             # Exchanging labels only rescales, so each may stand first. The least is a number where infinities of both signs meet in others.
@@ -139,7 +141,7 @@ class Posterior(Formula):
         return counts - (len(self.labels) - 1) * self._shares(ell).exp()
 
     def hessian(self, ell):
-        return -(len(self.labels) - 1) * _covariance(self._shares(ell).exp())
+        return -(len(self.labels) - 1) * covariance(self._shares(ell).exp())
 
     def write(self, names):
         if len(set(self.odds)) > 1:
@@ -192,7 +194,7 @@ class Product(Formula):
         return ell.new_zeros(*ell.shape, self.m)
 
     def write(self, names):
-        return " · ".join(name if g == 1 else f"{name}^{g:.3g}" for g, name in zip(self.powers, names, strict=True))
+        return _powers(self.powers, names)
 
 
 class PowerMean(Formula):
@@ -207,7 +209,7 @@ class PowerMean(Formula):
         self.exponent = real("the exponent of a power mean", exponent)
         if abs(self.exponent) > LARGEST:
             raise ValueError(f"The exponent of a power mean has to be at most {LARGEST:g} in size, got {exponent}.")
-        self.weights = _normalised(weights, "weights")
+        self.weights = normalised(weights, "weights")
         self.m = len(self.weights)
 
     def _shifted(self, ell):
@@ -222,20 +224,45 @@ class PowerMean(Formula):
         top, shift, scaled = self._shifted(ell)
         # By expm1 because the weights sum to one: small r lose no digits in the division.
         excess = torch.expm1(scaled)
-        mean = shift + torch.log1p((_log(self.weights, ell).exp() * excess).sum(-1)) / self.exponent
+        mean = shift + torch.log1p((log_of(self.weights, ell).exp() * excess).sum(-1)) / self.exponent
         return torch.where(top == NEG_INF, NEG_INF, mean)
 
     def gradient(self, ell):
         if self.exponent == 0:
             return Product(self.weights).gradient(ell)
-        return _softmax(_log(self.weights, ell) + self._shifted(ell)[-1])
+        return softmax(log_of(self.weights, ell) + self._shifted(ell)[-1])
 
     def hessian(self, ell):
-        return self.exponent * _covariance(self.gradient(ell))
+        return self.exponent * covariance(self.gradient(ell))
 
     def write(self, names):
         weights = "" if len(set(self.weights)) == 1 else "; " + ":".join(f"{w:.3g}" for w in self.weights)
         return f"M[r={self.exponent:.3g}{weights}]({', '.join(names)})"
+
+
+class Tilted(Formula):
+    r"""A density times powers of likelihoods: :math:`\Phi = \ell_0 + \sum_k \gamma_k \, \log f_k`, the density first."""
+
+    degree = 1.0
+
+    def __init__(self, powers: Sequence[float]):
+        self.powers = tuple(real("a power", g) for g in each("powers", powers))
+        self.m = 1 + len(self.powers)
+        self.factors = tuple(range(1, self.m))
+
+    def value(self, ell):
+        powers = torch.tensor(self.powers, dtype=ell.dtype, device=ell.device)
+        # Where the model has no density there is nothing to weigh.
+        return torch.where(ell[..., 0] == NEG_INF, NEG_INF, ell[..., 0] + (powers * ell[..., 1:]).sum(-1))
+
+    def gradient(self, ell):
+        return torch.tensor((1.0, *self.powers), dtype=ell.dtype, device=ell.device).expand(ell.shape)
+
+    def hessian(self, ell):
+        return ell.new_zeros(*ell.shape, self.m)
+
+    def write(self, names):
+        return _powers((1.0, *self.powers), names)
 
 
 class Nested(Formula):
@@ -261,12 +288,15 @@ class Nested(Formula):
             if part.m != len(index):
                 raise ValueError(f"{part} takes {part.m} operands, got the indices {index}.")
         self.m = 1 + max(max(index) for index in self.indices)
+        inner = [index[k] for part, index in zip(self.parts, self.indices, strict=True) for k in part.factors]
+        self.factors = tuple(sorted({*inner, *(self.indices[k][0] for k in outer.factors)}))
 
     @property
     def degree(self) -> float:
         # Equal for every ell, so read off where it is easiest.
         ell = torch.zeros(self.m, dtype=torch.float64)
-        return float(self.gradient(ell).sum())
+        a = self.gradient(ell)
+        return float(a.sum() - a[list(self.factors)].sum())
 
     def _inner(self, ell):
         values = [
@@ -300,45 +330,14 @@ class Nested(Formula):
         return self.outer.write([text if part.m == 1 else f"({text})" for part, text in zip(self.parts, texts, strict=True)])
 
 
+def _powers(powers: Sequence[float], names: Sequence[str]) -> str:
+    return " · ".join(name if g == 1 else f"{name}^{g:.3g}" for g, name in zip(powers, names, strict=True))
+
+
 def _identity(value):
     if isinstance(value, tuple):
         return tuple(map(_identity, value))
     return value.identity if isinstance(value, Formula) else value
-
-
-def _normalised(weights: Sequence[float], what: str) -> tuple[float, ...]:
-    """Positive numbers scaled to sum to one; only their ratios matter."""
-    given = tuple(number(f"one of the {what}", w) for w in each(what, weights))
-    total = sum(given)
-    # A ratio of more than 300 digits leaves no share.
-    if not given or not 0 < total < math.inf or not all(w / total > 0 for w in given):
-        raise ValueError(f"{what} have to be positive numbers, one per base model; got {given}.")
-    return tuple(w / total for w in given)
-
-
-def _log(weights: Sequence[float], ell: Tensor) -> Tensor:
-    return torch.tensor(weights, dtype=torch.float64).log().to(ell)
-
-
-def _log_softmax(x: Tensor) -> Tensor:
-    """``log_softmax`` that stays minus infinity where every entry is, with equal shares among entries at plus infinity."""
-    top = x.amax(-1, keepdim=True)
-    x = torch.where(top == float("inf"), torch.where(x == top, 0.0, NEG_INF), x)
-    total = torch.logsumexp(x, dim=-1, keepdim=True)
-    return torch.where(top == NEG_INF, NEG_INF, x - torch.where(total.isfinite(), total, 0.0))
-
-
-def _softmax(x: Tensor) -> Tensor:
-    """``softmax`` with the limits at infinity: equal shares among entries at plus infinity or, where all are, at minus infinity."""
-    top = x.amax(-1, keepdim=True)
-    edge = (x == top).to(x.dtype)
-    limit = edge / edge.sum(-1, keepdim=True)
-    return torch.where(top.isfinite(), torch.softmax(torch.where(top.isfinite(), x, 0.0), dim=-1), limit)
-
-
-def _covariance(r: Tensor) -> Tensor:
-    r""":math:`\mathrm{diag}(r) - r r^\top`"""
-    return torch.diag_embed(r) - einsum(r, r, "... i, ... j -> ... i j")
 
 
 def divides(formula: Formula) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.composition import Composition
     from sculpt.distillation import Student
+    from sculpt.factor import Factor
     from sculpt.formula import Formula, Posterior
     from sculpt.roads import Road, Tracked
 
@@ -137,6 +138,10 @@ class BaseModel(abc.ABC):
         """What a person looks at."""
         return x if self.decoder is None else self.decoder(x)
 
+    def told(self, x: Tensor) -> Any:
+        """What a factor's function gets of samples: what a person looks at."""
+        return self.decode(x)
+
     def result(self, x: Tensor, log_weights: Tensor | None, diagnostics: Diagnostics) -> Samples:
         """Samples of this model as its user gets them: every run ends here."""
         if not (known := finite(x)).all():
@@ -151,13 +156,11 @@ class BaseModel(abc.ABC):
         """The pretrained models underneath: itself, or those of a composition."""
         return (self,)
 
-    def compose(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
-    ) -> Composition:
-        """A composition of models of this family."""
+    def compose(self, formula: Formula, models: Sequence[BaseModel], *how: Any) -> Composition:
+        """A composition of models of this family; ``how`` it was written is :class:`sculpt.Composition`'s own."""
         from sculpt.composition import Composition  # composition stands above this module
 
-        return Composition(formula, models, operator, chain)
+        return Composition(formula, models, *how)
 
     # Sampling
 
@@ -232,6 +235,18 @@ class BaseModel(abc.ABC):
     def __sub__(self, other: BaseModel) -> Composition:
         return self._operate("-", other)
 
+    def __mul__(self, factor: Factor) -> Composition:
+        from sculpt.composition import tilted  # composition stands above this module
+        from sculpt.factor import Factor
+
+        if isinstance(factor, Factor):
+            return tilted(self, factor)
+        if isinstance(factor, BaseModel):
+            raise TypeError(
+                f"{self} * {factor}: models multiply by sculpt.product([p, q], powers=[1, 1]); * takes a sculpt.Factor."
+            )
+        return NotImplemented
+
     def _operate(self, operator: str, other: BaseModel) -> Composition:
         if not isinstance(other, BaseModel):
             return NotImplemented
@@ -258,6 +273,7 @@ class Steppable(BaseModel):
         settings: Settings,
         road: Tracked | None = None,
         alone: bool = False,
+        factors: Sequence[Factor] = (),
     ) -> Chain:
         """A formula of these models' densities, which every particle carries along.
 
@@ -267,6 +283,7 @@ class Steppable(BaseModel):
             settings: of the run.
             road: whose options the chain has to know or to refuse: ``corrector`` and ``detail``.
             alone: every particle is a run of its own, without weights between them.
+            factors: likelihoods whose logarithms the formula takes behind the models' log-densities.
         """
 
     @abc.abstractmethod

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from sculpt.actions.factors import Factors, Filled
 from sculpt.actions.paths import ONE_PARENT, Disagreement, children_log_pb, disagreement, path_ratios
 from sculpt.actions.reading import Reading, emptied, read
 from sculpt.actions.states import NEG_INF, draw
@@ -27,6 +28,7 @@ from sculpt.state import State
 if TYPE_CHECKING:
     from sculpt.actions.guidance import Guidance
     from sculpt.actions.model import ActionModel, GuidedActions
+    from sculpt.factor import Factor
     from sculpt.particles import Population
 
 __all__ = ["ActionChain", "DensityCorrectedChain", "GuidedChain", "TrackedChain", "Written"]
@@ -196,9 +198,11 @@ class TrackedChain(ActionChain):
         \log w \mathrel{+}= \log \textstyle\sum_{s'} e^{\Phi(\ell(s'))} P_B(s|s') - \Phi(\ell(s))
     """
 
-    def __init__(self, formula: Formula, models: Sequence[ActionModel], settings: Settings):
-        super().__init__(models[0], settings, "tracked densities")
-        self.target, self.models, self.readers = formula, models, tuple(models)
+    def __init__(self, formula: Formula, models: Sequence[ActionModel], settings: Settings, factors: Sequence[Factor] = ()):
+        weighed = f", weighed by {', '.join(map(str, factors))}" if factors else ""
+        super().__init__(models[0], settings, ("tracked densities" if len(models) > 1 else "base model") + weighed)
+        self.target, self.models, self.readers, self.m = formula, models, tuple(models), len(models)
+        self.factors = Factors(factors, models[0])
         self.batch_size = settings.batch_size or max(1, models[0].batch_size // len(models))
         self.shared = len({model.backward_key for model in models}) == 1
         # A common P_B only shifts the log-densities, and a formula of degree one takes a shift out of itself: then it cancels
@@ -206,10 +210,17 @@ class TrackedChain(ActionChain):
         self.cancels = self.shared and (_degree_one(formula) or models[0].backward_key == ONE_PARENT)
 
     def carried(self, n):
-        return torch.zeros(n, len(self.models), dtype=torch.float64, device=self.device)
+        return torch.zeros(n, self.m + len(self.factors), dtype=torch.float64, device=self.device)
 
     def first(self, n):
         return self.target.value(self.carried(n))
+
+    def end(self, state, log_w, generator):
+        x, carry = state.states, state.carry
+        if not len(self.factors):
+            return x, None
+        known = torch.cat([carry[:, : self.m], self.factors.final(x)], dim=1)
+        return x, self.target.value(known) - self.target.value(carry)
 
     def propose(self, reading, carry, generator):
         ell, (first, *others), unique, rows = carry, self.models, reading.states, reading.rows
@@ -218,6 +229,10 @@ class TrackedChain(ActionChain):
         own = [] if self.shared else [children_log_pb(model, unique, log_p) for model in others]
         # One column serves all where it is shared.
         ratio = log_p if self.cancels else log_p - torch.stack([log_b, *own]).movedim(0, -1)
+        if len(self.factors):
+            # What is said of children takes the place of what was said of the state.
+            ell = torch.cat([ell[:, : self.m], torch.zeros_like(ell[:, self.m :])], dim=1)
+            ratio = torch.cat([ratio, self.factors.ahead(unique, (log_p > NEG_INF).any(-1))], dim=-1)
         phi = self._phi(ell, ratio, rows) + (log_b if self.cancels else log_b[rows])
         log_N = torch.logsumexp(phi, dim=-1)
         dead = ~log_N.isfinite()
@@ -225,11 +240,11 @@ class TrackedChain(ActionChain):
             phi[dead] = log_p[rows[dead]].logsumexp(-1)
         log_pi = phi - torch.where(dead, 0.0, log_N)[:, None]
         actions = draw(log_pi, torch.arange(len(rows), device=rows.device), generator)
-        return torch.where(dead, log_N, log_N - self.target.value(ell)), actions, ell + ratio[rows, actions]
+        return torch.where(dead, log_N, log_N - self.target.value(carry)), actions, ell + ratio[rows, actions]
 
     def _phi(self, ell: Float[Tensor, "b m"], ratio: Float[Tensor, "u a m"], rows: Int[Tensor, "b"]) -> Float[Tensor, "b a"]:
         """The formula at every child, minus infinity where no model goes."""
-        there = (ratio > NEG_INF).any(-1)
+        there = (ratio[..., : self.m] > NEG_INF).any(-1)
         if 2 * there.count_nonzero() > there.numel():  # most children are there
             children = ell.T[..., None] + ratio.movedim(-1, 0)[:, rows]
             return torch.where(there[rows], self.target.value(children.movedim(0, -1)), NEG_INF)
@@ -240,22 +255,26 @@ class TrackedChain(ActionChain):
 
     def slip(self, state, population):
         x = _some(state, population, self.generator)
-        shift = self.follow(disagreement(self.target, self.models, x, self.generator))
+        shift = self.follow(disagreement(self._target(x), self.models, x, self.generator))
         return math.hypot(shift, self._missed(population)) if divides(self.target) else shift
+
+    def _target(self, x: Shaped[Tensor, "k *s"]) -> Formula:
+        """The formula of the models' densities at these samples, with what the factors say of them."""
+        return Filled(self.target, self.factors.final(x)) if len(self.factors) else self.target
 
     def _missed(self, population: Population) -> float:
         """By how much log Z is larger, say samples of the model that counts most, each with its weight.
 
         Where a density is divided by, particles may all leave at once for where it is small, and their equal weights see nothing of the rest.
         """
-        a = self.target.gradient(torch.zeros(len(self.models), dtype=torch.float64))
+        a = self.target.gradient(torch.zeros(self.target.m, dtype=torch.float64))[: self.m]
         i, n = int(a.argmax()), max(2, population.n // 2)
         x = self.models[i].sample(n, generator=self.generator, progress=False).x
         try:
             ell = path_ratios(self.models, x, self.generator, made_by=i)
         except NotImplementedError:  # the models cannot walk backwards
             return 0.0
-        log_w = self.target.value(ell) - ell[:, i]
+        log_w = self._target(x).value(ell) - ell[:, i]
         return max(0.0, float(log_w.logsumexp(0)) - math.log(n) - population.log_z)
 
 

@@ -29,6 +29,7 @@ from sculpt.model import BaseModel, Steered, Steppable, operand_names
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.composition import Composition
+    from sculpt.factor import Factor
     from sculpt.formula import Formula, Posterior
 
 __all__ = ["ActionModel", "GuidedActions"]
@@ -138,13 +139,19 @@ class ActionModel(Steppable):
         return ActionChain(self, settings)
 
     def tracked(
-        self, formula: Formula, models: Sequence[Steppable], settings: Settings, road: Any = None, alone: bool = False
+        self,
+        formula: Formula,
+        models: Sequence[Steppable],
+        settings: Settings,
+        road: Any = None,
+        alone: bool = False,
+        factors: Sequence[Factor] = (),
     ) -> Chain:
         if getattr(road, "corrector", None) is not None:
             raise ValueError(f"corrector: {self} has no noise levels to run MCMC at. Leave it out.")
         if getattr(road, "detail", None) is not None:
             raise ValueError(f"detail: {self} has no noise levels to look through. Leave it out.")
-        return TrackedChain(formula, models, settings)
+        return TrackedChain(formula, models, settings, factors)
 
     def guided(
         self,
@@ -252,10 +259,8 @@ class GuidedActions(ActionModel, Steered):
     def check_composable(self, other: BaseModel) -> None:
         self.anchor.check_composable(other)
 
-    def compose(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
-    ) -> Composition:
-        return self.anchor.compose(formula, models, operator, chain)
+    def compose(self, formula: Formula, models: Sequence[BaseModel], *how: Any) -> Composition:
+        return self.anchor.compose(formula, models, *how)
 
     def chain(self, settings: Settings) -> Chain:
         if self.guidance.form == "mixture":

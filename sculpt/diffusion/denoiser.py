@@ -26,6 +26,8 @@ from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.states import DiffusionStore
 from sculpt.diffusion.together import at_once
 from sculpt.diffusion.tracked import TrackedChain
+from sculpt.diffusion.twist import TwistedChain
+from sculpt.formula import Tilted
 from sculpt.identity import digest, weights
 from sculpt.model import BaseModel, Steered, Steppable, operand_names, randn
 from sculpt.samples import pixels
@@ -33,6 +35,7 @@ from sculpt.samples import pixels
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
     from sculpt.diffusion.diffusers.unet import DenoiserUNet
+    from sculpt.factor import Factor
     from sculpt.formula import Formula, Posterior
 
 __all__ = ["Denoiser", "DiffusionComposition", "GuidedDenoiser"]
@@ -142,13 +145,23 @@ class Denoiser(Steppable):
         return self.autoencoder is not None or math.prod(self.shape) > LARGE
 
     def tracked(
-        self, formula: Formula, models: Sequence[Steppable], settings: Settings, road: Any = None, alone: bool = False
+        self,
+        formula: Formula,
+        models: Sequence[Steppable],
+        settings: Settings,
+        road: Any = None,
+        alone: bool = False,
+        factors: Sequence[Factor] = (),
     ) -> Chain:
         corrector, detail = (None, None) if road is None else (road.corrector, road.detail)
         if not (corrector is None or isinstance(corrector, Corrector)):
             raise TypeError(
                 f"corrector is an MCMC kernel, sculpt.ULA(), sculpt.MALA() or sculpt.HMC(); got {corrector!r:.200}."
             )
+        if factors:
+            settings.refuse("samples that factors weigh, which need a kernel of their own", "solver")
+            if isinstance(formula, Tilted):
+                return TwistedChain(self, factors, formula.powers, settings, alone)
         if not alone:
             settings.refuse("tracked densities, whose populations need a kernel of their own", "solver")
         if settings.solver is not None:
@@ -162,8 +175,8 @@ class Denoiser(Steppable):
         if detail is None:
             detail = 0.0 if alone else detail_level(models)
         if not detail:
-            return TrackedChain(formula, models, settings, corrector, alone)
-        return DetailedChain(formula, models, settings, corrector, detail, alone)
+            return TrackedChain(formula, models, settings, corrector, alone, factors)
+        return DetailedChain(formula, models, settings, corrector, detail, alone, factors)
 
     def guided(
         self,
@@ -202,10 +215,12 @@ class Denoiser(Steppable):
     def store(self, models: Sequence[BaseModel], **options: Any) -> DiffusionStore:
         return DiffusionStore(models, **options)
 
-    def compose(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
-    ) -> DiffusionComposition:
-        return DiffusionComposition(formula, models, operator, chain)
+    def compose(self, formula: Formula, models: Sequence[BaseModel], *how: Any) -> DiffusionComposition:
+        return DiffusionComposition(formula, models, *how)
+
+    def told(self, x: Tensor) -> Tensor:
+        """Factors take the tensors themselves, so that gradients flow; of latents ``decode`` makes images."""
+        return x
 
     # What a person looks at
 

@@ -25,19 +25,22 @@ from torch import Tensor
 from sculpt.chain import Settings
 from sculpt.diffusion.clock import common_start, noise_levels, spread
 from sculpt.diffusion.fade import Believed
-from sculpt.diffusion.kernels import check_finite, extrapolated, inner
+from sculpt.diffusion.kernels import analytic_variance, check_finite, extrapolated, inner
+from sculpt.diffusion.painters import is_heuristic, painters
 from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.diffusion.tracked import FEW_DIMENSIONS, Tracked, TrackedChain
-from sculpt.formula import Formula, Mixture, Nested, Posterior, PowerMean
+from sculpt.diffusion.twist import Twist, final, room
+from sculpt.formula import Formula, Tilted
 from sculpt.model import randn
 from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.correctors import Corrector
     from sculpt.diffusion.denoiser import Denoiser
+    from sculpt.factor import Factor
 
-__all__ = ["DetailedChain", "detail_level", "painters"]
+__all__ = ["DetailedChain", "detail_level"]
 
 RATE = 3.0
 """Nats in an e-fold of noise by which the ratio of models that were trained apart may spread at the detail level: what some hundred particles can follow."""
@@ -62,6 +65,10 @@ class Painted(State):
     a: Float[Tensor, "N m"]
     D: Float[Tensor, "N *x"]
     before: Float[Tensor, "N *x"]
+    added: Float[Tensor, "N *x"] | None = None
+    """by factors"""
+    log_f: Float[Tensor, "N"] | None = None
+    """what they say of the denoised image"""
 
 
 class DetailedChain(TrackedChain):
@@ -77,13 +84,15 @@ class DetailedChain(TrackedChain):
         corrector: Corrector | None,
         detail: float,
         alone: bool = False,
+        factors: Sequence[Factor] = (),
     ):
         self.detail = detail
-        super().__init__(formula, models, settings, corrector, alone)
+        super().__init__(formula, models, settings, corrector, alone, factors)
         self.formula, self.referee = formula, Referee(models, detail, self.batch_size)
+        self.painted = Twist(factors, Tilted([1.0] * len(factors)), 1)  # below the detail level
         if not alone:
-            b = painters(formula, torch.zeros(1, len(models), dtype=torch.float64, device=self.device))[0]
-            self.targets = [Believed(target, b / b.sum(), BELIEVED) for target in self.targets]
+            b = self._painters(torch.zeros(1, formula.m, dtype=torch.float64, device=self.device))[0]
+            self.targets = [Believed(target, b, BELIEVED) for target in self.targets]
 
     def turn(self):
         """Two thirds of the steps go down to the detail level, densest where the models begin to differ most, just above it."""
@@ -106,27 +115,35 @@ class DetailedChain(TrackedChain):
         return "" if self.alone else f", up to {MOST} of each for a particle by the referee among them"
 
     def settled(self, state):
+        return self._seen(state) and not len(self.twist)
+
+    def _seen(self, state: State) -> bool:
+        """Whether the observers have seen all that they are to see."""
         return isinstance(state, Tracked) and int(state.k[0]) == self.last
 
     def step(self, state, log_w, generator):
         if isinstance(state, Painted):
-            return self._painted(state, generator), None
-        if self.settled(state):
-            return self._painted(self._begun(state, generator), generator), None
+            return self._painted(state, log_w, generator)
+        if self._seen(state):
+            return self._painted(self._begun(state, generator), log_w, generator)
         new, increment = super().step(state, log_w, generator)
-        if self.settled(new):
+        if self._seen(new):
             increment = increment + self._rule(new, log_w + increment, generator)
         return new, increment
 
     def end(self, state, log_w, generator):
-        return (state if isinstance(state, Painted) else self._begun(state, generator)).D.float(), None
+        state = state if isinstance(state, Painted) else self._begun(state, generator)
+        x = state.D.float()
+        if state.log_f is None:
+            return x, None
+        return x, (final(self.twist, self.models[0], x) * state.a[:, self.m :]).sum(1) - state.log_f
 
     def slip(self, state, population):
         # The referee and the anchor's own path know the target's weight: what the others' paths have added up is not in it.
         return super().slip(state, population) if is_heuristic(self.formula) else 0.0
 
     def notes(self, x, generator):
-        a = painters(self.formula, torch.zeros(1, len(self.models)))[0]
+        a = self._painters(torch.zeros(1, self.formula.m))[0, : self.m]
         alone = f"{self.models[int(a.argmax())]} paints alone" if float(a.max()) == 1 else "a part of the mixture paints alone"
         whose = "weights of the models are those at s_d, a heuristic" if is_heuristic(self.formula) else alone
         calls = "" if not self.referee.calls else f"; the referee called each model {self.referee.calls:.0f} times a particle"
@@ -134,6 +151,12 @@ class DetailedChain(TrackedChain):
             *super().notes(x, generator),
             f"observers look through noise of s_d={self.detail:.3g}, below which {whose}{calls}",
         ]
+
+    def _painters(self, ell: Float[Tensor, "N m"]) -> Float[Tensor, "N m"]:
+        """The shares of the models in what is painted, and nothing of factors."""
+        b = painters(self.formula, ell).clone()
+        b[:, self.m :] = 0
+        return b / b.sum(-1, keepdim=True)
 
     def _rule(self, state: Tracked, log_w: Tensor, generator: torch.Generator | None) -> Float[Tensor, "N"]:
         """The referee's log-ratios in the place of the path's, which prefer the model that made it."""
@@ -143,14 +166,14 @@ class DetailedChain(TrackedChain):
         followed = self.targets[self.last].value(state.ell)
 
         def refereed(ratios: Tensor) -> Tensor:
-            b = painters(self.formula, ratios)
-            b = b / b.sum(-1, keepdim=True)
-            return ratios + ((state.ell - ratios) * b).sum(-1, keepdim=True)
+            ell = torch.cat([ratios, state.ell[:, self.m :]], dim=1)
+            ell[:, : self.m] += ((state.ell - ell) * self._painters(ell)).sum(-1, keepdim=True)
+            return ell
 
         def doubt(ratios: Tensor) -> Tensor:
             ell = refereed(ratios)
             log_h = log_w + self.formula.value(ell) - followed
-            slope = self.formula.gradient(ell) - painters(self.formula, ratios)
+            slope = (self.formula.gradient(ell) - painters(self.formula, ell))[:, : self.m]
             return (log_h - log_h.max()).exp() * slope.norm(dim=-1)
 
         ell = refereed(self.referee(state.z, generator, doubt))
@@ -159,20 +182,52 @@ class DetailedChain(TrackedChain):
 
     def _begun(self, state: Tracked, generator: torch.Generator | None) -> Painted:
         """At the detail level, where it is known already what the models make of z."""
+        m, z = self.m, state.z
         a = painters(self.formula, state.ell, generator)
-        D = state.z + einsum(a, state.D - state.z[:, None], "N m, N m ... -> N ...")
-        return Painted(state.k, state.z, a, D, D)
+        parts = a.reshape(*a.shape, *[1] * (z.ndim - 1)) * (state.D - z[:, None])
+        D = z + parts[:, :m].sum(1)
+        if not len(self.twist):
+            return Painted(state.k, z, a, D, D)
+        self.painted.beta = self.twist.beta
+        return Painted(state.k, z, a, D, D, parts[:, m:].sum(1), (a * state.ell)[:, m:].sum(1))
 
-    def _painted(self, state: Painted, generator: torch.Generator | None) -> Painted:
-        """One step of the second-order stochastic solver."""
+    def _painted(self, state: Painted, log_w: Tensor, generator: torch.Generator | None) -> tuple[Painted, Tensor | None]:
+        """One step of the second-order stochastic solver, and the weights where factors have a say."""
         k, D = int(state.k[0]), state.D
         s, s_next = self.levels[k], self.levels[k + 1]
         D = extrapolated(D, state.before, self.levels, k) if k > self.last else D
         kappa = 1 - (s_next / s) ** 2
-        z = state.z + kappa * (D - state.z) + s_next * kappa.sqrt() * randn(state.z.shape, generator, state.z)
-        D = self._denoised(z, state.a, k + 1)
-        check_finite(D, "the models below the detail level gave", k + 1, s_next)
-        return Painted(state.k + 1, z, state.a, D, state.D)
+        scale, xi = s_next * kappa.sqrt(), randn(state.z.shape, generator, state.z)
+        if state.added is None:
+            new = self._repainted(state, state.z + kappa * (D - state.z) + scale * xi, k + 1)
+            return new, None
+        self._look_below(state, log_w, generator)
+        e = kappa / scale * state.added
+        new = self._repainted(state, state.z + kappa * (D - state.z) + scale * (xi + e), k + 1)
+        return new, new.log_f - state.log_f - inner(e, e) / 2 - inner(e, xi)
+
+    def _repainted(self, state: Painted, z: Tensor, k: int) -> Painted:
+        """The state at a level: this is where the networks are called."""
+        if state.added is None:
+            D, added, log_f = self._denoised(z, state.a, k), None, None
+        else:
+            ell, push, powers = torch.zeros(len(z), 1 + len(self.twist)).to(z), room(self.levels, k, z), state.a[:, self.m :]
+            own, said, pulls = self.painted(
+                lambda z: self._denoised(z, state.a, k)[:, None], z, ell, float(self.levels[k] ** 2), push
+            )
+            D, log_f = own[:, 0], (powers * said).sum(1)
+            added = self.levels[k] ** 2 * einsum(powers, pulls, "N f, N f ... -> N ...")
+        check_finite(D, "the models below the detail level gave", k, self.levels[k])
+        return Painted(torch.full_like(state.k, k), z, state.a, D, state.D, added, log_f)
+
+    def _look_below(self, state: Painted, log_w: Tensor, generator: torch.Generator | None) -> None:
+        """How far the factors are to be believed at the next level."""
+        k, N, ell = int(state.k[0]), len(state), torch.zeros(len(state), 1 + len(self.twist)).to(state.z)
+        w = torch.full_like(log_w, 1 / N) if self.alone else torch.softmax(log_w, dim=0)
+        v = self.levels[k] ** 2, self.levels[k + 1] ** 2
+        D = torch.stack([state.D, state.z + state.added], dim=1)
+        c, _ = analytic_variance(state.z, D, torch.ones(N, 2).to(ell), w, v[0])
+        self.painted.look(state.z, D[:, :1], ell, c[:1], v, w, generator)
 
     def _denoised(self, z: Tensor, a: Tensor, k: int) -> Float[Tensor, "N *x"]:
         """The denoised images of whoever paints: of each model only where it does."""
@@ -181,55 +236,8 @@ class DetailedChain(TrackedChain):
             rows = a[:, i].nonzero()[:, 0]
             if len(rows):
                 own = in_parts(lambda z, p=model: p.denoise(z, self.levels[k]), self.batch_size, z[rows])
-                D[rows] += einsum(a[rows, i], own - z[rows], "N, N ... -> N ...")
+                D = D.index_add(0, rows, einsum(a[rows, i], own - z[rows], "N, N ... -> N ...").to(D))
         return D
-
-
-def painters(
-    formula: Formula, ell: Float[Tensor, "N m"], generator: torch.Generator | None | bool = False
-) -> Float[Tensor, "N m"]:
-    """Who paints below the detail level: a posterior's first label; one part of a mixture, by its shares; of others all, as their gradient says.
-
-    Args:
-        formula: at its end, nothing faded.
-        ell: the log-densities at the detail level.
-        generator: draws the parts of mixtures. Without one there are shares in their place.
-    """
-    if (first := _first(formula)) is not None:
-        return torch.eye(formula.m, dtype=ell.dtype, device=ell.device)[first].expand_as(ell)
-    if isinstance(formula, Mixture):
-        shares = formula.gradient(ell)
-        if generator is False:
-            return shares
-        device = ell.device if generator is None else generator.device
-        drawn = torch.multinomial(shares.to(device), 1, generator=generator)[:, 0].to(ell.device)
-        return torch.eye(formula.m, dtype=ell.dtype, device=ell.device)[drawn]
-    if not isinstance(formula, Nested):
-        return formula.gradient(ell)
-    values = [
-        part.value(ell[:, list(index)]) - z
-        for part, index, z in zip(formula.parts, formula.indices, formula.log_z, strict=True)
-    ]
-    outer, a = painters(formula.outer, torch.stack(values, dim=-1), generator), torch.zeros_like(ell)
-    for k, (part, index) in enumerate(zip(formula.parts, formula.indices, strict=True)):
-        a[:, list(index)] += outer[:, k, None] * painters(part, ell[:, list(index)], generator)
-    return a
-
-
-def is_heuristic(formula: Formula) -> bool:
-    """Whether several models paint one sample together, which no target is behind."""
-    if isinstance(formula, Nested):
-        first = _first(formula.outer)
-        return is_heuristic(formula.outer) or any(map(is_heuristic, formula.parts if first is None else [formula.parts[first]]))
-    return not (isinstance(formula, Mixture) or _first(formula) is not None or formula.m == 1)
-
-
-def _first(formula: Formula) -> int | None:
-    """The operand that paints, where that is always the same one."""
-    if isinstance(formula, Posterior):
-        return formula.labels[0]
-    # Of two models the power mean of -1 is their posterior.
-    return 0 if isinstance(formula, PowerMean) and formula.exponent == -1 and formula.m == 2 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ which level

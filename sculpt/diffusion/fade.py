@@ -55,28 +55,27 @@ class Believed(Formula):
 
     def __init__(self, formula: Formula, b: Float[Tensor, "m"], share: float):
         self.formula, self.b, self.share, self.m = formula, b, float(share), formula.m
+        self.factors = formula.factors
+        believed = self.share * torch.eye(self.m, dtype=b.dtype, device=b.device) + (1 - self.share) * b
+        # Likelihoods are evaluated, not tracked: these are believed as they are.
+        believed[list(self.factors)] = torch.eye(self.m, dtype=b.dtype, device=b.device)[list(self.factors)]
+        self.J = believed
 
     @property
     def degree(self) -> float:
         return self.formula.degree
 
     def value(self, ell):
-        return self.formula.value(self._told(ell))
+        return self.formula.value(ell @ self.J.T)
 
     def gradient(self, ell):
-        g = self.formula.gradient(self._told(ell))
-        return self.share * g + (1 - self.share) * g.sum(-1, keepdim=True) * self.b
+        return self.formula.gradient(ell @ self.J.T) @ self.J
 
     def hessian(self, ell):
-        J = self.share * torch.eye(self.m, dtype=ell.dtype, device=ell.device) + (1 - self.share) * self.b
-        return J.T @ self.formula.hessian(self._told(ell)) @ J
+        return self.J.T @ self.formula.hessian(ell @ self.J.T) @ self.J
 
     def write(self, names):
         return f"{self.formula.write(names)} at {self.share:.3g} of the log-ratios"
-
-    def _told(self, ell: Float[Tensor, "N m"]) -> Float[Tensor, "N m"]:
-        mean = (ell * self.b).sum(-1, keepdim=True)
-        return mean + self.share * (ell - mean)
 
 
 def fade(formula: Formula, beta: float) -> Formula:
@@ -89,7 +88,7 @@ def fade(formula: Formula, beta: float) -> Formula:
         parts = [fade(part, beta) for part in formula.parts]
         return Nested(fade(formula.outer, beta), parts, formula.indices, formula.log_z)
     a = formula.gradient(torch.zeros(formula.m, dtype=torch.float64))
-    if beta == 1 or (a >= 0).all():
+    if beta == 1 or formula.factors or (a >= 0).all():
         return formula
     towards = a.clamp(min=0)
     return Faded(formula, (formula.degree * towards / towards.sum()).tolist(), beta)

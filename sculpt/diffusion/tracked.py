@@ -29,13 +29,15 @@ from sculpt.diffusion.control import Control
 from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import Walk, analytic_variance, check_finite, inner, kernel_variance, surprise
 from sculpt.diffusion.together import denoise_all
+from sculpt.diffusion.twist import Twist, blind, final, room
 from sculpt.formula import Formula, Product, divides
 from sculpt.model import randn
-from sculpt.state import State
+from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:
     from sculpt.diffusion.correctors import Corrector
     from sculpt.diffusion.denoiser import Denoiser
+    from sculpt.factor import Factor
     from sculpt.samples import Samples
 
 __all__ = ["Tracked", "TrackedChain"]
@@ -82,12 +84,14 @@ class TrackedChain(NoisyChain):
         settings: Settings,
         corrector: Corrector | None = None,
         alone: bool = False,
+        factors: Sequence[Factor] = (),
     ):
         d = math.prod(models[0].shape)
         default = STEPS if d <= FEW_DIMENSIONS else MORE if alone else FEWER
         super().__init__(models, settings, default if settings.steps is None else settings.steps)
         self.degree, self.d, self.corrector, self.alone, self.warned = formula.degree, d, corrector, alone, False
-        self.generator = settings.generator
+        self.generator, self.m = settings.generator, len(models)
+        self.twist = Twist(factors, formula, self.m)
         if corrector is not None:
             corrector.reset()
         check_powers(self.degree, self.levels)
@@ -96,7 +100,7 @@ class TrackedChain(NoisyChain):
         half = self.length // 2
         if d <= FEW_DIMENSIONS and biased and not alone and half >= 2 and followed(self.degree, noise_levels(models, half)):
             settings = dataclasses.replace(settings, steps=half)
-            self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector))
+            self.halved = functools.partial(type(self), formula, models, settings, copy.deepcopy(corrector), factors=factors)
         # In few dimensions a drift takes variance out of the weights.
         self.controls, self.control = d <= FEW_DIMENSIONS and not alone, None
         # The target of each level: what the formula pushes away from is faded in. Powers that are the same everywhere the control can follow.
@@ -113,9 +117,10 @@ class TrackedChain(NoisyChain):
         xi = self.first_noise(n, generator, self.levels)
         z = (v0 / self.degree).sqrt() * xi
         normal = 0.5 * self.d * torch.log(2 * math.pi * v0)
-        ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, len(self.models)).clone()
+        ell = (-inner(z, z) / (2 * v0) - normal)[:, None].expand(n, self.m)
+        ell = torch.cat([ell, ell.new_zeros(n, len(self.twist))], dim=1)  # factors say nothing yet
         log_w = self.targets[0].value(ell) + inner(xi, xi) / 2 + normal - 0.5 * self.d * math.log(self.degree)
-        self.control = Control(len(self.models), n, z) if self.controls else None
+        self.control = Control(ell.shape[1], n, z) if self.controls else None
         began = time.monotonic()
         state, bad = self._at(0, self.centre + z, ell, torch.zeros_like(log_w), log_w)
         self._tell_cost(n, time.monotonic() - began)
@@ -129,12 +134,15 @@ class TrackedChain(NoisyChain):
         # Particles that go alone have weights, but not between each other.
         w = torch.softmax(torch.zeros_like(log_w) if self.alone else log_w, dim=0)
         c, c_composed = analytic_variance(z, D, a, w, v)
-        walk, tau = Walk.of(self.degree, c_composed, v, v_next), kernel_variance(c, v, delta)
+        walk, tau = Walk.of(self.degree, c_composed, v, v_next), kernel_variance(c[: self.m], v, delta)
+        if len(self.twist):
+            self.twist.look(z, D[:, : self.m], ell, c[: self.m], (v, v_next), w, generator)
         g, ahead = self._drift(a, S, delta)
         xi = randn(z.shape, generator, z)
         step = walk.ahead * einsum(a, S, "N m, N m ... -> N ...") + ahead + walk.tau.sqrt() * xi
-        ratio = self._normal(step[:, None] - delta * S, tau) - self._normal(step[:, None], delta)
-        new, bad = self._at(k + 1, z + step, ell + ratio, state.slip, log_w)
+        ratio = self._normal(step[:, None] - delta * S[:, : self.m], tau) - self._normal(step[:, None], delta)
+        tracked = torch.cat([ell[:, : self.m] + ratio, ell[:, self.m :]], dim=1)
+        new, bad = self._at(k + 1, z + step, tracked, state.slip, log_w)
         a_next = self.targets[k + 1].gradient(new.ell)
         S_next = (new.D - new.z[:, None]) / v_next
         pull = einsum(a_next, S_next, "N m, N m ... -> N ...")
@@ -145,9 +153,10 @@ class TrackedChain(NoisyChain):
         if self.control is not None:
             self.control.learn(increment, delta * g, delta * g_next, return_ / walk.beta, pull, w)
         if not self.alone:
-            r = surprise(ratio, z, step, S, S_next, (v, v_next), w)
-            H = self.targets[k + 1].hessian(new.ell)
-            surprised = einsum(a_next, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a_next, r**2, "N m, N m -> N")
+            m = self.m
+            r = surprise(ratio, z, step, S[:, :m], S_next[:, :m], (v, v_next), w)
+            a, H = a_next[:, :m], self.targets[k + 1].hessian(new.ell)[:, :m, :m]
+            surprised = einsum(a, r, "N m, N m -> N") ** 2 + _quadratic(H, r) - einsum(a, r**2, "N m, N m -> N")
             new.slip = state.slip + surprised / 2
         return new, torch.where(bad, math.nan, increment)
 
@@ -161,7 +170,13 @@ class TrackedChain(NoisyChain):
     def end(self, state, log_w, generator):
         # One unweighted composed denoising: weights stop at the least noise level.
         k, z, ell, D = self._corrected(state, generator)
-        return (z + einsum(self.targets[k].gradient(ell), D - z[:, None], "N m, N m ... -> N ...")).float(), None
+        x = (
+            z + einsum(self.targets[k].gradient(ell)[:, : self.m], D[:, : self.m] - z[:, None], "N m, N m ... -> N ...")
+        ).float()
+        if not len(self.twist):
+            return x, None
+        known = torch.cat([ell[:, : self.m], final(self.twist, self.models[0], x)], dim=1)
+        return x, self.targets[k].value(known) - self.targets[k].value(ell)
 
     def slip(self, state, population):
         if self.alone:
@@ -183,7 +198,8 @@ class TrackedChain(NoisyChain):
         return watch(run(chain, 1, "", settings, selection=Selection(max(2, n // 2))), show=False)
 
     def notes(self, x, generator):
-        return super().notes(x, generator) + ([] if self.corrector is None else [self.corrector.note])
+        said = [] if self.corrector is None else [self.corrector.note]
+        return [*super().notes(x, generator), *said, *blind(self.twist.factors)]
 
     def _normal(self, miss: Float[Tensor, "N m *x"], variance: Tensor) -> Float[Tensor, "N m"]:
         """The log-density of Gaussians at this distance from their means."""
@@ -207,7 +223,7 @@ class TrackedChain(NoisyChain):
 
     def _at(self, k: int, z: Tensor, ell: Tensor, slip: Tensor, log_w: Tensor) -> tuple[Tracked, Bool[Tensor, "N"]]:
         """The state at a level, where the networks are called, and which particles are lost to numbers that are not finite."""
-        D = denoise_all(self.models, z, self.levels[k], self.batch_size)
+        D, ell = self._looked(k, z, ell)
         finite = reduce((D - z[:, None]).isfinite(), "N m ... -> N m", "all")
         bad = ~finite.all(1) | ell.isnan().any(1)
         if bad.any():
@@ -217,6 +233,19 @@ class TrackedChain(NoisyChain):
             # Nothing of them is left: zero times NaN would be NaN in the means over all particles.
             z, ell, D = (torch.where(bad.reshape(-1, *[1] * (part.ndim - 1)), 0.0, part) for part in (z, ell, D))
         return Tracked(torch.full((len(z),), k, device=z.device), z, ell, D, slip), bad
+
+    def _looked(self, k: int, z: Tensor, ell: Tensor) -> tuple[Float[Tensor, "N m *x"], Float[Tensor, "N m"]]:
+        """What all models make of particles, and what factors say of that: of these :math:`z + v \\nabla \\log f` is the denoised image."""
+        s = self.levels[k]
+        if not len(self.twist):
+            return denoise_all(self.models, z, s, self.batch_size), ell
+        push = room(self.levels, k, z)
+
+        def parts(z: Tensor, ell: Tensor) -> tuple[Tensor, Tensor]:
+            D, said, pulls = self.twist(lambda z: denoise_all(self.models, z, s, self.batch_size), z, ell, float(s**2), push)
+            return torch.cat([D, z[:, None] + s**2 * pulls], dim=1), torch.cat([ell[:, : self.m], said], dim=1)
+
+        return in_parts(parts, max(1, self.batch_size // self.m), z, ell)  # type: ignore[no-any-return]
 
     def _corrected(self, state: Tracked, generator: torch.Generator | None) -> tuple[int, Tensor, Tensor, Tensor]:
         """Where the particles go on from: moved within their level, where there is a corrector."""
@@ -228,7 +257,8 @@ class TrackedChain(NoisyChain):
     def _tell_lost(self, D: Tensor, bad: Tensor, alive: Tensor, k: int) -> None:
         """Warn once, naming the models; a note of the result counts all that are lost. Raise where nobody is left."""
         s = self.levels[k]
-        broken = [str(model) for model, column in zip(self.models, bad.unbind(1), strict=True) if (column & alive).any()]
+        names = [*map(str, self.models), *map(str, self.twist.factors)]
+        broken = [name for name, column in zip(names, bad.unbind(1), strict=True) if (column & alive).any()]
         if broken and not (alive & ~bad.any(1)).any():
             check_finite(D, f"{' and '.join(broken)} gave", k, s)
         if broken and not self.warned:

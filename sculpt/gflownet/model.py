@@ -238,10 +238,8 @@ class GFlowNet(ActionModel):
     def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
         return GuidedGFlowNet(guidance)
 
-    def compose(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
-    ) -> GFlowNetComposition:
-        return GFlowNetComposition(formula, models, operator, chain)
+    def compose(self, formula: Formula, models: Sequence[BaseModel], *how: Any) -> GFlowNetComposition:
+        return GFlowNetComposition(formula, models, *how)
 
     def as_estimator(self) -> DiscretePolicyEstimator:
         """The policy for torchgfn's ``Sampler``, trajectories and losses."""

@@ -12,6 +12,7 @@ from sculpt.classifier.guide import Guide
 from sculpt.formula import Posterior
 from sculpt.model import BaseModel, Steered, Steppable
 from sculpt.roads.road import Road
+from sculpt.roads.tracked import Tracked
 
 if TYPE_CHECKING:
     from sculpt.composition import Composition
@@ -77,15 +78,15 @@ class Guided(Road):
         self.selection = Selection(particles, threshold, resample) if correct else None
 
     def check(self, composition: Composition) -> None:
-        self.bind(composition)
+        self.bind(self._steered(composition))
 
     def bind(self, composition: Composition) -> Steered:
         """The composition with its classifier, as a base model of its family."""
         formula = composition.formula
         if not isinstance(formula, Posterior):
             raise ValueError(
-                f"A classifier steers posteriors (harmonic means, contrasts, labels); {composition} is a {type(formula).__name__.lower()}. "
-                "Sample it without a classifier."
+                f"A classifier steers posteriors (harmonic means, contrasts, labels); {composition} is "
+                f"{'weighed by a factor' if composition.own else f'a {type(formula).__name__.lower()}'}. Sample it without a classifier."
             )
         posterior, models = self.classifier.align(composition.anchored(self.anchor), composition.models)
         for model in [models[posterior.labels[0]]] if self.form == "anchored" else models:
@@ -103,8 +104,36 @@ class Guided(Road):
         assert isinstance(anchor, Steppable)
         return anchor.guided(posterior, models, self.classifier, self.form, self.strength)
 
+    def _steered(self, composition: Composition) -> Composition:
+        """What the classifier steers: the composition, or what its factors multiply."""
+        if not composition.own:
+            return composition
+        if self.correct:
+            raise ValueError(
+                f"{self} weighs by the classifier, and {composition} by {composition.own[0]} too. Leave correct out, or take sculpt.Tracked."
+            )
+        (operand,) = composition.models
+        if not operand.models:
+            raise ValueError(
+                f"{operand} is one model, which no classifier steers. Sample {composition} without a road, or by sculpt.Tracked."
+            )
+        return operand  # type: ignore[return-value]
+
+    def _weighed(self, guided: Steered, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
+        """The steered chain of the operand is a model, and factors weigh it."""
+        alone = guided.alone
+        Tracked(particles=1 if alone else None).check_factors(composition)
+        chain = guided.tracked(composition.formula, [guided], settings, None, alone, composition.own)
+        selection = None if alone else Selection()
+        for progress in run(chain, n, str(composition), settings, composition.result, selection):
+            if progress.samples is not None:
+                progress.samples.diagnostics.notes.append("the classifier's own errors are not in these weights, nor in log Z")
+            yield progress
+
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
-        guided = self.bind(composition)
+        guided = self.bind(self._steered(composition))
+        if composition.own:
+            return self._weighed(guided, composition, n, settings)
         if self.correct:
             settings.refuse_each("here particles are selected")
         chain = guided.corrected(settings, self.correct == "densities") if self.correct else guided.chain(settings)

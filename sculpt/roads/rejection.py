@@ -14,7 +14,7 @@ from sculpt.chain import Progress, Settings
 from sculpt.checks import check_whole, real, whole
 from sculpt.classifier.guide import Guide
 from sculpt.diagnostics import Diagnostics
-from sculpt.formula import Mixture, Posterior
+from sculpt.formula import Mixture, Posterior, Tilted
 from sculpt.model import BaseModel, same_model
 from sculpt.roads.road import Road
 from sculpt.roads.tracked import in_order, picks
@@ -22,6 +22,7 @@ from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.composition import Composition
+    from sculpt.factor import Factor
 
 __all__ = ["Rejection"]
 
@@ -36,7 +37,8 @@ MOST = 2**15
 class Rejection(Road):
     r"""Reject: draw x from the anchor and keep it with probability :math:`\prod_{k \ge 2} p_v(y_k \mid x)`.
 
-    Exact for the base samplers and the terminal head, whatever happens on the way; posteriors may nest.
+    Exact for the base samplers and the terminal head, whatever happens on the way; posteriors may nest. A factor is kept by in proportion to
+    what it is, over the most that it can be.
 
     Args:
         classifier: a classifier of the base models, or a function from samples to their log-densities ``(b, m)``, in the order of
@@ -73,6 +75,10 @@ class Rejection(Road):
 
     def check(self, composition: Composition) -> None:
         _check_covered(composition)
+        if loose := [factor for factor in composition.factors if factor.bound is None]:
+            raise ValueError(
+                f"Rejection keeps samples by {loose[0]} over the most that it can be: pass sculpt.Factor(..., bound=...), or take sculpt.Tracked."
+            )
         names = ", ".join(map(str, composition.leaves))
         if self._guesses(composition) and not composition.leaves[0].has_referee:
             raise ValueError(
@@ -103,19 +109,19 @@ class Rejection(Road):
             formula=str(composition),
             log_z=log_z,
             # Noise of the exponent raises its mean.
-            log_z_error=math.hypot(error, apart**2 / 2),
+            log_z_error=math.hypot(error, apart**2 / 2, *(inner for _, inner in referee.known.values())),
             slip=apart**2 / 2,
             acceptance=len(x) / drawn,
             apart=apart,
             referee="the models' denoising errors" if guesses else self._decides,
             seed=settings.seed,
-            notes=[f"{drawn} draws of the base models", *(note for _, note in referee.known.values())]
+            notes=[f"{drawn} draws of the base models", *referee.said]
             + ["the models' denoising errors decided, an approximation"] * guesses,
         )
         yield Progress(f"sampling {composition}", 0, None, n, n, None, composition.result(x[:n], None, diagnostics))
 
     def _guesses(self, composition: Composition) -> bool:
-        return self.classifier is None and not composition.knows_density
+        return self.classifier is None and not composition.knows_density and _compared(composition)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -130,7 +136,7 @@ class Rejection(Road):
 
 
 def _check_covered(composition: BaseModel) -> None:
-    if not isinstance(composition.formula, Posterior | Mixture):  # type: ignore[attr-defined]
+    if not isinstance(composition.formula, Posterior | Mixture | Tilted):  # type: ignore[attr-defined]
         raise ValueError(
             f"Rejection needs a density that one base model covers up to a constant: posteriors and mixtures do, {composition} is a "
             f"{type(composition.formula).__name__.lower()}. Sample it by tracked densities, without a classifier."  # type: ignore[attr-defined]
@@ -138,6 +144,12 @@ def _check_covered(composition: BaseModel) -> None:
     for model in composition.models:
         if model.models:
             _check_covered(model)
+
+
+def _compared(composition: BaseModel) -> bool:
+    """Whether densities are compared anywhere in it: mixtures pick their models, and factors need none."""
+    own = isinstance(getattr(composition, "formula", None), Posterior) and len(composition.models) > 1
+    return own or any(map(_compared, composition.models))
 
 
 T = TypeVar("T")
@@ -151,21 +163,40 @@ class _Referee:
         self.composition, self.road, self.settings = composition, road, settings
         self.leaves: Sequence[BaseModel] = composition.leaves if root is None else root.leaves
         """Of the whole composition: the columns of all log-densities."""
-        self.known: dict[str, tuple[float, str]] = {} if root is None else root.known
-        """The log Z of every inner posterior, by its key, and what is said of it."""
+        self.factors: Sequence[Factor] = composition.factors if root is None else root.factors
+        """The columns behind them."""
+        self.compared: bool = _compared(composition) if root is None else root.compared
+        self.known: dict[str, tuple[float, float]] = {} if root is None else root.known
+        """The log Z of every inner composition, by its key, with its error."""
+        self.said: list[str] = [] if root is None else root.said
         self.operands = [
             _Referee(model, road, settings, root=root or self) if model.models else self._column(model)
             for model in composition.models
         ]
-        formula = composition.formula
-        self.posterior = None
+        keys = [factor.key for factor in self.factors]
+        self.operands += [len(self.leaves) + keys.index(factor.key) for factor in composition.own]
+        formula = self.formula = composition.formula
+        self.label: int | None = None
+        """Of the operand that is drawn from; a mixture draws from all."""
+        self.bound = 0.0
+        """What the most that factors can be comes to."""
+        if isinstance(formula, Tilted):
+            self.label = 0
+            self.bound = sum(power * factor.bound for power, factor in zip(formula.powers, composition.own, strict=True))
         if isinstance(formula, Posterior):
             # The acceptance is Z as the anchor sees it: it goes with one over the anchor's odds.
             label = min(formula.labels, key=formula.odds.__getitem__) if anchor is None else anchor
-            self.posterior = composition.anchored(label)
+            self.formula = composition.anchored(label)
+            self.label = self.formula.labels[0]
 
     def _column(self, leaf: BaseModel) -> int:
         return next(i for i, other in enumerate(self.leaves) if same_model(leaf, other))
+
+    def columns(self, x: Tensor) -> Float[Tensor, "b m"]:
+        """The leaves' log-densities up to a constant common to all, and what the factors say."""
+        ell = self.ell(x) if self.compared else torch.zeros(len(x), len(self.leaves), dtype=torch.float64, device=x.device)
+        said = [factor(self.leaves[0].told(x), len(x)).to(ell) for factor in self.factors]
+        return torch.cat([ell, *(log_f[:, None] for log_f in said)], dim=1)
 
     def ell(self, x: Tensor) -> Float[Tensor, "b m"]:
         """The leaves' log-densities up to a constant common to all."""
@@ -199,21 +230,22 @@ class _Referee:
     def density(self, ell: Float[Tensor, "b m"]) -> Generator[Progress, None, Float[Tensor, "b"]]:
         """The composition's own log-density, normalised, up to the same constant."""
         own, key = self.composition.formula.value((yield from self.operand_densities(ell))), self.composition.key
-        if self.posterior is None:
+        if self.label is None:
             return own
         if key not in self.known:
             _, log_z, error, _ = yield from self.draw(PILOT)
-            self.known[key] = log_z, f"log Z of {self.composition}: {log_z:.3f} ± {error:.2g}"
+            self.known[key] = log_z, error
+            self.said.append(f"log Z of {self.composition}: {log_z:.3f} ± {error:.2g}")
         return own - self.known[key][0]
 
     def apart(self, x: Tensor) -> Generator[Progress, None, float]:
         """How far two looks at the log-probability of being kept are apart for one sample: standard deviation, in nats."""
-        if self.posterior is None:
+        if self.label is None:
             return 0.0
-        looks, label = [], self.posterior.labels[0]
+        looks = []
         for _ in range(2):
-            ell = yield from self.operand_densities(self.ell(x))
-            looks.append(self.posterior.value(ell) - ell[:, label])
+            ell = yield from self.operand_densities(self.columns(x))
+            looks.append(self.formula.value(ell) - ell[:, self.label])
         apart = torch.where(looks[0] == looks[1], 0.0, looks[0] - looks[1])
         return float(apart.square().mean().sqrt()) / math.sqrt(2)
 
@@ -230,14 +262,14 @@ class _Referee:
 
     def draw(self, n: int) -> Drawn:
         """At least n samples, log Z of the composition as it is written with its error, and how many draws of the base models it took."""
-        if self.posterior is None:
+        if self.label is None:
             choice = picks(self.composition, n, self.settings.generator)
             parts = []
             for i in choice.unique().tolist():
                 parts.append((yield from self.propose(i, int((choice == i).sum()))))
             x, drawn = zip(*parts, strict=True)
             return in_order(list(x), choice), 0.0, 0.0, sum(drawn)
-        kept, total, drawn, below, expected, label = [], 0, 0, 0, 0.0, self.posterior.labels[0]
+        kept, total, drawn, below, expected, label = [], 0, 0, 0, 0.0, self.label
         generator, model = self.settings.generator, self.composition.models[label]
         while total < n:
             # Enough for what is missing at the acceptance seen so far, a little more than too little.
@@ -245,8 +277,9 @@ class _Referee:
             size = int(min(max(64, 1.1 * (n - total) / rate), MOST, self.road.max_draws))
             now = Progress(f"rejection from {model}", 0, None, total, n)
             x, own = yield from _under(now, self.propose(label, size))
-            ell = yield from self.operand_densities(self.ell(x))
-            log_p = self.posterior.value(ell) - ell[:, label]
+            ell = yield from self.operand_densities(self.columns(x))
+            log_p = self.formula.value(ell) - ell[:, label] - self.bound
+            self._check_bounds(ell)
             log_p = torch.where(log_p.isnan(), -math.inf, log_p)  # where the anchor itself has no density
             u = torch.rand(len(x), generator=generator, dtype=torch.float64, device=generator.device if generator else x.device)
             accepted = x[u.to(x.device).log() < log_p]
@@ -259,8 +292,14 @@ class _Referee:
                     f"Rejection kept {total} of {drawn} draws from {model}, {n} were asked for. The base models hardly overlap where the "
                     "composition lies; ask for fewer samples, raise max_draws, or see sculpt.overlap."
                 )
-        log_z = math.log(expected / drawn) + self.composition.log_scale(label)
+        scale = self.composition.log_scale(label) if isinstance(self.formula, Posterior) else self.bound
+        log_z = math.log(expected / drawn) + scale
         return torch.cat(kept), log_z, math.sqrt((1 - total / drawn) / total), below
+
+    def _check_bounds(self, ell: Float[Tensor, "b k"]) -> None:
+        """Raise where a factor is over its bound."""
+        for k, factor in enumerate(self.composition.own, 1):
+            factor.check_bound(ell[:, k])
 
 
 def _under(now: Progress, run: Generator[Progress, None, T]) -> Generator[Progress, None, T]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sculpt.chain import Progress, Selection, Settings, run
+from sculpt.chain import Chain, Progress, Selection, Settings, run
 from sculpt.checks import real, whole
 from sculpt.diagnostics import Diagnostics
+from sculpt.factor import Factor
 from sculpt.formula import Formula, Mixture, Nested
-from sculpt.model import BaseModel, Steppable, same_model
+from sculpt.model import BaseModel, Steppable
 from sculpt.roads.road import Road
 from sculpt.samples import Samples
 
@@ -65,6 +66,7 @@ class Tracked(Road):
             )
         if self.anchor is not None:
             composition.anchored(self.anchor)
+        self.check_factors(composition)
         if composition.picks_models:
             if not (self.selection.resample or composition.is_one_model):
                 raise ValueError(f"resample=False: {composition} is a mixture, whose samples carry no weights. Leave it out.")
@@ -73,6 +75,20 @@ class Tracked(Road):
         elif finished := [leaf for leaf in composition.leaves if not isinstance(leaf, Steppable)]:
             raise ValueError(
                 f"{finished[0]} offers finished samples only, so no densities can be tracked on the way to them. Take sculpt.Rejection."
+            )
+
+    def check_factors(self, composition: Composition) -> None:
+        """Raise where factors cannot do what is asked of them."""
+        if not composition.factors:
+            return
+        if self.corrector is not None:
+            raise ValueError(
+                f"corrector moves particles by the models' densities, which say nothing of {composition.factors[0]}. Leave it out."
+            )
+        if self._alone_in(composition) and (blind := [factor for factor in composition.factors if not factor.gradient]):
+            raise ValueError(
+                f"{blind[0]} has no gradient to steer by, and particles that go alone are not selected. Pass "
+                "sculpt.Tracked(particles=...) of two or more, or a factor with gradient=."
             )
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
@@ -93,6 +109,10 @@ class Tracked(Road):
         if self.selection.particles not in (None, 1) or self.detail or self.corrector is not None:
             raise ValueError(
                 f"{self}: whoever steps from outside takes samples that go alone. Leave particles, detail and corrector out."
+            )
+        if composition.factors:
+            raise ValueError(
+                f"{composition.factors[0]} weighs finished samples, and whoever steps from outside does not show them. Sample it here."
             )
         steps = Tracked(particles=1)._over_leaves(composition, Settings(), {}, self._outer(composition))
         try:
@@ -117,15 +137,20 @@ class Tracked(Road):
 
     def _track(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
         known: dict[str, Inner] = {}
-        alone, leaves = self._alone_in(composition), composition.leaves
+        alone = self._alone_in(composition)
         if not alone:
             settings.refuse_each("here particles are selected")
         formula = yield from self._over_leaves(composition, settings, known, self._outer(composition))
-        chain = leaves[0].tracked(formula, leaves, settings, self, alone)  # type: ignore[attr-defined]
+        chain = self._chain(formula, composition, settings, alone)
         for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
             if progress.samples is not None:
                 _rest(progress.samples.diagnostics, known.values())
             yield progress
+
+    def _chain(self, formula: Formula, composition: Composition, settings: Settings, alone: bool = False) -> Chain:
+        leaves, factors = composition.leaves, composition.factors
+        more = {"factors": factors} if factors else {}  # a family from outside may know of none
+        return leaves[0].tracked(formula, leaves, settings, self, alone, **more)  # type: ignore[attr-defined, no-any-return]
 
     def _over_leaves(
         self,
@@ -138,7 +163,8 @@ class Tracked(Road):
         outer = outer or composition.formula
         if not any(model.models for model in composition.models):
             return outer
-        leaves, parts, indices, log_z = composition.leaves, [], [], []
+        columns = (*composition.leaves, *composition.factors)
+        parts, indices, log_z = [], [], []
         for model in composition.models:
             inner, z = Mixture([1.0]), 0.0
             if model.models:
@@ -148,14 +174,18 @@ class Tracked(Road):
                     known[model.key] = Inner(str(model), inner, found)
                 inner, z = known[model.key].formula, known[model.key].log_z
             parts.append(inner)
-            indices.append([next(i for i, leaf in enumerate(leaves) if same_model(leaf, own)) for own in model.leaves])
+            indices.append([_column(columns, own) for own in (*model.leaves, *getattr(model, "factors", ()))])
             log_z.append(z)
+        for factor in composition.own:
+            parts.append(Mixture([1.0]))
+            indices.append([_column(columns, factor)])
+            log_z.append(0.0)
         return Nested(outer, parts, indices, log_z)
 
     def _normaliser(self, model: Composition, formula: Formula, settings: Settings) -> Generator[Progress, None, Diagnostics]:
         if self._alone_in(model):
             return Diagnostics("not sampled")
-        chain = model.leaves[0].tracked(formula, model.leaves, settings, self)
+        chain = self._chain(formula, model, settings)
         selection = Selection(self.selection.particles, self.selection.threshold)
         for progress in run(chain, 1, str(model), settings, Samples, selection):
             if progress.samples is None:
@@ -218,6 +248,11 @@ def _rest(diagnostics: Diagnostics, inner: Iterable[Inner]) -> None:
         diagnostics.log_z_error = math.hypot(diagnostics.log_z_error or 0.0, found.log_z_error or 0.0)
         if found.verdict.trust != "good" and not diagnostics.doubt:
             diagnostics.doubt = f"it rests on log Z of {part.name}, which is {found.verdict}"
+
+
+def _column(columns: Sequence[BaseModel | Factor], one: BaseModel | Factor) -> int:
+    """Where this model, or this factor, is among all."""
+    return next(i for i, other in enumerate(columns) if type(other) is type(one) and other.key == one.key)
 
 
 def _weighted(model: BaseModel) -> bool:

@@ -150,10 +150,8 @@ class Tokens(ActionModel):
                     f"{self} and {other} cannot be composed: {what} is {p} on one side, {q} on the other. Pass the same {what}=."
                 )
 
-    def compose(
-        self, formula: Formula, models: Sequence[BaseModel], operator: str | None = None, chain: Sequence[BaseModel] = ()
-    ) -> TokensComposition:
-        return TokensComposition(formula, models, operator, chain)
+    def compose(self, formula: Formula, models: Sequence[BaseModel], *how: Any) -> TokensComposition:
+        return TokensComposition(formula, models, *how)
 
     # Others of the same weights
 

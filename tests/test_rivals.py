@@ -55,9 +55,9 @@ def test_one_prompt_is_its_model_and_every_evaluation_is_counted():
     with evaluations([p, p]) as told:
         x = joint([p], N, steps=steps, generator=seeded())
     assert told.count == N * steps
-    m, V = moments(noise_levels([p], steps), 1, torch.tensor([1.0, 0.0]).double(), 0.5)
-    assert_gaussian(x, m, V)
-    assert V == pytest.approx(0.5, abs=0.03)
+    m, variance = moments(noise_levels([p], steps), 1, torch.tensor([1.0, 0.0]).double(), 0.5)
+    assert_gaussian(x, m, variance)
+    assert variance == pytest.approx(0.5, abs=0.03)
 
 
 def test_averaged_scores_of_equal_gaussians_make_the_one_in_the_middle():
@@ -79,9 +79,9 @@ def test_differences_of_scores_make_what_they_promise_of_equal_gaussians():
 def test_added_scores_of_two_gaussians_have_a_third_of_their_variance_and_corrected_ones_half():
     models, steps = pair(), 200
     x = experts(models, N, steps=steps, generator=seeded())
-    m, V = moments(noise_levels(models, steps), 2, torch.tensor([0.0, 1.0]).double(), 0.5)
-    assert_gaussian(x, m, V)
-    assert V == pytest.approx(0.5 / 3, abs=0.02)  # and not 0.5 / 2
+    m, variance = moments(noise_levels(models, steps), 2, torch.tensor([0.0, 1.0]).double(), 0.5)
+    assert_gaussian(x, m, variance)
+    assert variance == pytest.approx(0.5 / 3, abs=0.02)  # and not 0.5 / 2
     y = fkc(models, N, steps=steps, generator=seeded(), powers=[1, 1])
     assert float(y.var(0).mean()) == pytest.approx(0.5 / 2, abs=0.03)
     torch.testing.assert_close(y.mean(0), torch.tensor([0.0, 0.5]).double(), atol=0.06, rtol=0)

@@ -1,17 +1,15 @@
 """The prompted scenes of ``pretrained/shapes``: what they are exactly, their judge, and the pipeline that draws them."""
 
 import argparse
-import contextlib
 import hashlib
-import importlib
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from imported import pretrained
 
 import sculpt
 from sculpt.formula import Posterior
@@ -22,22 +20,7 @@ WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_
 PROMPTS = ["a red circle", "a thing at the left", "a blue cross at the top right", "a yellow thing", "a square", ""]
 
 
-@contextlib.contextmanager
-def named_alike(*names):
-    """Modules of these names may be imported from the folder; those that other folders have by the same names come back."""
-    path, others = list(sys.path), {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(SHAPES))
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-with named_alike("scenes", "judge", "measures", "recipe"):
-    scenes, judge, measures, recipe = map(importlib.import_module, ("scenes", "judge", "measures", "recipe"))
+scenes, judge, measures, recipe = pretrained("shapes", "scenes", "judge", "measures", "recipe")
 
 
 @pytest.fixture(scope="module")

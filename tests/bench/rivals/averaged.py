@@ -9,9 +9,9 @@ r"""Composable Diffusion (Liu et al., ECCV 2022): a condition pulls by how much 
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.walk import Walk
 from torch import Tensor
 
-from bench.rivals.walk import Walk
 from sculpt.diffusion.denoiser import Denoiser
 
 __all__ = ["averaged", "composable"]

@@ -9,10 +9,10 @@ negative one. The candidates are those of :func:`~bench.rivals.averaged.composab
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.averaged import composable
 from einops import reduce
 from torch import Tensor
 
-from bench.rivals.averaged import composable
 from sculpt.diffusion.clock import level, noise_range, spread
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.together import at_once, denoise_all

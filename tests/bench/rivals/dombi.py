@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from bench.rivals.walk import Walk
 from einops import einsum
 from torch import Tensor
 
-from bench.rivals.walk import Walk
 from sculpt.diffusion.denoiser import Denoiser
 
 __all__ = ["And", "Atom", "Expression", "Not", "Or", "dombi"]

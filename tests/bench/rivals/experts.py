@@ -7,9 +7,9 @@ right mean and the variance c/3 instead of c/2.
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.walk import Walk
 from torch import Tensor
 
-from bench.rivals.walk import Walk
 from sculpt.diffusion.denoiser import Denoiser
 
 __all__ = ["experts"]

@@ -13,10 +13,10 @@ has no part in it.
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.walk import Walk, squares
 from einops import einsum
 from torch import Tensor
 
-from bench.rivals.walk import Walk, squares
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.particles import effective_sample_size, systematic
 

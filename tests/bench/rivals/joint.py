@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.walk import Walk
 from torch import Tensor
 
-from bench.rivals.walk import Walk
 from sculpt.diffusion.denoiser import Denoiser
 
 __all__ = ["joint"]

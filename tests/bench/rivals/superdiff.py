@@ -11,10 +11,10 @@ This is no distribution that is named by the models' densities: it is where they
 from collections.abc import Sequence
 
 import torch
+from bench.rivals.walk import Walk
 from einops import einsum
 from torch import Tensor
 
-from bench.rivals.walk import Walk
 from sculpt.diffusion.denoiser import Denoiser
 
 __all__ = ["superdiff_and", "superdiff_or"]

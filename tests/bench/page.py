@@ -1,0 +1,197 @@
+"""Compositions with exact answers, rivals beside us at equal evaluations, on one page: ``make bench``.
+
+Runs are kept in a file, one a line, so that a killed benchmark goes on; the page is written from it, as markdown and as HTML with
+pictures. ``--quick`` does a tiny version of everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.parts import checkerboard, hypergrid, logic, mixtures, shapes
+from bench.parts.runs import Case, Part, Records, commit, key, run
+
+from sculpt.files import replace_file
+
+PARTS: dict[str, Callable[..., Part]] = {
+    "shapes": shapes.part,
+    "logic": logic.part,
+    "checkerboard": checkerboard.part,
+    "mixtures": mixtures.part,
+    "hypergrid": hypergrid.part,
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One case: its columns and rows, and the picture of each row where there is one."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    pictures: Sequence[tuple[str, Path]]
+
+
+def average(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; of one run there is none."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def told(values: Sequence[float]) -> str:
+    """Mean ± standard error, with the digits that they have."""
+    mean, error = average(values)
+    digits = 3 if math.isnan(error) or error <= 0 else max(0, min(5, 1 - math.floor(math.log10(error))))
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def ahead(ours: Sequence[float], theirs: Sequence[float], better: int) -> str:
+    """By how many standard errors of the difference ours is better."""
+    (a, ea), (b, eb) = average(ours), average(theirs)
+    error = math.hypot(ea, eb)
+    if math.isnan(error) or error == 0:
+        return "=" if a == b else "better" if (a - b) * better > 0 else "worse"
+    return f"{(a - b) * better / error:+.1f}"
+
+
+def table(name: str, part: Part, case: Case, records: Records) -> Table | None:
+    """What is known of a case so far."""
+    found = {
+        method.name: [r for seed in range(part.seeds) if (r := records.runs.get(key(name, case, method, seed)))]
+        for method in case.methods
+    }
+    found = {method: runs for method, runs in found.items() if runs}
+    if not found:
+        return None
+    measures = list(case.better)
+    arrows = {1: " ↑", -1: " ↓", 0: ""}
+    columns = ["", *(f"{measure}{arrows[case.better[measure]]}" for measure in measures)]
+    columns += ["evaluations a sample", "CPU s", "samples", "seeds", "ours ahead, standard errors"]
+    lead, sign = measures[0], case.better[measures[0]]
+    own = [m.name for m in case.methods if m.kind == "ours" and m.name in found]
+
+    def values(method: str, measure: str) -> list[float]:
+        return [r["measures"][measure] for r in found[method]]
+
+    rows = []
+    for method in case.methods:
+        if method.name in found:
+            runs = found[method.name]
+            against = " / ".join(ahead(values(o, lead), values(method.name, lead), sign) for o in own)
+            evaluations = statistics.mean(r["evaluations"] for r in runs) / case.n
+            rows.append(
+                [
+                    f"**{method.name}**" if method.kind == "ours" else method.name + " †" * (not method.same),
+                    *(told(values(method.name, measure)) for measure in measures),
+                    f"{evaluations:.0f}" if evaluations else "",
+                    f"{statistics.mean(r['seconds'] for r in runs):.1f}",
+                    f"{statistics.mean(r['n'] for r in runs):.0f}",
+                    str(len(runs)),
+                    against if method.kind == "rival" else "",
+                ]
+            )
+    if case.exact:
+        cells = [f"{case.exact[m]:.3f}" if m in case.exact else "" for m in measures]
+        rows.append(["*the exact target*", *cells, "", "", "", "", ""])
+    pictures = [(m, records.picture(f"{name} {case.name} {m}")) for m in found]
+    return Table(case.name, columns, rows, [(m, path) for m, path in pictures if path.exists()])
+
+
+def markdown(parts: dict[str, Part], records: Records) -> Iterator[str]:
+    """The page as lines of markdown."""
+    yield "# Compositions with exact answers"
+    yield ""
+    yield _note(records)
+    for name, part in parts.items():
+        yield from ("", f"## {part.title}", "", " ".join(part.about.split()), "")
+        yield from (f"- {line}" for line in part.reported)
+        for found in filter(None, (table(name, part, case, records) for case in part.cases)):
+            yield from ("", f"**{found.title}**", "", f"| {' | '.join(found.columns)} |", "|---" * len(found.columns) + "|")
+            yield from (f"| {' | '.join(row)} |" for row in found.rows)
+
+
+NOTE = (
+    "Every method takes about as many evaluations of networks as the first of its table, on the same networks and seeds: mean ± standard error over the "
+    "seeds. ↑: more is better, ↓: less is. The last column compares each of ours, in the order of the table, with that row on the first measure: above "
+    "+2 ours is ahead, below -2 behind. † has a target of its own, so that only what is as asked is to be compared. {runs} runs, commits {commits}."
+)
+
+
+def page(parts: dict[str, Part], records: Records) -> str:
+    """The page as HTML, with the pictures in it."""
+    body = [f"<h1>Compositions with exact answers</h1><p>{html.escape(_note(records))}</p>"]
+    for name, part in parts.items():
+        body.append(f"<h2>{html.escape(part.title)}</h2><p>{html.escape(' '.join(part.about.split()))}</p>")
+        body.append("".join(f"<p><i>{html.escape(line)}</i></p>" for line in part.reported))
+        for found in filter(None, (table(name, part, case, records) for case in part.cases)):
+            head = "".join(f"<th>{html.escape(column)}</th>" for column in found.columns)
+            rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in found.rows)
+            body.append(f"<h3>{html.escape(found.title)}</h3><table><tr>{head}</tr>{rows}</table>")
+            body.append("<div>" + "".join(map(_figure, found.pictures)) + "</div>")
+    return f"<!doctype html><meta charset=utf-8><title>sculpt: the benchmark</title><style>{STYLE}</style>{''.join(body)}"
+
+
+STYLE = (
+    "body{font:15px/1.45 system-ui;max-width:1200px;margin:2em auto;padding:0 1em}table{border-collapse:collapse;font-size:13px}"
+    "td,th{border-bottom:1px solid #ddd;padding:3px 8px;text-align:right}td:first-child,th:first-child{text-align:left}"
+    "div{display:flex;flex-wrap:wrap}figure{margin:6px}figure img{max-width:280px}figcaption{font-size:12px}"
+)
+
+
+def _note(records: Records) -> str:
+    return NOTE.format(commits=", ".join(sorted({r["commit"] for r in records.runs.values()})), runs=len(records.runs))
+
+
+def _cell(cell: str) -> str:
+    said = html.escape(cell)
+    if said.startswith("**"):
+        return f"<b>{said.strip('*')}</b>"
+    return f"<i>{said.strip('*')}</i>" if said.startswith("*") else said
+
+
+def _figure(picture: tuple[str, Path]) -> str:
+    method, path = picture
+    image = base64.b64encode(path.read_bytes()).decode()
+    return f'<figure><img src="data:image/png;base64,{image}"><figcaption>{html.escape(method)}</figcaption></figure>'
+
+
+def write(parts: dict[str, Part], records: Records) -> None:
+    """Both pages, beside the runs."""
+    replace_file(records.folder / "page.md", ("\n".join(markdown(parts, records)) + "\n").encode())
+    replace_file(records.folder / "page.html", page(parts, records).encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not there yet, and write the page after each part."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts (all by default)")
+    parser.add_argument("--quick", action="store_true", help="a tiny version of everything")
+    parser.add_argument("--out", type=Path, help="where runs and page are kept; by default train_state/bench")
+    parser.add_argument("--device", default="cpu", help="of the shapes' network")
+    parser.add_argument("--page", action="store_true", help="write the page of what is there, and run nothing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    records = Records(options.out or Path("train_state") / ("bench-quick" if options.quick else "bench"))
+    known: dict[str, Any] = {"shapes": {"device": options.device}}
+    parts = {name: PARTS[name](options.quick, **known.get(name, {})) for name in options.parts or PARTS}
+    for name, part in parts.items():
+        if not options.page:
+            run(name, part, records, log=lambda line: print(line, flush=True))
+        write(parts, records)
+    print(f"{records.folder / 'page.md'}, {records.folder / 'page.html'} ({commit()})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,13 @@
 """Other people's samplers on what is known in closed form, and the benchmark that runs them."""
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from bench.parts import checkerboard, logic, mixtures, runs
 from bench.parts.closed import Boxes, Closed, Corners, log_probs
 from bench.rivals.averaged import averaged, composable
 from bench.rivals.complift import complift, lifts
@@ -199,3 +203,132 @@ def test_closed_forms_denoise_by_tweedies_formula():
     grid = torch.cartesian_prod(*[torch.linspace(-3, 3, 601, dtype=torch.float64)] * 2)
     for density in (Corners(2, 0.25, [0]), boxes):
         assert float(density.log_prob(grid, 0.04).exp().sum()) * 0.01**2 == pytest.approx(1, abs=0.01)
+
+
+# The toys
+
+
+def test_logic_in_one_piece_is_the_nested_formula():
+    ell = 2 * torch.randn(20, 4, dtype=torch.float64, generator=seeded())
+    clauses = ((1, 2, 3), (-1, -2), (-3,))
+    for strength in (1.0, 5.0):
+        ours = logic.Logic(3, clauses, strength)
+        value, a = logic.expression(clauses, strength).at(ell)
+        torch.testing.assert_close(ours.value(ell), value)
+        torch.testing.assert_close(ours.gradient(ell), a)
+        H = torch.stack([torch.autograd.functional.hessian(lambda e, f=ours: f.value(e), row) for row in ell])
+        torch.testing.assert_close(ours.hessian(ell), H, atol=1e-8, rtol=1e-6)
+
+
+def test_clauses_are_satisfied_where_their_names_say():
+    for d in (2, 5):
+        corners = torch.cartesian_prod(*[torch.tensor([0, 1])] * d).sum(1)
+        for make, holds in (
+            (logic.majority, corners >= d - d // 2),
+            (logic.xor, corners % 2 == 1),
+            (logic.one_hot, corners == 1),
+        ):
+            assert torch.equal(logic.Truth(d, make(d)).satisfying, holds), (make, d)
+
+
+def test_the_share_that_satisfies_xor_of_two_is_the_targets_own():
+    """Integrated on a grid: the pool says the same, and a stronger NOT excludes more."""
+    truth = logic.Truth(2, logic.xor(2))
+    axis = torch.linspace(-7, 7, 1401, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    p = truth.formula.value(log_probs(truth.models, grid, 0.0)).exp()
+    near = ((grid.abs() - 2).abs() <= logic.NEAR).all(1)
+    right = truth.satisfying[truth.number(grid)]
+    exact = float(p[near & right].sum() / p[near].sum())
+    drawn = truth.measure(truth.draw(20_000, 0, seeded()))["satisfied"]
+    assert drawn == pytest.approx(exact, abs=0.01) and exact < 0.96
+    stronger = logic.Truth(2, logic.xor(2), gamma=logic.STRONGER)
+    assert stronger.measure(stronger.draw(20_000, 0, seeded()))["satisfied"] > 0.99
+    positive = torch.stack([p[(grid > 0).sum(1) == k].sum() for k in range(3)]) / p.sum()
+    torch.testing.assert_close(truth.masses, positive, atol=0.01, rtol=0)
+
+
+def test_the_square_of_a_mixture_is_the_mixture_of_its_products():
+    p = mixtures.mixture()
+    x = p.draw(50, seeded())
+    constant = mixtures.square(p).log_prob(x) - 2 * p.log_prob(x)
+    torch.testing.assert_close(constant, constant[:1].expand(50))
+
+
+def test_the_boards_experts_multiply_to_the_board_that_is_wanted():
+    made = checkerboard.part(quick=True).cases[0]
+    x = checkerboard.joint(checkerboard.WANTED).draw(200, seeded())
+    ell = log_probs(made.models, x, 1e-12)
+    constant = ell @ torch.tensor(checkerboard.POWERS).double() - checkerboard.joint(checkerboard.WANTED).log_prob(x, 1e-12)
+    torch.testing.assert_close(constant, constant[:1].expand(200), atol=1e-6, rtol=0)
+    shift = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    w1, w2 = checkerboard.distances(x, (x + shift)[torch.randperm(200, generator=seeded())])
+    assert w1 <= 0.5 + 1e-9 and w2 == pytest.approx(0.5)  # of a shift W2 is its length
+
+
+# The page
+
+
+@pytest.fixture
+def page():
+    path = Path(__file__).parent / "bench" / "page.py"
+    spec = importlib.util.spec_from_file_location("bench_page", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def counted_part(drawn):
+    models = pair()
+
+    def method(name, width, kind="rival"):
+        def draw(n, steps, generator):
+            drawn.append(name)
+            return averaged(models[:width], n, steps=steps, generator=generator)
+
+        return runs.Method(name, draw, width, kind=kind)
+
+    methods = [method("ours", 2, "ours"), method("one", 1)]
+    case = runs.Case("a case", methods, lambda x: {"mean": float(x.mean())}, {"mean": 1}, 10, 8, models)
+    return runs.Part("A part", "About it.", ["Reported by nobody."], [case], 3)
+
+
+def test_a_killed_benchmark_goes_on_with_equal_evaluations(tmp_path, page):
+    drawn, silent = [], lambda line: None
+    part = counted_part(drawn)
+    runs.run("toy", part, runs.Records(tmp_path), silent)
+    assert drawn == ["ours", "one"] * 3
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    (tmp_path / "runs.jsonl").write_text("\n".join([*lines[:4], lines[4][:20]]) + "\n")  # the fifth was being written
+    runs.run("toy", part, runs.Records(tmp_path), silent)
+    assert drawn == ["ours", "one"] * 3 + ["ours", "one"]
+    records = runs.Records(tmp_path)
+    assert {told["evaluations"] for told in records.runs.values()} == {10 * 8 * 2}
+    assert sorted(told["steps"] for told in records.runs.values()) == [8, 8, 8, 16, 16, 16]
+    page.write({"toy": part}, records)
+    said = (tmp_path / "page.md").read_text()
+    assert "| one |" in said and "Reported by nobody." in said and "| **ours** |" in said and " ± " in said
+    assert "<b>ours</b>" in (tmp_path / "page.html").read_text()
+
+
+def test_the_page_tells_means_with_their_standard_errors(page):
+    assert page.told([1.0, 2.0, 3.0]) == "2.00 ± 0.58" and page.told([0.5]) == "0.500"
+    assert page.ahead([3.0, 5.0], [1.0, 3.0], 1) == f"{2 / math.sqrt(2):+.1f}"
+    assert page.ahead([3.0, 5.0], [1.0, 3.0], -1) == f"{-2 / math.sqrt(2):+.1f}"
+
+
+@pytest.mark.slow
+def test_a_tiny_version_of_everything_makes_the_page(tmp_path, page):
+    page.main(["--quick", "--out", str(tmp_path)])
+    said = (tmp_path / "page.md").read_text()
+    for make in page.PARTS.values():
+        part = make(True)
+        assert f"## {part.title}" in said
+        for case in part.cases:
+            assert f"**{case.name}**" in said and all(method.name in said for method in case.methods)
+    before = (tmp_path / "runs.jsonl").read_text()
+    page.main(["--quick", "--out", str(tmp_path)])
+    assert (tmp_path / "runs.jsonl").read_text() == before
+    assert (tmp_path / "page.html").read_text().count("<img") > 20

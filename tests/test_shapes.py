@@ -90,6 +90,28 @@ def test_exact_compositions_are_those_of_their_formulas():
         scenes.product("a red thing at the top left", "a blue thing at the top left")
 
 
+def test_odds_and_mixtures_of_scenes_are_those_of_their_formulas():
+    prompts = ("a green thing", "a triangle")
+    p = torch.stack([scenes.conditional(prompt) for prompt in prompts], -1)
+    some = (p > 0).all(-1)
+    exact = scenes.posterior(prompts, (0, 1), (0.2, 0.8))
+    wanted = Posterior(2, (0, 1), (0.2, 0.8)).value(p[some].log()).softmax(0)
+    torch.testing.assert_close(exact[some], wanted)
+    assert exact[~some].sum() == 0
+    torch.testing.assert_close(scenes.mixture(p[:, 0], p[:, 1]), p.mean(-1))
+    none = scenes.without("a red thing")
+    assert not scenes.fits("a red thing", scenes.scenes()[none > 0]).any() and none.sum() == pytest.approx(1)
+
+
+def test_exact_draws_of_a_composition_are_near_it_and_others_are_not():
+    prompts = ("a green thing", "a triangle")
+    target = scenes.harmonic_mean(*prompts)
+    for p, near in ((target, True), (scenes.conditional(prompts[0]), False)):
+        x = scenes.scenes()[p.multinomial(4000, True, generator=generator())]
+        apart = measures.composed_distances(prompts, x, target)
+        assert all((distance < 0.06) == near for distance in apart.values()), apart
+
+
 # The judge
 
 

@@ -99,7 +99,7 @@ def table(name: str, part: Part, case: Case, records: Records) -> Table | None:
                     f"{statistics.mean(r['seconds'] for r in runs):.1f}",
                     f"{statistics.mean(r['n'] for r in runs):.0f}",
                     str(len(runs)),
-                    against if method.kind == "rival" else "",
+                    against if method.kind == "rival" and (method.same or sign > 0) else "",
                 ]
             )
     if case.exact:
@@ -125,7 +125,7 @@ def markdown(parts: dict[str, Part], records: Records) -> Iterator[str]:
 NOTE = (
     "Every method takes about as many evaluations of networks as the first of its table, on the same networks and seeds: mean ± standard error over the "
     "seeds. ↑: more is better, ↓: less is. The last column compares each of ours, in the order of the table, with that row on the first measure: above "
-    "+2 ours is ahead, below -2 behind. † has a target of its own, so that only what is as asked is to be compared. {runs} runs, commits {commits}."
+    "+2 ours is ahead, below -2 behind. † has a target of its own, so that it is compared on what is as asked only, where the target always is. {runs} runs, commits {commits}."
 )
 
 

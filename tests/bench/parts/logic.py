@@ -155,7 +155,9 @@ class Truth:
     def draw(self, n: int, steps: int, generator: torch.Generator) -> Tensor:
         """Draws of the formula's own density, as exact as the pool is large."""
         x, log_w = self.pool
-        return x[torch.multinomial(torch.softmax(log_w, 0), n, True, generator=generator)]
+        x = x[torch.multinomial(torch.softmax(log_w, 0), n, True, generator=generator)]
+        # The formulas do not tell coordinates apart: in another order each draw is a fresh one, as likely.
+        return x.gather(1, torch.rand(x.shape, generator=generator).argsort(-1))
 
     @functools.cached_property
     def masses(self) -> Tensor:

@@ -310,10 +310,11 @@ def test_a_killed_benchmark_goes_on_with_equal_evaluations(tmp_path, page):
     runs.run("toy", part, runs.Records(tmp_path), silent)
     assert drawn == ["ours", "one"] * 3
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    (tmp_path / "runs.jsonl").write_text("\n".join([*lines[:4], lines[4][:20]]) + "\n")  # the fifth was being written
+    (tmp_path / "runs.jsonl").write_text("\n".join([*lines[:4], lines[4][:20]]))  # the fifth was being written
     runs.run("toy", part, runs.Records(tmp_path), silent)
     assert drawn == ["ours", "one"] * 3 + ["ours", "one"]
     records = runs.Records(tmp_path)
+    assert len(records.runs) == 6
     assert {told["evaluations"] for told in records.runs.values()} == {10 * 8 * 2}
     assert sorted(told["steps"] for told in records.runs.values()) == [8, 8, 8, 16, 16, 16]
     page.write({"toy": part}, records)

@@ -13,7 +13,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +181,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="where runs and page are kept; by default train_state/bench")
     parser.add_argument("--device", default="cpu", help="of the shapes' network")
     parser.add_argument("--page", action="store_true", help="write the page of what is there, and run nothing")
+    parser.add_argument("--seeds", type=int, help="runs of every method, by default five")
+    parser.add_argument(
+        "--share", type=int, nargs=2, metavar=("K", "OF"), default=(0, 1), help="every OF-th case from the K-th on"
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     records = Records(options.out or Path("train_state") / ("bench-quick" if options.quick else "bench"))
     known: dict[str, Any] = {"shapes": {"device": options.device}}
     parts = {name: PARTS[name](options.quick, **known.get(name, {})) for name in options.parts or PARTS}
+    if options.seeds:
+        parts = {name: replace(part, seeds=options.seeds) for name, part in parts.items()}
     for name, part in parts.items():
         if not options.page:
-            run(name, part, records, log=lambda line: print(line, flush=True))
+            run(name, part, records, lambda line: print(line, flush=True), tuple(options.share))
         write(parts, records)
     print(f"{records.folder / 'page.md'}, {records.folder / 'page.html'} ({commit()})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import time
@@ -101,9 +102,12 @@ class Records:
         self.folder, self.path = folder, folder / "runs.jsonl"
         self.pictures = folder / "pictures"
         self.pictures.mkdir(parents=True, exist_ok=True)
+        text = self.path.read_text() if self.path.exists() else ""
         # A kill in the middle of a line loses that run only.
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.runs = {told["key"]: told for told in filter(None, map(_read, lines))}
+        if text and not text.endswith("\n"):
+            with self.path.open("a") as file:
+                file.write("\n")
+        self.runs = {told["key"]: told for told in filter(None, map(_read, text.splitlines()))}
 
     def add(self, told: dict[str, Any]) -> None:
         """Keep a run."""
@@ -128,7 +132,13 @@ def key(part: str, case: Case, method: Method, seed: int) -> str:
     return f"{part} | {case.name} | {method.name} | n={case.n} steps={case.steps} | seed {seed}"
 
 
-def run(name: str, part: Part, records: Records, log: Callable[[str], None] = print) -> None:
+def run(
+    name: str,
+    part: Part,
+    records: Records,
+    log: Callable[[str], None] = print,
+    share: tuple[int, int] = (0, 1),
+) -> None:
     """All runs of a part that are not there yet, one seed of every case before the next.
 
     Args:
@@ -136,21 +146,22 @@ def run(name: str, part: Part, records: Records, log: Callable[[str], None] = pr
         part: its cases.
         records: where runs are kept.
         log: told of every run.
+        share: every so manyth case of a seed from this one on, for several processes.
     """
-    for seed in range(part.seeds):
-        for case in part.cases:
-            first = key(name, case, case.methods[0], seed)
-            for method in case.methods:
-                label = key(name, case, method, seed)
-                if label not in records.runs:
-                    if case.prepare:
-                        case.prepare()
-                    budget = None if method is case.methods[0] else records.runs[first]["evaluations"] / case.n
-                    told, x = _one(case, method, seed, budget)
-                    records.add({"key": label, "part": name, "case": case.name, "method": method.name, "seed": seed, **told})
-                    if case.picture and not seed:
-                        replace_file(records.picture(f"{name} {case.name} {method.name}"), case.picture(x))
-                    log(f"{label}: {told['measures']}, {told['seconds']} s")
+    k, of = share
+    for seed, case in list(itertools.product(range(part.seeds), part.cases))[k::of]:
+        labels = [key(name, case, method, seed) for method in case.methods]
+        if case.prepare and not all(label in records.runs for label in labels):
+            case.prepare()
+        for method, label in zip(case.methods, labels, strict=True):
+            if label in records.runs:
+                continue
+            budget = None if label == labels[0] else records.runs[labels[0]]["evaluations"] / case.n
+            told, x = _one(case, method, seed, budget)
+            records.add({"key": label, "part": name, "case": case.name, "method": method.name, "seed": seed, **told})
+            if case.picture and not seed:
+                replace_file(records.picture(f"{name} {case.name} {method.name}"), case.picture(x))
+            log(f"{label}: {told['measures']}, {told['seconds']} s")
 
 
 def _one(case: Case, method: Method, seed: int, budget: float | None) -> tuple[dict[str, Any], Tensor]:

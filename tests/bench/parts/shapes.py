@@ -40,6 +40,10 @@ scenes, judge, measures = pretrained("shapes", "scenes", "judge", "measures")
 
 LOOKS = 16
 """Noise levels at which CompLift compares errors."""
+REPORTED = (
+    "Positions of two and of three, reported on CLEVR with networks of their own, as asked: energy-based models 28.2 % and 7.3 %, Composable Diffusion "
+    "59.2 % and 31.4 %, token prediction 98.2 % and 95.0 %. Taken from secondary notes, not checked in the papers.",
+)
 Draw = Callable[[int, int, torch.Generator], Tensor]
 
 
@@ -109,12 +113,15 @@ def every(fit: Tensor) -> Tensor:
 CROSS, CIRCLE = "a green cross", "a yellow circle"
 BLUE, TRIANGLE = "a blue thing at the top", "a triangle"
 THREE = ("a red thing", "a square", "a thing at the bottom left")
+CORNERS = ("a thing at the top left", "a thing at the bottom right", "a thing at the top right")
 VOTES = ("a red thing", "a cross", "a thing at the left")
 
 ASKED = (
     Asked("both of two, objects", (CROSS, CIRCLE), both, scenes.harmonic_mean, every, "and"),
     Asked("both of two, attributes", (BLUE, TRIANGLE), both, scenes.harmonic_mean, every, "and"),
     Asked("all of three", THREE, both, scenes.harmonic_mean, every, "and"),
+    Asked("positions of two", CORNERS[:2], both, scenes.harmonic_mean, every, "and"),
+    Asked("positions of three", CORNERS, both, scenes.harmonic_mean, every, "and"),
     Asked("product of two", (CROSS, CIRCLE, ""), times, lambda *p: scenes.product(*p[:-1]), every, "product"),
     Asked("product of three", (*THREE, ""), times, lambda *p: scenes.product(*p[:-1]), every, "product"),
     Asked(
@@ -290,5 +297,5 @@ def part(quick: bool = False, device: str = "cpu") -> Part:
     prompts = Prompts(device)
     if quick:
         some = [asked for asked in ASKED if asked.name in ("both of two, attributes", "not, contrast", "exclusive or")]
-        return Part("Shapes", __doc__ or "", (), [case(asked, prompts, 4, 6, (4, 1), detail=0.0) for asked in some], 1)
-    return Part("Shapes", __doc__ or "", (), [case(asked, prompts, 256, 32, (256, 16, 1)) for asked in ASKED], 5)
+        return Part("Shapes", __doc__ or "", REPORTED, [case(asked, prompts, 4, 6, (4, 1), detail=0.0) for asked in some], 1)
+    return Part("Shapes", __doc__ or "", REPORTED, [case(asked, prompts, 256, 32, (256, 16, 1)) for asked in ASKED], 5)

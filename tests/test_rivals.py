@@ -1,6 +1,7 @@
 """Other people's samplers on what is known in closed form, and the benchmark that runs them."""
 
 import importlib.util
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -162,8 +163,8 @@ def test_one_particle_of_ours_takes_the_same_path_in_the_limit_of_small_steps():
     models, off = pair((0.3, 0.8)), []
     both = sculpt.power_mean(models, -1)
     for steps in (64, 512):
-        theirs = dombi(models, 500, steps=steps, generator=seeded(), expression=And((Atom(0), Atom(1))))
-        ours = both.sample(500, sculpt.Tracked(particles=1), steps=steps, generator=seeded(), progress=False).x
+        theirs = dombi(models, 200, steps=steps, generator=seeded(), expression=And((Atom(0), Atom(1))))
+        ours = both.sample(200, sculpt.Tracked(particles=1), steps=steps, generator=seeded(), progress=False).x
         off.append(float((theirs - ours).square().mean().sqrt()))
     assert off[1] < 0.35 * off[0] and off[1] < 0.05
 
@@ -325,8 +326,38 @@ def test_a_killed_benchmark_goes_on_with_equal_evaluations(tmp_path, page):
 
 def test_the_page_tells_means_with_their_standard_errors(page):
     assert page.told([1.0, 2.0, 3.0]) == "2.00 ± 0.58" and page.told([0.5]) == "0.500"
-    assert page.ahead([3.0, 5.0], [1.0, 3.0], 1) == f"{2 / math.sqrt(2):+.1f}"
-    assert page.ahead([3.0, 5.0], [1.0, 3.0], -1) == f"{-2 / math.sqrt(2):+.1f}"
+    assert page.ahead([3.0, 5.0], [1.0, 3.0], 1) == pytest.approx(2 / math.sqrt(2))
+    assert page.ahead([3.0, 5.0], [1.0, 3.0], -1) == pytest.approx(-2 / math.sqrt(2))
+    assert page.ahead([1.0, 1.0], [1.0, 1.0], 1) == 0 and page.ahead([1.0, 1.0], [2.0, 2.0], 1) == -math.inf
+    assert math.isnan(page.ahead([1.0], [2.0], 1))
+
+
+def test_particles_that_go_alone_are_compared_with_those_that_do(tmp_path, page):
+    def method(name, kind="rival", **how):
+        return runs.Method(name, None, kind=kind, **how)
+
+    methods = [
+        method("ours, many", "ours", alone=False),
+        method("ours, 1", "ours"),
+        method("single"),
+        method("many", alone=False),
+    ]
+    methods += [method("elsewhere", same=False), method("exact", "exact")]
+    numbers = {"ours, many": (9, 10), "ours, 1": (4, 5), "single": (7, 8), "many": (1, 2), "elsewhere": (9, 9), "exact": (9, 9)}
+    records = runs.Records(tmp_path)
+    for better in (1, -1):
+        case = runs.Case(f"case {better}", methods, None, {"number": better}, 1, 2)
+        part = runs.Part("A part", "", [], [case], 2)
+        for made, seed in itertools.product(methods, range(2)):
+            told = {"measures": {"number": numbers[made.name][seed]}, "evaluations": 2, "seconds": 0, "n": 1, "commit": "c"}
+            records.add({"key": runs.key("toy", case, made, seed), **told})
+        found = page.everything({"toy": part}, records)
+        compared = {rival.name: [m.name for m in found["toy"][0].ahead(rival)] for rival in methods}
+        assert compared["single"] == ["ours, many", "ours, 1"] and compared["many"] == ["ours, many"]
+        assert compared["elsewhere"] == (["ours, many", "ours, 1"] if better > 0 else []) and not compared["exact"]
+        head, *lost = page.summary(found)
+        assert any("ours, 1 behind single" in line for line in lost) == (better > 0)
+        assert f"behind in {len(lost)}" in head
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.parts import checkerboard, hypergrid, logic, mixtures, shapes
-from bench.parts.runs import Case, Part, Records, commit, key, run
+from bench.parts.runs import Case, Method, Part, Records, commit, key, run
 
 from sculpt.files import replace_file
 
@@ -57,89 +57,123 @@ def told(values: Sequence[float]) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
-def ahead(ours: Sequence[float], theirs: Sequence[float], better: int) -> str:
+def ahead(ours: Sequence[float], theirs: Sequence[float], better: int) -> float:
     """By how many standard errors of the difference ours is better."""
     (a, ea), (b, eb) = average(ours), average(theirs)
-    error = math.hypot(ea, eb)
-    if math.isnan(error) or error == 0:
-        return "=" if a == b else "better" if (a - b) * better > 0 else "worse"
-    return f"{(a - b) * better / error:+.1f}"
+    error, gain = math.hypot(ea, eb), (a - b) * better
+    if math.isnan(error):
+        return math.nan
+    return gain / error if error else math.copysign(math.inf, gain) if gain else 0.0
 
 
-def table(name: str, part: Part, case: Case, records: Records) -> Table | None:
+class Found:
     """What is known of a case so far."""
-    found = {
-        method.name: [r for seed in range(part.seeds) if (r := records.runs.get(key(name, case, method, seed)))]
-        for method in case.methods
-    }
-    found = {method: runs for method, runs in found.items() if runs}
-    if not found:
-        return None
-    measures = list(case.better)
-    arrows = {1: " ↑", -1: " ↓", 0: ""}
-    columns = ["", *(f"{measure}{arrows[case.better[measure]]}" for measure in measures)]
-    columns += ["evaluations a sample", "CPU s", "samples", "seeds", "ours ahead, standard errors"]
-    lead, sign = measures[0], case.better[measures[0]]
-    own = [m.name for m in case.methods if m.kind == "ours" and m.name in found]
 
-    def values(method: str, measure: str) -> list[float]:
-        return [r["measures"][measure] for r in found[method]]
+    def __init__(self, name: str, part: Part, case: Case, records: Records):
+        every = {m: [records.runs.get(key(name, case, m, seed)) for seed in range(part.seeds)] for m in case.methods}
+        self.name, self.case, self.records = name, case, records
+        self.runs = {m: [run for run in runs if run] for m, runs in every.items() if any(runs)}
+        self.lead, self.better = next(iter(case.better.items()))
 
-    rows = []
-    for method in case.methods:
-        if method.name in found:
-            runs = found[method.name]
-            against = " / ".join(ahead(values(o, lead), values(method.name, lead), sign) for o in own)
-            evaluations = statistics.mean(r["evaluations"] for r in runs) / case.n
-            rows.append(
-                [
-                    f"**{method.name}**" if method.kind == "ours" else method.name + " †" * (not method.same),
-                    *(told(values(method.name, measure)) for measure in measures),
-                    f"{evaluations:.0f}" if evaluations else "",
-                    f"{statistics.mean(r['seconds'] for r in runs):.1f}",
-                    f"{statistics.mean(r['n'] for r in runs):.0f}",
-                    str(len(runs)),
-                    against if method.kind == "rival" and (method.same or sign > 0) else "",
-                ]
-            )
-    if case.exact:
-        cells = [f"{case.exact[m]:.3f}" if m in case.exact else "" for m in measures]
-        rows.append(["*the exact target*", *cells, "", "", "", "", ""])
-    pictures = [(m, records.picture(f"{name} {case.name} {m}")) for m in found]
-    return Table(case.name, columns, rows, [(m, path) for m, path in pictures if path.exists()])
+    def values(self, method: Method, measure: str) -> list[float]:
+        """A number of all runs."""
+        return [run["measures"][measure] for run in self.runs[method]]
+
+    def ahead(self, rival: Method) -> dict[Method, float]:
+        """By how much each of ours that can be compared is better on the first number."""
+        if rival.kind != "rival" or not (rival.same or self.better > 0):
+            return {}
+        own = [m for m in self.runs if m.kind == "ours" and (rival.alone or not m.alone)]
+        return {m: ahead(self.values(m, self.lead), self.values(rival, self.lead), self.better) for m in own}
+
+    def row(self, method: Method) -> list[str]:
+        """One line of the table."""
+        runs = self.runs[method]
+        name = f"**{method.name}**" if method.kind == "ours" else method.name + " †" * (not method.same)
+        evaluations = statistics.mean(run["evaluations"] for run in runs) / self.case.n
+        return [
+            name,
+            *(told(self.values(method, measure)) for measure in self.case.better),
+            f"{evaluations:.0f}" if evaluations else "",
+            f"{statistics.mean(run['seconds'] for run in runs):.1f}",
+            f"{statistics.mean(run['n'] for run in runs):.0f}",
+            str(len(runs)),
+            " / ".join(f"{gain:+.1f}" for gain in self.ahead(method).values() if not math.isnan(gain)),
+        ]
+
+    def table(self) -> Table:
+        """All of it."""
+        arrows = {1: " ↑", -1: " ↓", 0: ""}
+        columns = ["", *(f"{measure}{arrows[better]}" for measure, better in self.case.better.items()), *BESIDE]
+        rows = [self.row(method) for method in self.runs]
+        if self.case.exact:
+            cells = [f"{self.case.exact[m]:.3f}" if m in self.case.exact else "" for m in self.case.better]
+            rows.append(["*the exact target*", *cells, *[""] * len(BESIDE)])
+        pictures = [(m.name, self.records.picture(f"{self.name} {self.case.name} {m.name}")) for m in self.runs]
+        return Table(self.case.name, columns, rows, [(m, path) for m, path in pictures if path.exists()])
+
+
+BESIDE = ("evaluations a sample", "CPU s", "samples", "seeds", "ours ahead, standard errors")
+
+
+def everything(parts: dict[str, Part], records: Records) -> dict[str, list[Found]]:
+    """What is known of all cases, part by part."""
+    found = {name: [Found(name, part, case, records) for case in part.cases] for name, part in parts.items()}
+    return {name: [one for one in of if one.runs] for name, of in found.items()}
+
+
+def summary(found: dict[str, list[Found]]) -> list[str]:
+    """How many comparisons are won and lost by two standard errors, and all that are lost."""
+    pairs = [
+        (one.case.name, ours.name, rival.name, gain)
+        for of in found.values()
+        for one in of
+        for rival in one.runs
+        for ours, gain in one.ahead(rival).items()
+        if not math.isnan(gain)
+    ]
+    lost = [f"{case}: {ours} behind {rival}, {gain:+.1f}" for case, ours, rival, gain in pairs if gain < -2]
+    won = sum(gain > 2 for *_, gain in pairs)
+    head = f"Of {len(pairs)} comparisons ours is ahead by two standard errors in {won}, and behind in {len(lost)}"
+    return [head + (":" if lost else "."), *lost]
 
 
 def markdown(parts: dict[str, Part], records: Records) -> Iterator[str]:
     """The page as lines of markdown."""
-    yield "# Compositions with exact answers"
-    yield ""
-    yield _note(records)
+    found = everything(parts, records)
+    head, *lost = summary(found)
+    yield from ("# Compositions with exact answers", "", _note(records), "", head, "", *(f"- {line}" for line in lost))
     for name, part in parts.items():
         yield from ("", f"## {part.title}", "", " ".join(part.about.split()), "")
         yield from (f"- {line}" for line in part.reported)
-        for found in filter(None, (table(name, part, case, records) for case in part.cases)):
-            yield from ("", f"**{found.title}**", "", f"| {' | '.join(found.columns)} |", "|---" * len(found.columns) + "|")
-            yield from (f"| {' | '.join(row)} |" for row in found.rows)
+        for table in (one.table() for one in found[name]):
+            yield from ("", f"**{table.title}**", "", f"| {' | '.join(table.columns)} |", "|---" * len(table.columns) + "|")
+            yield from (f"| {' | '.join(row)} |" for row in table.rows)
 
 
 NOTE = (
     "Every method takes about as many evaluations of networks as the first of its table, on the same networks and seeds: mean ± standard error over the "
-    "seeds. ↑: more is better, ↓: less is. The last column compares each of ours, in the order of the table, with that row on the first measure: above "
-    "+2 ours is ahead, below -2 behind. † has a target of its own, so that it is compared on what is as asked only, where the target always is. {runs} runs, commits {commits}."
+    "seeds. ↑: more is better, ↓: less is. The last column compares that row with each of ours, in the order of the table, on the first measure: above +2 "
+    "ours is ahead, below -2 behind; particles that go alone are compared with those that do. † has a target of its own, so that it is compared on what is "
+    "as asked only, where the target always is. {runs} runs, commits {commits}."
 )
 
 
 def page(parts: dict[str, Part], records: Records) -> str:
     """The page as HTML, with the pictures in it."""
+    found = everything(parts, records)
+    head, *lost = summary(found)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in lost)
     body = [f"<h1>Compositions with exact answers</h1><p>{html.escape(_note(records))}</p>"]
+    body.append(f"<p>{html.escape(head)}</p><ul>{items}</ul>")
     for name, part in parts.items():
         body.append(f"<h2>{html.escape(part.title)}</h2><p>{html.escape(' '.join(part.about.split()))}</p>")
         body.append("".join(f"<p><i>{html.escape(line)}</i></p>" for line in part.reported))
-        for found in filter(None, (table(name, part, case, records) for case in part.cases)):
-            head = "".join(f"<th>{html.escape(column)}</th>" for column in found.columns)
-            rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in found.rows)
-            body.append(f"<h3>{html.escape(found.title)}</h3><table><tr>{head}</tr>{rows}</table>")
-            body.append("<div>" + "".join(map(_figure, found.pictures)) + "</div>")
+        for table in (one.table() for one in found[name]):
+            columns = "".join(f"<th>{html.escape(column)}</th>" for column in table.columns)
+            rows = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+            body.append(f"<h3>{html.escape(table.title)}</h3><table><tr>{columns}</tr>{rows}</table>")
+            body.append("<div>" + "".join(map(_figure, table.pictures)) + "</div>")
     return f"<!doctype html><meta charset=utf-8><title>sculpt: the benchmark</title><style>{STYLE}</style>{''.join(body)}"
 
 

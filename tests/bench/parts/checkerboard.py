@@ -83,7 +83,7 @@ def part(quick: bool = False) -> Part:
 
     methods = [
         *ours(sculpt.product(models, POWERS), n, 1),
-        Method("FKC", corrected, 3),
+        Method("FKC", corrected, 3, alone=False),
         # With x as the base this is Composable Diffusion, too.
         Method("product of experts, without weights", summed, 3),
         Method("exact draws", lambda n, steps, generator: target.draw(n, generator), 0, kind="exact"),

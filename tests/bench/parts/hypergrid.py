@@ -50,7 +50,7 @@ def case(models: Sequence[sculpt.GFlowNet], exponent: float, n: int) -> Case:
     best = sampled(sculpt.mixture(*models)) if exponent == 1 else sampled(mean, road)
     alone = sampled(mean, sculpt.Tracked(particles=1))
     methods = [
-        Method("ours" if exponent == 1 else f"ours, {n:,} particles", best, 0, kind="ours"),
+        Method("ours" if exponent == 1 else f"ours, {n:,} particles", best, 0, kind="ours", alone=False),
         Method("mixing policy, one particle", alone, 0),
         Method("exact draws", draw, 0, kind="exact"),
     ]

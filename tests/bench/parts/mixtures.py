@@ -86,8 +86,8 @@ def part(quick: bool = False) -> Part:
 
     methods = [
         *ours(sculpt.product([model], [GAMMA]), n, 32, 1),
-        Method("FKC, all particles", corrected),
-        Method("FKC, 32 particles", functools.partial(corrected, particles=32)),
+        Method("FKC, all particles", corrected, alone=False),
+        Method("FKC, 32 particles", functools.partial(corrected, particles=32), alone=False),
         Method("the score times two, without weights", summed),
         Method("exact draws", lambda n, steps, generator: target.draw(n, generator), 0, kind="exact"),
     ]

@@ -49,6 +49,8 @@ def ours(composition: sculpt.Composition, *particles: int, **options: object) ->
             populations(composition, count, **(options if count > 1 else {})),
             width,
             kind="ours",
+            alone=count == 1,
+            fixed=count > 1,
         )
         for count in particles
     ]

@@ -32,7 +32,9 @@ class Method:
         width: evaluations a sample and step; 0 where nothing is evaluated.
         looks: evaluations a sample beside the steps.
         kind: ``ours``, ``rival``, or ``exact`` for what nobody can beat.
-        same: whether it is after the case's own target; others are printed, and not compared.
+        same: whether it is after the case's own target; others are not compared by their distance to it.
+        alone: whether every sample goes its way alone; populations are no match for one that does.
+        fixed: whether it takes the first method's steps, and so about what that costs, looks of unknown number included.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Method:
     looks: float = 0.0
     kind: str = "rival"
     same: bool = True
+    alone: bool = True
+    fixed: bool = False
 
     def steps(self, budget: float) -> int:
         """How many steps so many evaluations a sample pay for."""
@@ -165,7 +169,7 @@ def run(
 
 
 def _one(case: Case, method: Method, seed: int, budget: float | None) -> tuple[dict[str, Any], Tensor]:
-    steps = case.steps if budget is None else method.steps(budget)
+    steps = case.steps if budget is None or method.fixed else method.steps(budget)
     started = time.process_time()
     with evaluations(case.models) as seen, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -202,9 +202,15 @@ def rivals(asked: Asked, prompts: Prompts, steps: int) -> list[Method]:
             Method("product of experts", over(experts, named), m, same=False),
             Method("SuperDiff AND", over(superdiff_and, named), m, same=False),
             Method("Dombi AND, λ = 1", over(dombi, named, expression=And(tuple(map(Atom, range(m))))), m, same=alike),
-            Method("FKC, product, 16 particles", over(fkc, [*named, nothing], powers=powers, particles=16), m + 1, same=same),
-            Method("FKC, product, all particles", over(fkc, [*named, nothing], powers=powers), m + 1, same=same),
-            Method("CompLift", accepted([1.0] * m), same=False),
+            Method(
+                "FKC, product, 16 particles",
+                over(fkc, [*named, nothing], powers=powers, particles=16),
+                m + 1,
+                same=same,
+                alone=False,
+            ),
+            Method("FKC, product, all particles", over(fkc, [*named, nothing], powers=powers), m + 1, same=same, alone=False),
+            Method("CompLift", accepted([1.0] * m), same=False, alone=False),
         ]
     if asked.kind in ("not", "contrast"):
         signs = [-1.0] if asked.kind == "not" else [1.0, -1.0]
@@ -214,10 +220,10 @@ def rivals(asked: Asked, prompts: Prompts, steps: int) -> list[Method]:
         listed = [
             Method("Composable Diffusion", over(composable, [nothing, *named], weights=signs), m + 1, same=product),
             Method("Dombi NOT" + " in AND, λ = 1" * (m > 1), logic(said), m + 1, same=product),
-            Method("CompLift", accepted(signs), same=False),
+            Method("CompLift", accepted(signs), same=False, alone=False),
         ]
         if product:
-            listed.append(Method("FKC, all particles", over(fkc, models, powers=[2.0, -1.0]), 2))
+            listed.append(Method("FKC, all particles", over(fkc, models, powers=[2.0, -1.0]), 2, alone=False))
         return listed
     if asked.kind == "xor":
         neither = Or(tuple(Not(atom, Atom(0)) for atom in atoms))
@@ -271,14 +277,7 @@ def case(asked: Asked, prompts: Prompts, n: int, steps: int, particles: Sequence
 
     def seen(method: Method) -> Method:
         draw, decode = method.draw, models[0].decode
-        return Method(
-            method.name,
-            lambda n, k, g: decode(draw(n, k, g).float()).cpu(),
-            method.width,
-            method.looks,
-            method.kind,
-            method.same,
-        )
+        return replace(method, draw=lambda n, k, g: decode(draw(n, k, g).float()).cpu())
 
     methods = [seen(method) for method in (*ours(composition, *particles, **options), *rivals(asked, prompts, steps))]
     methods += refereed(asked, prompts, target, steps)

@@ -88,6 +88,11 @@ class Asked:
     kind: str
 
 
+def pictures(model: Denoiser, x: Tensor) -> Tensor:
+    """Latents as pictures, by the autoencoder alone: the pipeline's own way to them calls the network again."""
+    return Denoiser.decode(model, x.float()).cpu()
+
+
 def both(p: Denoiser, *others: Denoiser) -> sculpt.Composition:
     """p & q & r."""
     return functools.reduce(lambda a, b: a & b, others, p)  # type: ignore[return-value, arg-type]
@@ -241,7 +246,7 @@ def refereed(asked: Asked, prompts: Prompts, target: Tensor, steps: int) -> list
 
     def draw(n: int, k: int, generator: torch.Generator) -> Tensor:
         first = prompts(asked.prompts[0])
-        x = first.decode(first.sample(max(1, n * k // steps), steps=steps, generator=generator, progress=False).x).cpu()
+        x = pictures(first, first.sample(max(1, n * k // steps), steps=steps, generator=generator, progress=False).x)
         reading = judge.read(x)
         clear = x[reading.accepted]
         kept = clear[torch.rand(len(clear), generator=torch.Generator().manual_seed(k)) < (h / h.max())[reading.rows]]
@@ -276,8 +281,7 @@ def case(asked: Asked, prompts: Prompts, n: int, steps: int, particles: Sequence
         return scenes.paint(scenes.scenes()[rows], generator)
 
     def seen(method: Method) -> Method:
-        draw, decode = method.draw, models[0].decode
-        return replace(method, draw=lambda n, k, g: decode(draw(n, k, g).float()).cpu())
+        return replace(method, draw=lambda n, k, g: pictures(models[0], method.draw(n, k, g)))
 
     methods = [seen(method) for method in (*ours(composition, *particles, **options), *rivals(asked, prompts, steps))]
     methods += refereed(asked, prompts, target, steps)

@@ -40,20 +40,20 @@ def column(x: float) -> int:
 
 
 def columns(shares: tuple[float, ...]) -> Boxes:
-    """A density of x alone, with an even y."""
+    """A density of x alone with these ``shares`` of the columns, and an even y."""
     edge = [HALF * (2 * k / len(shares) - 1) for k in range(len(shares) + 1)]
     some = [k for k, share in enumerate(shares) if share]
     return Boxes([(edge[k], edge[k + 1], -HALF, HALF) for k in some], [shares[k] for k in some])
 
 
 def joint(shares: tuple[float, ...]) -> Boxes:
-    """The board, with these shares of its columns."""
+    """The board, with these ``shares`` of its columns."""
     squares = [box for box in cells(BOARD, HALF) if shares[column(box[0] + 1e-6)]]
     return Boxes(squares, [shares[column(box[0] + 1e-6)] for box in squares])
 
 
 def distances(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """The Wasserstein distances W1 and W2 of two samples of one size."""
+    """The Wasserstein distances W1 and W2 of two samples x and y of one size."""
     from scipy.optimize import linear_sum_assignment
 
     far = torch.cdist(x.double(), y.double())
@@ -62,7 +62,7 @@ def distances(x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def part(quick: bool = False) -> Part:
-    """One composition."""
+    """One composition; ``quick``: tiny."""
     n, steps = (100, 16) if quick else (1000, 128)
     models = [
         Closed(name, density, 2) for name, density in (("A", columns(WANTED)), ("B", joint(COLUMNS)), ("x", columns(COLUMNS)))

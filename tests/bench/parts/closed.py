@@ -47,7 +47,7 @@ class Closed(Denoiser):
 
 
 def log_probs(models: Sequence[Closed], z: Tensor, v: Tensor | float) -> Tensor:
-    """The log-densities ``(N, m)`` of all models at z, noised to the variance v."""
+    """The log-densities ``(N, m)`` of all ``models`` at z, noised to the variance v."""
     return torch.stack([model.density.log_prob(z, v) for model in models], dim=-1)
 
 
@@ -129,7 +129,7 @@ def _log_between(x: Tensor, low: Tensor, high: Tensor, s: Tensor) -> Tensor:
 
 
 def cells(rows: Sequence[str], half_width: float) -> list[tuple[float, float, float, float]]:
-    """The boxes of a pattern: a row of text from top to bottom, ``#`` where there is one."""
+    """The boxes of a pattern over a square of this ``half_width``: ``rows`` of text from top to bottom, ``#`` where there is a box."""
     n = len(rows)
     edge = [half_width * (2 * k / n - 1) for k in range(n + 1)]
     marked = itertools.product(range(n), range(n))

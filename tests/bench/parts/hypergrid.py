@@ -31,7 +31,13 @@ REPORTED = (
 
 
 def case(models: Sequence[sculpt.GFlowNet], exponent: float, n: int) -> Case:
-    """The first few of the objectives, by a power mean: 1 is the mixture, -1 all of them."""
+    """Objectives by a power mean.
+
+    Args:
+        models: one for each objective.
+        exponent: of the mean: 1 is the mixture, -1 all of them.
+        n: samples of a run.
+    """
     every = [exact.terminal_distribution(model) for model in models]
     target = exact.target(PowerMean(exponent, [1.0] * len(models)), every)
     states = exact.dag(models[0]).states
@@ -63,7 +69,7 @@ def _picture(title: str, x: Tensor) -> bytes:
 
 
 def part(quick: bool = False) -> Part:
-    """Linear and all, of two to five; quick: of two."""
+    """Linear and all, of two to five; ``quick``: of two."""
     n = 2000 if quick else 100_000
     models = [sculpt.load(PRETRAINED / "grid" / name) for name in NAMES]
     cases = [case(models[:m], exponent, n) for exponent in (1.0, -1.0) for m in ((2,) if quick else range(2, 6))]

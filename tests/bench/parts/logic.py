@@ -38,18 +38,18 @@ Clauses = tuple[tuple[int, ...], ...]
 
 
 def majority(d: int) -> Clauses:
-    """At least half, as clauses: one literal out of every d // 2 + 1. Literal i is proposition i - 1, a negative one its negation."""
+    """At least half of d propositions, as clauses: one out of every d // 2 + 1. Literal i is the i-th of them, -i its negation."""
     return tuple(itertools.combinations(range(1, d + 1), d // 2 + 1))
 
 
 def xor(d: int) -> Clauses:
-    """An odd number: every even set of propositions is excluded."""
+    """An odd number of d propositions: every even set of them is excluded."""
     bits = itertools.product((0, 1), repeat=d)
     return tuple(tuple(-(i + 1) if b else i + 1 for i, b in enumerate(some)) for some in bits if sum(some) % 2 == 0)
 
 
 def one_hot(d: int) -> Clauses:
-    """One, and no two."""
+    """One of d propositions, and no two."""
     return (tuple(range(1, d + 1)), *((-i, -j) for i, j in itertools.combinations(range(1, d + 1), 2)))
 
 
@@ -60,6 +60,12 @@ class Logic(Formula):
         L_i = \ell_i, \; L_{-i} = (1 + \gamma) \, \ell_0 - \gamma \, \ell_i
 
     The same nested power means as :class:`sculpt.formula.Nested` makes them, in one piece: XOR of ten has 512 clauses.
+
+    Args:
+        d: how many propositions.
+        clauses: their literals.
+        strength: λ.
+        gamma: the power of NOT.
     """
 
     degree = 1.0
@@ -107,7 +113,7 @@ class Logic(Formula):
 
 
 def expression(clauses: Clauses, strength: float = STRENGTH) -> Expression:
-    """The same as an expression of Dombi's."""
+    """The same as an expression of Dombi's, of these ``clauses`` with λ the ``strength``."""
 
     def literal(i: int) -> Expression:
         return Atom(i) if i > 0 else Not(Atom(-i), Atom(0))
@@ -116,7 +122,7 @@ def expression(clauses: Clauses, strength: float = STRENGTH) -> Expression:
 
 
 def models(d: int) -> list[Closed]:
-    """The reference and the propositions."""
+    """The reference and d propositions."""
     return [
         Closed("reference", Corners(d, SIGMA * WIDER), d),
         *(Closed(f"x{i + 1}", Corners(d, SIGMA, [i]), d) for i in range(d)),
@@ -124,7 +130,14 @@ def models(d: int) -> list[Closed]:
 
 
 class Truth:
-    """What a formula is exactly: which corners satisfy it, and its density's mass around those with k positive coordinates."""
+    """What a formula is exactly: which corners satisfy it, and its density's mass around those with k positive coordinates.
+
+    Args:
+        d: how many propositions.
+        clauses: of the formula.
+        strength: λ.
+        gamma: the power of NOT.
+    """
 
     def __init__(self, d: int, clauses: Clauses, strength: float = STRENGTH, gamma: float = 1.0):
         self.d, self.models, self.formula = d, models(d), Logic(d, clauses, strength, gamma)
@@ -197,7 +210,15 @@ REPORTED = (
 
 
 def case(name: str, d: int, clauses: Clauses, n: int, steps: int) -> Case:
-    """One formula."""
+    """One formula.
+
+    Args:
+        name: of the formula.
+        d: how many propositions.
+        clauses: of the formula.
+        n: samples of a run.
+        steps: of ours.
+    """
     truth = Truth(d, clauses)
     composition = truth.models[0].compose(truth.formula, truth.models)
     said = expression(clauses)
@@ -224,7 +245,7 @@ def case(name: str, d: int, clauses: Clauses, n: int, steps: int) -> Case:
 
 
 def part(quick: bool = False) -> Part:
-    """Six formulas; quick: the small ones."""
+    """Six formulas; ``quick``: the small ones."""
     n, steps = (200, 16) if quick else (1024, 128)
     made = {"Maj": majority, "XOR": xor, "OneHot": one_hot}
     cases = [case(f"{name} of {d}", d, make(d), n, steps) for d in ((2,) if quick else (2, 10)) for name, make in made.items()]

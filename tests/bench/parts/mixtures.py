@@ -32,7 +32,7 @@ REPORTED = (
 
 
 def mixture(seed: int = 0) -> GaussianMixture:
-    """Five Gaussians of weights 1 to 5, some of which overlap."""
+    """Five Gaussians of weights 1 to 5, some of which overlap, drawn from a ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     means = 0.45 * torch.randn(5, D, dtype=torch.float64, generator=generator)
     A = torch.randn(5, D, D, dtype=torch.float64, generator=generator) / math.sqrt(D)
@@ -41,7 +41,7 @@ def mixture(seed: int = 0) -> GaussianMixture:
 
 
 def square(p: GaussianMixture) -> GaussianMixture:
-    """The mixture whose density is proportional to the square of this one's."""
+    """The mixture whose density is proportional to the square of that of p."""
     precisions = torch.linalg.inv((p.U * p.eigenvalues[:, None]) @ p.U.mT)
     means, covariances, log_w = [], [], []
     for i, j in itertools.product(range(len(p.means)), repeat=2):
@@ -54,7 +54,7 @@ def square(p: GaussianMixture) -> GaussianMixture:
 
 
 def part(quick: bool = False) -> Part:
-    """One mixture, with all particles in one population and with 32 in each."""
+    """One mixture, with all particles in one population and with 32 in each; ``quick``: tiny."""
     n, steps = (128, 24) if quick else (2048, 256)
     p = mixture()
     target, model = square(p), Closed("p", p, D)

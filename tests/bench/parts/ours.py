@@ -42,7 +42,9 @@ def ours(composition: sculpt.Composition, *particles: int, **options: object) ->
         particles: of each method's populations.
         options: of :class:`sculpt.Tracked`.
     """
-    width = len(composition.leaves)
+    # Each sample of a mixture is one of its parts.
+    parts = composition.models if composition.picks_models else [composition]
+    width = max(len(part.leaves) for part in parts)
     return [
         Method(
             f"ours, {count:,} particle{'s' * (count > 1)}",

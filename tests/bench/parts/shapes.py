@@ -13,6 +13,7 @@ the prompt does not fit; it is compared with the prior where that is so, which i
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,7 +52,7 @@ Draw = Callable[[int, int, torch.Generator], Tensor]
 
 
 class Prompts:
-    """The model under every prompt that is asked for, loaded once."""
+    """The model under every prompt that is asked for, loaded once on a ``device``."""
 
     def __init__(self, device: str = "cpu"):
         self.device = device
@@ -89,32 +90,32 @@ class Asked:
 
 
 def pictures(model: Denoiser, x: Tensor) -> Tensor:
-    """Latents as pictures, by the autoencoder alone: the pipeline's own way to them calls the network again."""
+    """Latents x of a ``model`` as pictures, by the autoencoder alone: the pipeline's own way to them calls the network again."""
     return Denoiser.decode(model, x.float()).cpu()
 
 
 def both(p: Denoiser, *others: Denoiser) -> sculpt.Composition:
-    """p & q & r."""
+    """p and the ``others``, p & q & r."""
     return functools.reduce(lambda a, b: a & b, others, p)  # type: ignore[return-value, arg-type]
 
 
 def times(*models: Denoiser) -> sculpt.Composition:
-    """The product of the conditional ones over the unconditional one, which is the last."""
+    """The product of the conditional ``models`` over the unconditional one, which is the last."""
     return sculpt.product(models, [1.0] * (len(models) - 1) + [2.0 - len(models)])
 
 
 def exclusive(p: Denoiser, q: Denoiser) -> sculpt.Composition:
-    """Either without the other."""
+    """Either of p and q without the other."""
     return (p - q) | (q - p)
 
 
 def most(p: Denoiser, q: Denoiser, r: Denoiser) -> sculpt.Composition:
-    """Any two of them."""
+    """Any two of p, q and r."""
     return (p & q) | (p & r) | (q & r)
 
 
 def every(fit: Tensor) -> Tensor:
-    """All prompts fit."""
+    """All prompts ``fit``, ``(b, m)``."""
     return fit.all(-1)
 
 
@@ -176,72 +177,99 @@ ASKED = (
 )
 
 
-def rivals(asked: Asked, prompts: Prompts, steps: int) -> list[Method]:
-    """The rivals that have a word for what is asked."""
-    models = [prompts(prompt) for prompt in asked.prompts]
-    nothing, named = prompts.nothing, [prompts(prompt) for prompt in asked.prompts if prompt]
-    m, same = len(named), asked.kind == "product"
+class Rivals:
+    """The rivals that have a word for what is asked.
 
-    def over(rival: Callable[..., Tensor], models: Sequence[Denoiser], **options: Any) -> Draw:
-        return lambda n, k, g: rival(models, n, steps=k, generator=g, **options)
+    Args:
+        asked: the composition.
+        prompts: the models.
+        steps: of ours, which CompLift's candidates take.
+    """
 
-    def accepted(weights: Sequence[float]) -> Draw:
-        cost = (steps + LOOKS) * (m + 1)
-        return lambda n, k, g: complift(
-            [nothing, *named], max(1, n * k // cost), steps=steps, generator=g, weights=weights, looks=LOOKS
-        )
+    def __init__(self, asked: Asked, prompts: Prompts, steps: int):
+        self.asked, self.prompts, self.steps = asked, prompts, steps
+        self.named = [prompts(prompt) for prompt in asked.prompts if prompt]
+        self.with_nothing = [prompts.nothing, *self.named]
+        self.m, self.atoms = len(self.named), tuple(Atom(i + 1) for i in range(len(self.named)))
 
-    def logic(said: Expression) -> Draw:
-        return over(dombi, [nothing, *named], expression=said)
+    def methods(self) -> list[Method]:
+        """All of them."""
+        words = {"not": self.without, "contrast": self.without, "xor": self.formulas, "majority": self.formulas}
+        return words.get(self.asked.kind, self.together)()
 
-    atoms = tuple(Atom(i + 1) for i in range(m))
-    if asked.kind in ("and", "product", "odds"):
-        powers = [1.0] * m + [1.0 - m]
-        alike = asked.kind == "and" and m == 2  # of two, Dombi's AND with λ = 1 is the posterior
-        said = " ".join(filter(None, asked.prompts))
+    def together(self) -> list[Method]:
+        """AND."""
+        m, product = self.m, self.asked.kind == "product"
+        alike = self.asked.kind == "and" and m == 2  # of two, Dombi's AND with λ = 1 is the posterior
+        said = " ".join(filter(None, self.asked.prompts))
         short = len(said.split()) + 2 <= WORDS  # others would lose their end
+        both = {"models": [*self.named, self.prompts.nothing], "powers": [1.0] * m + [1.0 - m]}
+        corrected = {"width": m + 1, "same": product, "alone": False}
+        differences = _over(composable, self.with_nothing, weights=[1.0] * m)
+        every = And(tuple(map(Atom, range(m))))
         return [
-            *([Method("joint prompt", over(joint, [prompts(said)]), 1, same=False)] if short else []),
-            Method("averaged scores", over(averaged, named), m, same=False),
-            Method("Composable Diffusion", over(composable, [nothing, *named], weights=[1.0] * m), m + 1, same=same),
-            Method("product of experts", over(experts, named), m, same=False),
-            Method("SuperDiff AND", over(superdiff_and, named), m, same=False),
-            Method("Dombi AND, λ = 1", over(dombi, named, expression=And(tuple(map(Atom, range(m))))), m, same=alike),
-            Method(
-                "FKC, product, 16 particles",
-                over(fkc, [*named, nothing], powers=powers, particles=16),
-                m + 1,
-                same=same,
-                alone=False,
-            ),
-            Method("FKC, product, all particles", over(fkc, [*named, nothing], powers=powers), m + 1, same=same, alone=False),
-            Method("CompLift", accepted([1.0] * m), same=False, alone=False),
+            *([Method("joint prompt", _over(joint, [self.prompts(said)]), same=False)] if short else []),
+            Method("averaged scores", _over(averaged, self.named), m, same=False),
+            Method("Composable Diffusion", differences, m + 1, same=product),
+            Method("product of experts", _over(experts, self.named), m, same=False),
+            Method("SuperDiff AND", _over(superdiff_and, self.named), m, same=False),
+            Method("Dombi AND, λ = 1", _over(dombi, self.named, expression=every), m, same=alike),
+            Method("FKC, product, 16 particles", _over(fkc, **both, particles=16), **corrected),
+            Method("FKC, product, all particles", _over(fkc, **both), **corrected),
+            self.complift([1.0] * m),
         ]
-    if asked.kind in ("not", "contrast"):
-        signs = [-1.0] if asked.kind == "not" else [1.0, -1.0]
-        against = Not(atoms[-1], Atom(0))
-        said = against if asked.kind == "not" else And((atoms[0], against))
-        product = asked.name == "not, product"
-        listed = [
-            Method("Composable Diffusion", over(composable, [nothing, *named], weights=signs), m + 1, same=product),
-            Method("Dombi NOT" + " in AND, λ = 1" * (m > 1), logic(said), m + 1, same=product),
-            Method("CompLift", accepted(signs), same=False, alone=False),
+
+    def without(self) -> list[Method]:
+        """NOT, and one without the other."""
+        m, product, against = self.m, self.asked.name == "not, product", Not(self.atoms[-1], Atom(0))
+        signs, said = ([-1.0], against) if m == 1 else ([1.0, -1.0], And((self.atoms[0], against)))
+        differences = _over(composable, self.with_nothing, weights=signs)
+        corrected = Method("FKC, all particles", _over(fkc, self.with_nothing, powers=[2.0, -1.0]), 2, alone=False)
+        return [
+            Method("Composable Diffusion", differences, m + 1, same=product),
+            Method("Dombi NOT" + " in AND, λ = 1" * (m > 1), self._logic(said), m + 1, same=product),
+            self.complift(signs),
+            *([corrected] if product else []),
         ]
-        if product:
-            listed.append(Method("FKC, all particles", over(fkc, models, powers=[2.0, -1.0]), 2, alone=False))
-        return listed
-    if asked.kind == "xor":
-        neither = Or(tuple(Not(atom, Atom(0)) for atom in atoms))
-        return [Method("Dombi XOR, λ = 1", logic(And((Or(atoms), neither))), m + 1, same=False)]
-    pairs = tuple(Or((atoms[i], atoms[j])) for i in range(m) for j in range(i))
-    return [Method("Dombi majority, λ = 1", logic(And(pairs)), m + 1, same=False)]
+
+    def formulas(self) -> list[Method]:
+        """What only logic has a word for."""
+        if self.asked.kind == "xor":
+            name, said = "XOR", And((Or(self.atoms), Or(tuple(Not(atom, Atom(0)) for atom in self.atoms))))
+        else:
+            name, said = "majority", And(tuple(Or(pair) for pair in itertools.combinations(self.atoms, 2)))
+        return [Method(f"Dombi {name}, λ = 1", self._logic(said), self.m + 1, same=False)]
+
+    def complift(self, weights: Sequence[float]) -> Method:
+        """CompLift, of as many candidates as the evaluations pay for, with these ``weights``."""
+        cost = (self.steps + LOOKS) * (self.m + 1)
+        options = {"steps": self.steps, "weights": weights, "looks": LOOKS}
+
+        def draw(n: int, k: int, generator: torch.Generator) -> Tensor:
+            return complift(self.with_nothing, max(1, n * k // cost), generator=generator, **options)
+
+        return Method("CompLift", draw, same=False, alone=False)
+
+    def _logic(self, said: Expression) -> Draw:
+        return _over(dombi, self.with_nothing, expression=said)
+
+
+def _over(rival: Callable[..., Tensor], models: Sequence[Denoiser], **options: Any) -> Draw:
+    return lambda n, k, g: rival(models, n, steps=k, generator=g, **options)
 
 
 def refereed(asked: Asked, prompts: Prompts, target: Tensor, steps: int) -> list[Method]:
-    """Rejection by the program's own proportions, from the first prompt: what the network's samples are worth at best."""
+    """Rejection by the program's own proportions, from the first prompt: what the network's samples are worth at best.
+
+    Args:
+        asked: the composition; there is nothing where its first prompt does not cover it.
+        prompts: the models.
+        target: its exact distribution.
+        steps: of each candidate.
+    """
     anchor = scenes.conditional(asked.prompts[0])
     h = torch.where(anchor > 0, target / anchor, 0.0)
-    if asked.kind not in ("and", "odds", "contrast") and asked.name != "not, contrast":
+    if asked.kind in ("product", "xor", "majority") or asked.name == "not, product":
         return []
 
     def draw(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -249,14 +277,23 @@ def refereed(asked: Asked, prompts: Prompts, target: Tensor, steps: int) -> list
         x = pictures(first, first.sample(max(1, n * k // steps), steps=steps, generator=generator, progress=False).x)
         reading = judge.read(x)
         clear = x[reading.accepted]
-        kept = clear[torch.rand(len(clear), generator=torch.Generator().manual_seed(k)) < (h / h.max())[reading.rows]]
+        kept = clear[torch.rand(len(clear), generator=generator) < (h / h.max())[reading.rows]]
         return kept if len(kept) else x[:1]
 
     return [Method("rejection by the exact proportions", draw, 1, kind="exact")]
 
 
 def case(asked: Asked, prompts: Prompts, n: int, steps: int, particles: Sequence[int], **options: Any) -> Case:
-    """One composition, ours with these populations beside every rival."""
+    """One composition, ours beside every rival.
+
+    Args:
+        asked: the composition.
+        prompts: the models.
+        n: samples of a run.
+        steps: of the first of ours.
+        particles: the populations of ours.
+        options: of :class:`sculpt.Tracked`.
+    """
     models = [prompts(prompt) for prompt in asked.prompts]
     target, names = asked.target(*asked.prompts), tuple(filter(None, asked.prompts))
     composition = asked.compose(*models)
@@ -283,7 +320,7 @@ def case(asked: Asked, prompts: Prompts, n: int, steps: int, particles: Sequence
     def seen(method: Method) -> Method:
         return replace(method, draw=lambda n, k, g: pictures(models[0], method.draw(n, k, g)))
 
-    methods = [seen(method) for method in (*ours(composition, *particles, **options), *rivals(asked, prompts, steps))]
+    methods = [seen(method) for method in (*ours(composition, *particles, **options), *Rivals(asked, prompts, steps).methods())]
     methods += refereed(asked, prompts, target, steps)
     methods.append(Method("exact draws", drawn, 0, kind="exact"))
     exact = {"as asked": float(target @ fits(scenes.scenes()).double())}
@@ -301,7 +338,7 @@ def _picture(pictures: Tensor) -> bytes:
 
 
 def part(quick: bool = False, device: str = "cpu") -> Part:
-    """All compositions, with 256, 16 and 1 particles; quick: three of them, tiny."""
+    """All compositions on a ``device``, with 256, 16 and 1 particles; ``quick``: three of them, tiny."""
     prompts = Prompts(device)
     if quick:
         some = [asked for asked in ASKED if asked.name in ("both of two, attributes", "not, contrast", "exclusive or")]

@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench-diffusion bench-gflownet bench-molecules bench-tokens bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
+.PHONY: help demo test test-all lint bench bench-diffusion bench-gflownet bench-molecules bench-tokens bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -30,6 +30,9 @@ test-all: $(READY)  ## all the tests
 
 lint: $(READY)  ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(READY)  ## compositions with exact answers, rivals beside us, on one page in train_state/bench; hours, and goes on where it stopped; PARTS="logic" for some, QUICK=1 for a tiny one
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/bench/page.py $(PARTS) $(if $(QUICK),--quick) --device $(or $(DEVICE),cpu)
 
 bench-diffusion: $(READY)  ## errors against exact targets and cost per step, diffusion
 	@$(BIN)/python tests/bench/diffusion.py

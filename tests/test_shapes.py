@@ -1,17 +1,15 @@
 """The prompted scenes of ``pretrained/shapes``: what they are exactly, their judge, and the pipeline that draws them."""
 
 import argparse
-import contextlib
 import hashlib
-import importlib
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from imported import pretrained
 
 import sculpt
 from sculpt.formula import Posterior
@@ -22,22 +20,7 @@ WEIGHTS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_
 PROMPTS = ["a red circle", "a thing at the left", "a blue cross at the top right", "a yellow thing", "a square", ""]
 
 
-@contextlib.contextmanager
-def named_alike(*names):
-    """Modules of these names may be imported from the folder; those that other folders have by the same names come back."""
-    path, others = list(sys.path), {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(SHAPES))
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-with named_alike("scenes", "judge", "measures", "recipe"):
-    scenes, judge, measures, recipe = map(importlib.import_module, ("scenes", "judge", "measures", "recipe"))
+scenes, judge, measures, recipe = pretrained("shapes", "scenes", "judge", "measures", "recipe")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +88,28 @@ def test_exact_compositions_are_those_of_their_formulas():
     torch.testing.assert_close(scenes.product("a circle", powers=[1.0]), scenes.conditional("a circle"))
     with pytest.raises(ValueError, match="No scene"):
         scenes.product("a red thing at the top left", "a blue thing at the top left")
+
+
+def test_odds_and_mixtures_of_scenes_are_those_of_their_formulas():
+    prompts = ("a green thing", "a triangle")
+    p = torch.stack([scenes.conditional(prompt) for prompt in prompts], -1)
+    some = (p > 0).all(-1)
+    exact = scenes.posterior(prompts, (0, 1), (0.2, 0.8))
+    wanted = Posterior(2, (0, 1), (0.2, 0.8)).value(p[some].log()).softmax(0)
+    torch.testing.assert_close(exact[some], wanted)
+    assert exact[~some].sum() == 0
+    torch.testing.assert_close(scenes.mixture(p[:, 0], p[:, 1]), p.mean(-1))
+    none = scenes.without("a red thing")
+    assert not scenes.fits("a red thing", scenes.scenes()[none > 0]).any() and none.sum() == pytest.approx(1)
+
+
+def test_exact_draws_of_a_composition_are_near_it_and_others_are_not():
+    prompts = ("a green thing", "a triangle")
+    target = scenes.harmonic_mean(*prompts)
+    for p, near in ((target, True), (scenes.conditional(prompts[0]), False)):
+        x = scenes.scenes()[p.multinomial(4000, True, generator=generator())]
+        apart = measures.composed_distances(prompts, x, target)
+        assert all((distance < 0.06) == near for distance in apart.values()), apart
 
 
 # The judge

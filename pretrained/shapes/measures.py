@@ -6,7 +6,7 @@ how many objects there are; what the objects are that c fits, and where; what th
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import judge
@@ -86,6 +86,26 @@ def floor(prompt: Tensor, generator: torch.Generator) -> dict[str, float]:
         at = prompt == c
         rows[at] = scenes.conditional(PROMPTS[c]).multinomial(int(at.sum()), True, generator=generator)
     return distances(prompt, scenes.scenes()[rows])
+
+
+def composed(prompts: Sequence[str], x: Tensor) -> dict[str, Tensor]:
+    """The classes by which compositions of prompts are compared, of scenes ``(b, 4)``: how often each class is in each scene."""
+    fit = torch.stack([scenes.fits(prompt, x).any(-1) for prompt in prompts], -1)
+    pattern = (fit.long() * 2 ** torch.arange(len(prompts), device=x.device)).sum(-1)
+    kinds = 2 ** len(prompts)
+    number = kinds * (x > 0).sum(-1) + pattern
+    one_hot = torch.nn.functional.one_hot(x, 1 + KINDS)[..., 1:].double()
+    return {
+        "how many, and which prompts fit": torch.nn.functional.one_hot(number, 5 * kinds).double(),
+        "what is where": one_hot.flatten(1),
+    }
+
+
+def composed_distances(prompts: Sequence[str], x: Tensor, target: Tensor) -> dict[str, float]:
+    """The total variation between the classes of scenes and those of a distribution over :func:`scenes.scenes`."""
+    found = {name: value.mean(0) for name, value in composed(prompts, x).items()}
+    expected = {name: target @ value for name, value in composed(prompts, scenes.scenes()).items()}
+    return {name: 0.5 * float((p / p.sum() - expected[name] / expected[name].sum()).abs().sum()) for name, p in found.items()}
 
 
 def pictures(paint: Callable[[list[str]], Tensor], prompt: Tensor, batch_size: int = 50) -> judge.Reading:

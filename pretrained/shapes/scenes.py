@@ -114,11 +114,12 @@ def normalised(p: Tensor) -> Tensor:
     return p / p.sum()
 
 
-def posterior(prompts: Sequence[str], labels: Sequence[int]) -> Tensor:
-    r"""p(scene | labels) ∝ :math:`\prod_k p_{y_k} / (\sum_j p_j)^{n - 1}`, the n labels observed and the models equally likely."""
+def posterior(prompts: Sequence[str], labels: Sequence[int], odds: Sequence[float] | None = None) -> Tensor:
+    r"""p(scene | labels) ∝ :math:`p_{y_1} \prod_{k \ge 2} v_{y_k} p_{y_k} / \sum_j v_j p_j`, with the odds v, by default equal."""
     p = torch.stack([conditional(prompt) for prompt in prompts])
-    total = p.sum(0)
-    return normalised(p[list(labels)].prod(0) / torch.where(total > 0, total, 1.0) ** (len(labels) - 1))
+    seen = p * (torch.ones(len(p)) if odds is None else torch.tensor(odds))[:, None].double()
+    total = seen.sum(0)
+    return normalised(p[labels[0]] * (seen / torch.where(total > 0, total, 1.0))[list(labels[1:])].prod(0))
 
 
 def harmonic_mean(*prompts: str) -> Tensor:
@@ -137,6 +138,17 @@ def product(*prompts: str, powers: Sequence[float] | None = None) -> Tensor:
     for prompt, power in zip(prompts, powers or [1.0] * len(prompts), strict=True):
         p = p * (conditional(prompt) / prior()) ** power
     return normalised(p)
+
+
+def mixture(*distributions: Tensor) -> Tensor:
+    """Any of them, each as likely."""
+    return torch.stack(distributions).mean(0)
+
+
+def without(prompt: str) -> Tensor:
+    """p(x) where the prompt fits nothing. A product with a negative power of p(x | c) is infinite there, and of all that it could come
+    to this is the one where only p tells scenes apart."""
+    return normalised(prior() * ~fits(prompt, scenes()).any(-1))
 
 
 # What is drawn

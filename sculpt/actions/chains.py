@@ -21,7 +21,7 @@ from sculpt.actions.reading import Reading, emptied, read
 from sculpt.actions.states import NEG_INF, draw
 from sculpt.chain import Chain, Settings
 from sculpt.diagnostics import APART
-from sculpt.formula import Formula, Nested, divides
+from sculpt.formula import Formula, Nested
 from sculpt.particles import systematic
 from sculpt.state import State
 
@@ -256,7 +256,7 @@ class TrackedChain(ActionChain):
     def slip(self, state, population):
         x = _some(state, population, self.generator)
         shift = self.follow(disagreement(self._target(x), self.models, x, self.generator))
-        return math.hypot(shift, self._missed(population)) if divides(self.target) else shift
+        return math.hypot(shift, self._missed(population)) if _pushes(self.target) else shift
 
     def _target(self, x: Shaped[Tensor, "k *s"]) -> Formula:
         """The formula of the models' densities at these samples, with what the factors say of them."""
@@ -265,7 +265,8 @@ class TrackedChain(ActionChain):
     def _missed(self, population: Population) -> float:
         """By how much log Z is larger, say samples of the model that counts most, each with its weight.
 
-        Where a density is divided by, particles may all leave at once for where it is small, and their equal weights see nothing of the rest.
+        Where a formula pushes away from a model, particles may all leave at once for where it is small, and their equal weights see nothing of
+        the rest.
         """
         a = self.target.gradient(torch.zeros(self.target.m, dtype=torch.float64))[: self.m]
         i, n = int(a.argmax()), max(2, population.n // 2)
@@ -289,6 +290,13 @@ def _log_ratios(models: Sequence[ActionModel], reading: Reading) -> Float[Tensor
     if len({model.backward_key for model in models}) == 1:
         return log_p
     return log_p - torch.stack([children_log_pb(model, reading.states, log_p) for model in models], dim=-1)
+
+
+def _pushes(formula: Formula) -> bool:
+    """Whether a formula pushes away from one of its models: it falls where all densities are equal and that one rises."""
+    a = formula.gradient(torch.zeros(formula.m, dtype=torch.float64)).clone()
+    a[list(formula.factors)] = 0
+    return bool((a < 0).any())
 
 
 def _degree_one(formula: Formula) -> bool:

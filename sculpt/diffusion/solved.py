@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from sculpt.chain import Settings
 from sculpt.diffusion.chains import EXTRAPOLATED_NOTE
-from sculpt.diffusion.clock import common_start, level, noise_range, share
+from sculpt.diffusion.clock import common_start, level, noise_range
 from sculpt.diffusion.diffusers.solver import SolverChain
-from sculpt.diffusion.fade import fade
 from sculpt.diffusion.kernels import analytic_variance, check_finite
 from sculpt.diffusion.together import at_once, denoise_all
 from sculpt.diffusion.tracked import MORE
@@ -83,8 +82,7 @@ class Remembering:
         D, v = denoise_all(self.models, exact, s, self.batch_size), s**2
         check_finite(D, "a base model gave", self.k, s)
         ell, S = self._followed(exact, v, D)
-        way = float(share(s.clamp(self.s_min, self.s_max), self.s_min, self.s_max))
-        a = fade(self.formula, way**2).gradient(ell)
+        a = self.formula.gradient(ell)
         # Particles that go alone have no weights between each other.
         w = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
         c, _ = analytic_variance(exact, D, a, w, v)

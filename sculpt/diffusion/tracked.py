@@ -104,7 +104,8 @@ class TrackedChain(NoisyChain):
         # In few dimensions a drift takes variance out of the weights.
         self.controls, self.control = d <= FEW_DIMENSIONS and not alone, None
         # The target of each level: what the formula pushes away from is faded in. Powers that are the same everywhere the control can follow.
-        faded = not (self.controls and isinstance(formula, Product))
+        # Nor for particles that go alone: nobody selects among them, and they would fall behind.
+        faded = not (alone or (self.controls and isinstance(formula, Product)))
         self.targets = [fade(formula, (k / self.last) ** 2) if faded else formula for k in range(self.last + 1)]
 
     def turn(self) -> int:

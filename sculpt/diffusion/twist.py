@@ -41,6 +41,8 @@ PUSH = 1.0
 """Standard deviations of a step's noise in two dimensions that a factor moves a particle by at most: it may be wrong yet."""
 SOLVES, CLOSE = 20, 0.01
 """Steps of conjugate gradients at most, and the share of the miss that may be left."""
+SMALL = 0.002
+"""of the derivative of a denoised image, below which its error counts for more"""
 FORBIDDEN = 2.0
 """Nats under the best particle that a forbidden denoised image counts on the way: it may yet turn out well."""
 
@@ -57,8 +59,9 @@ class Twist:
     def __init__(self, factors: Sequence[Factor], formula: Formula, m: int):
         self.factors, self.m = tuple(factors), m
         self.operands = [_operand(formula, m + j) for j in range(len(factors))]
-        # At the top nothing is known of a sample, and the factors say nothing; of what is observed it is known how much.
-        self.beta = [float(isinstance(factor, Observed)) for factor in factors]
+        # At the top nothing is known of a sample, and the factors say nothing.
+        self.beta = [0.0] * len(factors)
+        self.solves = [False] * len(factors)
 
     def __len__(self) -> int:
         return len(self.factors)
@@ -91,7 +94,7 @@ class Twist:
                 pull = torch.zeros_like(z)
                 if beta:
                     x = self.denoised(j, z, D, ell)
-                    if isinstance(factor, Observed) and steers:
+                    if isinstance(factor, Observed) and self.solves[j] and steers:
                         log_f, rises = _observed(factor, z, x, v)
                     else:
                         log_f, rises = factor.pull(x.detach().float())
@@ -129,16 +132,18 @@ class Twist:
         rows = systematic(w.log(), LOOKED_AT, generator)
         z, D, ell = z[rows], D[rows], ell[rows]
         for j, factor in enumerate(self.factors):
-            if isinstance(factor, Observed):
-                continue
             formula, columns = self.operands[j]
             models = [k for k, column in enumerate(columns) if column < self.m]
             b = (formula.gradient(ell[:, columns])[:, models] / formula.degree).mean(0)
             share = float((b.to(open_) @ open_[[columns[k] for k in models]] / v[0]).clamp(1e-6, 1 - 1e-6))
             spread = float(v[0]) * share / (1 - share)  # of the Gaussian that leaves as much open
             ahead = 1 / (1 / float(v[1]) + 1 / spread)
-            x = self.denoised(j, z, D, ell)
-            self.beta[j] = _believed(factor, x, ahead, spread, generator)
+            # A network's derivative is worth something where it is not small.
+            if isinstance(factor, Observed):
+                self.solves[j] = share > SMALL
+                self.beta[j] = float(self.solves[j])
+            else:
+                self.beta[j] = _believed(factor, self.denoised(j, z, D, ell), ahead, spread, generator)
 
 
 def _believed(factor: Factor, x: Tensor, c: float, spread: float, generator: torch.Generator | None) -> float:
@@ -173,17 +178,21 @@ def _observed(
         (back,) = torch.autograd.grad(x, z, u, retain_graph=True)
         return floor * u + v * m * back
 
-    u, rest = torch.zeros_like(r), r
+    u, rest, tiny = torch.zeros_like(r), r, torch.finfo(r.dtype).tiny
     way, size = rest, inner(rest, rest)
+    goes = torch.ones_like(size, dtype=torch.bool)
     enough = CLOSE**2 * size
     for _ in range(SOLVES):
-        if (size <= enough).all():
-            break
         along = covariance(way)
-        step = torch.where(size > enough, size / inner(way, along).clamp(min=torch.finfo(size.dtype).tiny), 0.0)
-        u, rest = u + like(step, u) * way, rest - like(step, u) * along
+        bent = inner(way, along)
+        # A learned derivative is no covariance everywhere. What has been solved so far stands.
+        goes = goes & (size > enough) & (bent > floor / 2 * inner(way, way))
+        if not goes.any():
+            break
+        step = like(torch.where(goes, size / bent, 0.0), u)
+        u, rest = u + step * way, rest - step * along
         size, before = inner(rest, rest), size
-        way = rest + like(size / before.clamp(min=torch.finfo(size.dtype).tiny), u) * way
+        way = rest + like(size / before.clamp(min=tiny), u) * way
     return -inner(r, u) / (2 * factor.power), u / factor.power
 
 

@@ -116,7 +116,7 @@ def distill(
     title, every = f"distilling {composition}", max(1, steps // 200)
     for row in tqdm(training.run(student.loss, steps), title, steps, initial=training.step, disable=not progress, delay=2):
         if training.step % every == 0:
-            training.curve.append({"step": training.step, **row})
+            training.curve.append({"step": training.step} | {name: float(value) for name, value in row.items()})
         training.save(every=30.0)
     training.save()
     model = student.graduate(training.average)

@@ -6,6 +6,7 @@ Notation: as in :mod:`sculpt.actions.model`.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -29,10 +30,18 @@ from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
 from sculpt.gflownet.environments import describe, rules, states_of, title, walk
-from sculpt.gflownet.estimators import ComposedEstimator, LogProbPolicy, check_condition, check_one_parent, check_parts
+from sculpt.gflownet.estimators import (
+    ComposedEstimator,
+    LogProbPolicy,
+    NetworkPolicy,
+    check_condition,
+    check_one_parent,
+    check_parts,
+)
 from sculpt.identity import module_digest
 from sculpt.model import BaseModel
 from sculpt.samples import Samples
+from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
@@ -40,6 +49,9 @@ if TYPE_CHECKING:
     from sculpt.roads import Guided
 
 __all__ = ["GFlowNet", "GFlowNetComposition", "GuidedGFlowNet"]
+
+AT_ONCE = 2048
+"""Finished samples whose log-probabilities are computed at once."""
 
 
 class GFlowNet(ActionModel):
@@ -50,6 +62,7 @@ class GFlowNet(ActionModel):
         policy: its forward estimator.
         backward: its backward estimator; without one the backward policy is uniform over the parents.
         condition: fixes a conditional policy, e.g. ``{"beta": 32.0}``: another condition is another base model.
+        fixed: whether the condition is a part of the model, so that its checkpoint has the values and nobody is asked for them.
         name: how formulas and messages call it.
         key: replaces the hash of weights and configuration where there is nothing to hash.
     """
@@ -61,6 +74,7 @@ class GFlowNet(ActionModel):
         backward: DiscretePolicyEstimator | None = None,
         *,
         condition: dict[str, float] | None = None,
+        fixed: bool = False,
         name: str | None = None,
         key: str | None = None,
     ):
@@ -69,6 +83,7 @@ class GFlowNet(ActionModel):
             backward = None
         self.env, self.policy, self.backward = env, policy, backward
         self.condition = check_condition(condition or {}, policy, name or "this policy")
+        self.fixed = fixed
         self._key, self._name = key, name
         self.n_actions, self.shape = env.n_actions, tuple(env.state_shape)
         self.samples_class = getattr(env, "samples_class", Samples)
@@ -179,6 +194,15 @@ class GFlowNet(ActionModel):
             raise ValueError(f"{self.name}: no distribution over actions in state {states[bad][0].tolist()}: {why}.")
         return log_p
 
+    def log_p(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"] | None:
+        """Log-probabilities of finished samples, where the network has a shorter way to them than along their paths, its ``log_p``."""
+        whole = getattr(self.policy.module, "log_p", None)
+        if whole is None or self.backward is not None:
+            return None
+        values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
+        with _evaluating(self.policy):
+            return in_parts(lambda x: whole(x, *values[:, None].expand(-1, len(x))).double(), AT_ONCE, x)
+
     def log_pb(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b p"]:
         r""":math:`\log P_B(s|s')` of s' = ``states``, per action that may have led there; the initial state has none."""
         wrapped = states_of(self.env, states)
@@ -232,8 +256,39 @@ class GFlowNet(ActionModel):
         spec = describe(self.env)
         if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
             return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
+        return StateNetwork(*self._range())
+
+    def policy_network(self) -> nn.Module:
+        """A new policy network of such states: one for grids, or one for vectors."""
+        spec = describe(self.env)
+        if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
+            return GridNetwork(self.env.ndim, self.env.height, self.n_actions, encoding="one-hot")
+        return StateNetwork(*self._range(), outputs=self.n_actions)
+
+    def _range(self) -> tuple[int, float, float, bool]:
+        """How many numbers a state has, the least and the largest of them, and whether they are whole."""
         seen = torch.cat([states.tensor.flatten(1) for states in walk(self.env)]).double()
-        return StateNetwork(seen.shape[1], float(seen.min()), float(seen.max()), whole=bool((seen == seen.round()).all()))
+        return seen.shape[1], float(seen.min()), float(seen.max()), bool((seen == seen.round()).all())
+
+    # Distillation
+
+    @property
+    def module(self) -> nn.Module:
+        return self.policy
+
+    def with_module(self, module: nn.Module) -> GFlowNet:
+        new = copy.copy(self)
+        new.policy = module  # type: ignore[assignment]
+        return new
+
+    def learner(self, name: str, network: nn.Module | None = None) -> GFlowNet:
+        computed = isinstance(self.policy, LogProbPolicy | RecurrentDiscretePolicyEstimator)
+        if network is None and not computed:
+            policy, condition = copy.deepcopy(self.policy).float(), self.condition
+        else:
+            policy, condition = NetworkPolicy(self.policy_network() if network is None else network, self.n_actions), {}
+        policy = policy.to(self.device).requires_grad_(True)
+        return GFlowNet(self.env, policy, self.backward, condition=condition, fixed=True, name=name)
 
     def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
         return GuidedGFlowNet(guidance)

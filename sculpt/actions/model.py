@@ -106,11 +106,15 @@ class ActionModel(Steppable):
     @property
     def module(self) -> nn.Module:
         """The network of a model that learns."""
-        raise ValueError(f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner.")
+        raise ValueError(
+            f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner."
+        )
 
     def with_module(self, module: nn.Module) -> ActionModel:
         """The same with another network of the same kind."""
-        raise ValueError(f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner.")
+        raise ValueError(
+            f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner."
+        )
 
     def learner(self, name: str, network: nn.Module | None = None) -> ActionModel:
         """A model of such samples that learns. It begins as a copy of this one where this one's network can be copied.

@@ -152,7 +152,10 @@ class PolicyStudent(Student):
         new = RENEW * max(1, int(NEW * B))
         if seed % RENEW == 0 or not len(self.own):
             self._explore(new if len(self.own) else max(new, len(self.own.x) // 4), generator)
-        parts = [(self.own, self.own.newest(int(NEW * B), new, generator)), (self.own, self.own.heaviest(int(OLD * B), generator))]
+        parts = [
+            (self.own, self.own.newest(int(NEW * B), new, generator)),
+            (self.own, self.own.heaviest(int(OLD * B), generator)),
+        ]
         rest = B - sum(len(rows) for _, rows in parts)
         parts.append((self.given, torch.randint(len(self.given), (rest,), generator=generator)))
         x = torch.cat([pool.x[rows] for pool, rows in parts])

@@ -77,7 +77,11 @@ def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, A
                 f"The policy in {folder} is conditional on {names or 'nothing'}, got values for {sorted(condition) or 'nothing'}. "
                 f"Call load({str(folder)!r}{''.join(f', {name}=…' for name in names)})."
             )
-        fixed = {} if "fixed" not in config else {entry: config.inside("fixed").number(entry) for entry in config.inside("fixed").found}
+        fixed = (
+            {}
+            if "fixed" not in config
+            else {entry: config.inside("fixed").number(entry) for entry in config.inside("fixed").found}
+        )
         name = config.optional("name", config.text, most=1000) or folder.resolve().name
         parts = {
             side: _part(config, side, getattr(given, side), weights)

@@ -5,11 +5,10 @@ Notation: as in :mod:`sculpt.actions.model`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +22,21 @@ from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.model import ActionModel, GuidedActions
-from sculpt.actions.networks import GridNetwork, StateNetwork
 from sculpt.actions.paths import ONE_PARENT
 from sculpt.actions.reading import Carry, Memory
 from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, rules, states_of, title, walk
+from sculpt.gflownet.environments import describe, rules, states_of, title
 from sculpt.gflownet.estimators import (
     ComposedEstimator,
     LogProbPolicy,
-    NetworkPolicy,
     check_condition,
     check_one_parent,
     check_parts,
+    evaluating,
 )
+from sculpt.gflownet.networks import network_for, policy_to_learn
 from sculpt.identity import module_digest
 from sculpt.model import BaseModel
 from sculpt.samples import Samples
@@ -169,7 +168,7 @@ class GFlowNet(ActionModel):
         """A step of a recurrent policy, as torchgfn's Sampler takes it."""
         assert self._carry is not None
         wrapped = states_of(self.env, states)
-        with torch.no_grad(), _evaluating(self.policy):
+        with torch.no_grad(), evaluating(self.policy):
             out, carry = self.policy(wrapped, self._carry.given(kept, len(states)))
         return self._masked(states, wrapped, out), self._carry.kept(carry)
 
@@ -200,7 +199,7 @@ class GFlowNet(ActionModel):
         if whole is None or self.backward is not None:
             return None
         values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
-        with _evaluating(self.policy):
+        with evaluating(self.policy):
             return in_parts(lambda x: whole(x, *values[:, None].expand(-1, len(x))).double(), AT_ONCE, x)
 
     def log_pb(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b p"]:
@@ -215,7 +214,7 @@ class GFlowNet(ActionModel):
         return log_p
 
     def _logits(self, estimator: DiscretePolicyEstimator, wrapped: DiscreteStates) -> Tensor:
-        with _evaluating(estimator):
+        with evaluating(estimator):
             if self.condition:
                 values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
                 out = estimator(wrapped, values.expand(len(wrapped), -1))
@@ -253,22 +252,7 @@ class GFlowNet(ActionModel):
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, one for grids, or one for vectors."""
         if hasattr(self.env, "classifier_network"):
             return self.env.classifier_network()
-        spec = describe(self.env)
-        if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
-            return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
-        return StateNetwork(*self._range())
-
-    def policy_network(self) -> nn.Module:
-        """A new policy network of such states: one for grids, or one for vectors."""
-        spec = describe(self.env)
-        if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
-            return GridNetwork(self.env.ndim, self.env.height, self.n_actions, encoding="one-hot")
-        return StateNetwork(*self._range(), outputs=self.n_actions)
-
-    def _range(self) -> tuple[int, float, float, bool]:
-        """How many numbers a state has, the least and the largest of them, and whether they are whole."""
-        seen = torch.cat([states.tensor.flatten(1) for states in walk(self.env)]).double()
-        return seen.shape[1], float(seen.min()), float(seen.max()), bool((seen == seen.round()).all())
+        return network_for(self.env)
 
     # Distillation
 
@@ -282,12 +266,7 @@ class GFlowNet(ActionModel):
         return new
 
     def learner(self, name: str, network: nn.Module | None = None) -> GFlowNet:
-        computed = isinstance(self.policy, LogProbPolicy | RecurrentDiscretePolicyEstimator)
-        if network is None and not computed:
-            policy, condition = copy.deepcopy(self.policy).float(), self.condition
-        else:
-            policy, condition = NetworkPolicy(self.policy_network() if network is None else network, self.n_actions), {}
-        policy = policy.to(self.device).requires_grad_(True)
+        policy, condition = policy_to_learn(self, network)
         return GFlowNet(self.env, policy, self.backward, condition=condition, fixed=True, name=name)
 
     def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
@@ -360,25 +339,3 @@ class GFlowNetComposition(Composition):
         guided = self.guided(road)
         assert isinstance(guided, GuidedGFlowNet)
         return guided.as_estimator()
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for as long as we call somebody's module."""
-    training = _in_training(module)
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def _in_training(module: nn.Module) -> list[nn.Module]:
-    # Every step asks this, and ``module.modules()`` would cost a twentieth of a step on a small grid.
-    found = [module] if module.training else []
-    for part in module._modules.values():
-        if part is not None:
-            found += _in_training(part)
-    return found

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sculpt.actions.counting import Counted
-from sculpt.actions.imitation import divergence
 from sculpt.actions.paths import backward_paths
 from sculpt.actions.states import distinct
 from sculpt.actions.targets import Target
@@ -31,21 +30,19 @@ from sculpt.distillation import Student
 from sculpt.identity import module_digest
 from sculpt.model import BaseModel
 from sculpt.particles import effective_sample_size
-from sculpt.training import Row, seed_of_step
+from sculpt.training import Row
 
 if TYPE_CHECKING:
     from sculpt.actions.model import ActionModel
 
 __all__ = ["Pool", "PolicyStudent"]
 
-RENEW = 8
-"""Steps until there are new samples of the student."""
+RENEW, REUSE = 16, 2
+"""Steps until there are new samples of the student, and how often each of them is new."""
 NEW, OLD = 0.375, 0.375
 """Shares of a batch: new samples of the student, and older ones by their weights. The rest are the road's."""
 HUBER = 5.0
 """Nats from which on the loss is linear: one bad sample is a thousand nats away."""
-MOST_ACTIONS = 2048
-"""With more, a table over all of them for every state is large."""
 FLOOR = 100.0
 """Nats under the largest, where the log-density of what the composition never makes is put."""
 
@@ -96,7 +93,6 @@ class PolicyStudent(Student):
         seed: of what is drawn.
         samples: how many of the road's, and of its own that are kept.
         network: a policy network of your own, from states to the logits of all actions; by default a copy of the anchor's.
-        imitation: steps at first that it imitates tracked densities, where states have one parent and at most 2,048 actions.
         name: of the model; by default the formula.
         draws: fresh samples that tell how far it is from its target.
     """
@@ -114,7 +110,6 @@ class PolicyStudent(Student):
         seed: int = 0,
         samples: int = 4096,
         network: nn.Module | None = None,
-        imitation: int = 200,
         name: str | None = None,
         draws: int = 5000,
     ):
@@ -126,16 +121,9 @@ class PolicyStudent(Student):
         self.anchor: ActionModel = self.target.models[self.target.first]
         self.learner = self.anchor.learner(name or str(composition), network)
         self.network = self.learner.module
-        shown = self.target.one_parent and self.anchor.n_actions <= MOST_ACTIONS
-        self.imitation = whole("imitation", imitation, least=0) if shown else 0
         start = self.anchor.start(1)
         self.own, self.given = Pool(start, 2 * self.samples), Pool(start, self.samples)
-        self._identity = {
-            "batch_size": self.batch_size,
-            "samples": self.samples,
-            "imitation": self.imitation,
-            "network": module_digest(self.network),
-        }
+        self._identity = {"batch_size": self.batch_size, "samples": self.samples, "network": module_digest(self.network)}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -161,7 +149,7 @@ class PolicyStudent(Student):
     def loss(self, seed: int) -> tuple[Tensor, Row]:
         generator, B = torch.Generator().manual_seed(seed), self.batch_size
         self.network.eval()  # balance is a property of one policy, and dropout would make it another one each time
-        new = RENEW * max(1, int(NEW * B))
+        new = max(1, int(RENEW * NEW * B / REUSE))
         if seed % RENEW == 0 or not len(self.own):
             self._explore(new if len(self.own) else max(new, len(self.own.x) // 4), generator)
         parts = [
@@ -173,11 +161,10 @@ class PolicyStudent(Student):
         x = torch.cat([pool.x[rows] for pool, rows in parts])
         log_target = torch.cat([pool.log_target[rows] for pool, rows in parts])
         log_target = log_target.clamp(min=float(log_target.max()) - FLOOR)
-        if seed - seed_of_step(self.seed, 0) < self.imitation:
-            return divergence(self.target.formula, self.target.models, self.learner, x), {}
         delta = log_pi(self.learner, x, generator) - log_target
         centred = delta - centre(delta.detach())
-        return F.huber_loss(centred, torch.zeros_like(centred), delta=HUBER), {}
+        row = {"spread": centred.detach()[: len(parts[0][1])].std(correction=0)}  # of what the student writes now, in nats
+        return F.huber_loss(centred, torch.zeros_like(centred), delta=HUBER), row
 
     @torch.no_grad()
     def _explore(self, n: int, generator: torch.Generator) -> None:

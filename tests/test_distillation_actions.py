@@ -1,5 +1,6 @@
 """A policy that learns to be a composition: exact where all samples can be counted, a base model in every respect, the same bits after a kill."""
 
+import inspect
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from token_models import causal_models, densities, recurrent_models, sequences
 
 import sculpt
 from sculpt.actions.counting import Counted
+from sculpt.actions.networks import GridNetwork
 from sculpt.actions.students import PolicyStudent, Pool, centre, log_pi
 from sculpt.actions.targets import Target
 from sculpt.apps import cli
@@ -117,7 +119,7 @@ def test_a_pool_keeps_the_last_samples_and_draws_them_by_their_weights():
 def test_a_distilled_grid_policy_is_the_composition_and_an_untrained_one_is_not(grid, distilled):
     both, (model, _) = grid[0] & grid[1], distilled
     untrained = PolicyStudent(both).learner
-    assert total_variation(model, both) < 0.05 < 0.1 < total_variation(untrained, both)
+    assert total_variation(model, both) < 0.01 < 0.05 < total_variation(untrained, both)
 
 
 @pytest.mark.parametrize("make", [perfect, arbitrary])
@@ -134,7 +136,7 @@ def test_a_distilled_language_model_is_the_composition(write):
     model = sculpt.distill(composition, **GRID)
     x, target = sequences(p)[0], torch.softmax(composition.formula.value(densities([p, q])), 0)
     apart = [float((m.log_p(x).exp() - target).abs().sum()) / 2 for m in (model, p)]
-    assert apart[0] < 0.04 < 0.08 < apart[1]
+    assert apart[0] < 0.05 < 0.15 < apart[1]
     assert not model.log_p(x).requires_grad
 
 
@@ -203,6 +205,14 @@ def test_it_composes_again_on_every_road(grid, distilled):
             assert exact.l1(exact.histogram(model, samples.x), target) < 0.25
     classifier = sculpt.fit([model, q], steps=5, batch_size=8, samples=50, progress=False)
     assert len((model & q).sample(8, classifier, generator=seeded())) == 8
+
+
+def test_a_network_of_ones_own_is_a_student_too(grid, tmp_path):
+    both = grid[0] & grid[1]
+    model = sculpt.distill(
+        both, network=GridNetwork(2, 6, 3, encoding="table"), checkpoint=tmp_path, **GRID | {"learning_rate": 0.02}
+    )
+    assert total_variation(model, both) < 0.08 and isinstance(sculpt.load(tmp_path).policy.module, GridNetwork)
 
 
 def test_a_guided_road_is_learned_from_and_its_model_is_distilled_as_an_operand(grid):
@@ -284,21 +294,22 @@ def test_a_killed_distillation_ends_with_the_same_bits(family, tmp_path, monkeyp
     [
         ({"steps": 0}, ValueError, "steps has to be at least 1, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size has to be a whole number"),
+        ({"learning_rate": float("inf")}, ValueError, "learning_rate has to be a finite number"),
         ({"learning_rate": -1}, ValueError, "learning_rate has to be positive, got -1"),
         ({"samples": 0}, ValueError, "samples has to be at least 1"),
         ({"draws": 1}, ValueError, "draws has to be at least 2"),
         ({"particles": 8}, TypeError, "unexpected keyword argument 'particles'"),
-        ({"network": torch.nn.Linear(2, 5)}, ValueError, "network answers 1 state with shape"),
+        ({"network": GridNetwork(2, 6, 5)}, ValueError, r"answers one state with shape \(1, 5\), expected \(1, 3\)"),
     ],
 )
 def test_bad_options_are_refused(grid, options, error, message):
     with pytest.raises(error, match=message):
-        sculpt.distill(grid[0] & grid[1], progress=False, **options)
+        inspect.unwrap(sculpt.distill)(grid[0] & grid[1], progress=False, **options)
 
 
 def test_what_cannot_be_distilled_says_why(grid):
     with pytest.raises(TypeError, match="Only base models compose"):
-        sculpt.distill([*grid])
+        inspect.unwrap(sculpt.distill)([*grid])
     p, q = arbitrary(Stairs(), 2)
     with pytest.raises(ValueError, match="cannot be traced back"):
         sculpt.distill(p & q, progress=False)

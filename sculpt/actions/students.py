@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sculpt.actions.counting import Counted
 from sculpt.actions.paths import backward_paths
-from sculpt.actions.states import distinct
+from sculpt.actions.states import NEG_INF, distinct
 from sculpt.actions.targets import Target
 from sculpt.checks import check_whole, whole
 from sculpt.distillation import Student
@@ -122,6 +122,7 @@ class PolicyStudent(Student):
         self.learner = self.anchor.learner(name or str(composition), network)
         self.network = self.learner.module
         start = self.anchor.start(1)
+        _check_way_back(self.anchor, start)
         self.own, self.given = Pool(start, 2 * self.samples), Pool(start, self.samples)
         self._identity = {"batch_size": self.batch_size, "samples": self.samples, "network": module_digest(self.network)}
 
@@ -195,6 +196,17 @@ class PolicyStudent(Student):
 
     def save(self, model: BaseModel, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _check_way_back(model: ActionModel, start: Shaped[Tensor, "1 *s"]) -> None:
+    try:
+        backward_paths(model, model.children(start, model.log_pf(start) > NEG_INF)[2][:1])
+    except NotImplementedError:
+        raise ValueError(
+            f"The samples of {model} cannot be traced back to their start, which a student does: it learns from finished samples. Give its "
+            "environment a backward_step, or its family a backtrack."
+        ) from None
 
 
 def log_pi(model: ActionModel, x: Shaped[Tensor, "b *s"], generator: torch.Generator) -> Float[Tensor, "b"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from recipes import table
 import sculpt
 from sculpt.files import replacing
 from sculpt.molecules import QED, SA, SEH
+from sculpt.training import clock_of
 
 HERE = Path(__file__).parent
 NAMES, BETA = ("seh", "sa", "qed"), 32
@@ -43,9 +43,10 @@ def distill(steps: int, state: Path, device: str) -> None:
 
 def card(folder: Path, policy: sculpt.GFlowNet, about: dict, device: str, n: int = 5000) -> str:
     policy.sample(100, progress=False)
-    started = time.monotonic()
+    clock = clock_of(policy.device)
+    started = clock()
     samples = policy.sample(n, generator=torch.Generator().manual_seed(2), progress=False)
-    pace = n / (time.monotonic() - started)
+    pace = n / (clock() - started)
     molecules = policy.env.molecules(samples.x)
     high = torch.stack([reward()(molecules).nan_to_num(0.0) >= least for reward, least in HIGH.values()])
     rows = [(what, f"{value:.4g}" if isinstance(value, float) else str(value)) for what, value in about["measured"].items()]

@@ -122,14 +122,16 @@ def test_a_distilled_grid_policy_is_the_composition_and_an_untrained_one_is_not(
     assert total_variation(model, both) < 0.01 < 0.05 < total_variation(untrained, both)
 
 
-@pytest.mark.parametrize("make", [perfect, arbitrary])
+@pytest.mark.parametrize("make", [perfect, pytest.param(arbitrary, marks=pytest.mark.slow)])
 def test_computed_policies_have_students_too(make):
     p, q = make(ENVIRONMENTS["sets"](), 2)
     model = sculpt.distill(p - q, **GRID)
     assert total_variation(model, p - q) < 0.05
 
 
-@pytest.mark.parametrize("write", [lambda p, q: p & q, lambda p, q: p - q, lambda p, q: p | q])
+@pytest.mark.parametrize(
+    "write", [lambda p, q: p & q, *(pytest.param(w, marks=pytest.mark.slow) for w in (lambda p, q: p - q, lambda p, q: p | q))]
+)
 def test_a_distilled_language_model_is_the_composition(write):
     p, q = causal_models(2)
     composition = write(p, q)
@@ -140,6 +142,7 @@ def test_a_distilled_language_model_is_the_composition(write):
     assert not model.log_p(x).requires_grad
 
 
+@pytest.mark.slow
 def test_recurrent_language_models_learn_too_and_say_at_once_that_no_file_builds_them_again(tmp_path):
     p, q = recurrent_models(2)
     model = sculpt.distill(p & q, **GRID | {"steps": 200})
@@ -150,6 +153,7 @@ def test_recurrent_language_models_learn_too_and_say_at_once_that_no_file_builds
     assert not (tmp_path / "folder" / "training").exists()
 
 
+@pytest.mark.slow
 def test_what_others_alone_can_write_is_not_impossible_for_the_student():
     p, q = causal_models(2)
     few = p.with_sampling("few", top_k=1)
@@ -161,6 +165,7 @@ def test_what_others_alone_can_write_is_not_impossible_for_the_student():
     assert float((model.log_p(sequences(p)[0]).exp() - target).abs().sum()) / 2 < 0.06
 
 
+@pytest.mark.slow
 def test_nested_compositions_are_distilled_with_their_inner_normalisers():
     models = networks(ENVIRONMENTS["grid-2d"](), 3)
     p, q, r = models
@@ -207,6 +212,7 @@ def test_it_composes_again_on_every_road(grid, distilled):
     assert len((model & q).sample(8, classifier, generator=seeded())) == 8
 
 
+@pytest.mark.slow
 def test_a_network_of_ones_own_is_a_student_too(grid, tmp_path):
     both = grid[0] & grid[1]
     model = sculpt.distill(
@@ -215,6 +221,7 @@ def test_a_network_of_ones_own_is_a_student_too(grid, tmp_path):
     assert total_variation(model, both) < 0.08 and isinstance(sculpt.load(tmp_path).policy.module, GridNetwork)
 
 
+@pytest.mark.slow
 def test_a_guided_road_is_learned_from_and_its_model_is_distilled_as_an_operand(grid):
     p, q = grid
     classifier = exact.ExactClassifier([p, q])

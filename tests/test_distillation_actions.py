@@ -143,11 +143,15 @@ def test_a_distilled_language_model_is_the_composition(write):
 
 
 @pytest.mark.slow
-def test_recurrent_language_models_learn_too_and_say_at_once_that_no_file_builds_them_again(tmp_path):
+def test_recurrent_language_models_learn_too():
     p, q = recurrent_models(2)
     model = sculpt.distill(p & q, **GRID | {"steps": 200})
     x, target = sequences(p)[0], torch.softmax((p & q).formula.value(densities([p, q])), 0)
     assert float((model.log_p(x).exp() - target).abs().sum()) / 2 < 0.06
+
+
+def test_a_model_that_no_file_builds_again_is_refused_before_it_learns(tmp_path):
+    p, q = recurrent_models(2)
     with pytest.raises(ValueError, match="no file can build again.*pass network="):
         sculpt.distill(p & q, checkpoint=tmp_path / "folder", **GRID)
     assert not (tmp_path / "folder" / "training").exists()

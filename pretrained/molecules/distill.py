@@ -77,7 +77,7 @@ def card(folder: Path, policy: sculpt.GFlowNet, about: dict, device: str, n: int
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=40_000)
+    parser.add_argument("--steps", type=int, default=80_000)
     parser.add_argument("--state", type=Path, default=Path("train_state/molecules") / NAME)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

@@ -7,8 +7,10 @@ JSON arguments that build it again (``config``).
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,10 +22,18 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
-from sculpt.gflownet.environments import rules, title, walk
+from sculpt.gflownet.environments import one_parent, rules, title
 from sculpt.model import Steppable
 
-__all__ = ["ComposedEstimator", "LogProbPolicy", "NetworkPolicy", "check_condition", "check_one_parent", "check_parts"]
+__all__ = [
+    "ComposedEstimator",
+    "LogProbPolicy",
+    "NetworkPolicy",
+    "check_condition",
+    "check_one_parent",
+    "check_parts",
+    "evaluating",
+]
 
 
 class NetworkPolicy(DiscretePolicyEstimator):
@@ -133,8 +143,30 @@ def _way(side: str, thing: Any) -> str:
 
 def check_one_parent(env: DiscreteEnv, policy: DiscretePolicyEstimator) -> None:
     """Raise where a recurrent policy is none of the state: where several ways lead to one."""
-    if any((states.backward_masks.sum(-1) > 1).any() for states in walk(env)):
+    if not one_parent(env):
         raise ValueError(
             f"{type(policy).__name__} remembers the way to a state, and in {title(env)} several ways lead to one: what it says is no function of "
             "the state, so it has no density to compose. Recurrent policies compose where every state has one parent, as in BitSequence."
         )
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for as long as we call somebody's module."""
+    training = _in_training(module)
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _in_training(module: nn.Module) -> list[nn.Module]:
+    # Every step asks this, and ``module.modules()`` would cost a twentieth of a step on a small grid.
+    found = [module] if module.training else []
+    for part in module._modules.values():
+        if part is not None:
+            found += _in_training(part)
+    return found

@@ -135,6 +135,12 @@ class Store(abc.ABC):
         log_odds = None if log_odds is None else log_odds.to(batch.owner.device)
         return cross_entropies(classifier, batch, teacher, log_odds, follow=draw.follow)
 
+    def regression(self, classifier: Classifier) -> Any:
+        """What a guidance field of this classifier learns from: ``default_field()`` and ``loss(field, draw)``."""
+        raise ValueError(
+            f"{type(self).__name__} has no guidance field: only samples that are denoised can be moved by one. Leave field out."
+        )
+
     def state_dict(self) -> dict[str, Tensor]:
         """What cannot be drawn again, and is saved with the training."""
         return {}

@@ -6,6 +6,7 @@ A family brings its :class:`Student`; the loop, its state on disk and the card a
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sculpt.model import BaseModel
+from sculpt.checks import check_whole, real
+from sculpt.files import replacing
+from sculpt.model import BaseModel, check_model
 from sculpt.training import Kept, Row, Training, cosine
 
 __all__ = ["Student", "distill"]
@@ -38,6 +41,9 @@ class Student(abc.ABC):
         """What belongs to the state of a training beside the networks, such as samples that were drawn."""
         return {}
 
+    def check_saving(self) -> None:  # noqa: B027  most models can be saved
+        """Raise where the model could not be saved in the end: asked before anything is drawn or learned."""
+
     def prepare(self, progress: bool) -> None:  # noqa: B027  nothing to draw is the usual case
         """Draw what is learned from, where it is not there yet. A training that goes on has it already."""
 
@@ -51,13 +57,14 @@ class Student(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, model: BaseModel, generator: torch.Generator) -> Row:
-        """How far the model is from its target, on fresh draws: what goes on its card."""
+        """How far the model is from its target, on fresh draws: JSON values by name, for its card."""
 
     @abc.abstractmethod
-    def save(self, model: BaseModel, folder: Path, card: Row) -> None:
-        """Write the model as a checkpoint that ``sculpt.load`` reads, with its card."""
+    def save(self, model: BaseModel, folder: Path) -> None:
+        """Write the model as a checkpoint that ``sculpt.load`` reads. The card is written beside it."""
 
 
+@torch.random.fork_rng(devices=[])
 def distill(
     composition: BaseModel,
     road: Any = None,
@@ -85,7 +92,13 @@ def distill(
     """
     from tqdm.auto import tqdm
 
+    check_model(composition)
+    check_whole("steps", steps), check_whole("batch_size", batch_size)
+    if learning_rate is not None and real("learning_rate", learning_rate) <= 0:
+        raise ValueError(f"learning_rate has to be positive, got {learning_rate}.")
     student = composition.leaves[0].student(composition, road, batch_size=batch_size, seed=seed, **options)
+    if checkpoint is not None:
+        student.check_saving()
     steps, rate = steps or student.steps, learning_rate or student.learning_rate
     training = Training(
         student.network,
@@ -96,15 +109,36 @@ def distill(
         clip=student.clip,
         seed=seed,
     )
-    training.resume(**student.kept)
+    going_on = training.resume(**student.kept)
     student.prepare(progress)
-    title = f"distilling {composition}"
+    if not going_on:
+        training.save()  # what was drawn may have taken long
+    title, every = f"distilling {composition}", max(1, steps // 200)
     for row in tqdm(training.run(student.loss, steps), title, steps, initial=training.step, disable=not progress, delay=2):
-        training.curve.append({"step": training.step, "loss": float(row["loss"])})
+        if training.step % every == 0:
+            training.curve.append({"step": training.step} | {name: float(value) for name, value in row.items()})
         training.save(every=30.0)
     training.save()
     model = student.graduate(training.average)
-    card = student.measure(model, torch.Generator().manual_seed(seed + 1))
     if checkpoint is not None:
-        student.save(model, Path(checkpoint), card)
+        measured = student.measure(model, torch.Generator().manual_seed(seed + 1))
+        about = {"composition": str(composition), "steps": steps, "seconds": round(training.seconds), "measured": measured}
+        with replacing(checkpoint) as new:
+            student.save(model, new)
+            (new / "distillation.json").write_text(json.dumps(about, indent=1) + "\n")
+            (new / "README.md").write_text(_card(Path(checkpoint).resolve().name, about))
     return model
+
+
+def _card(name: str, about: Row) -> str:
+    """What a model is a copy of, and how far it is from it."""
+    rows = "".join(f"| {what} | {_said(value)} |\n" for what, value in about["measured"].items())
+    return (
+        f"# {name}\n\n`{about['composition']}` as a base model of its own, by `sculpt.distill`: {about['steps']:,} steps, "
+        f"{about['seconds'] / 60:.3g} minutes of training.\n\n```python\nmodel = sculpt.load({name!r})\nsamples = model.sample(100)\n```\n\n"
+        f"Measured on fresh draws:\n\n| | |\n|---|---|\n{rows}"
+    )
+
+
+def _said(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -132,8 +132,8 @@ def kind_of(folder: Path) -> str:
             return _kind_of_config(folder)
         if (folder / "training").is_dir():
             raise ValueError(
-                f"The classifier in {folder} is not finished. Call sculpt.fit with the same arguments and checkpoint={str(folder)!r} to "
-                "continue."
+                f"What is trained in {folder} is not finished. Call sculpt.fit or sculpt.distill with the same arguments and "
+                f"checkpoint={str(folder)!r} to continue."
             )
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no checkpoint that sculpt knows; it has {inside:.200}. {_EXPECTED}")
@@ -146,8 +146,8 @@ def _kind_of_config(folder: Path) -> str:
         return kind
     if kind == "training":
         raise ValueError(
-            f"{folder} is the state of an unfinished or finished training, not a classifier. "
-            f"Load {str(folder.parent)!r}, or call sculpt.fit with checkpoint={str(folder.parent)!r} again to continue it."
+            f"{folder} is the state of an unfinished or finished training, not what it trains. "
+            f"Load {str(folder.parent)!r}, or call sculpt.fit or sculpt.distill with checkpoint={str(folder.parent)!r} again to continue it."
         )
     if name := config.get("_class_name"):
         raise ValueError(

@@ -157,7 +157,8 @@ class Training(Generic[N]):
     @torch.no_grad()
     def _follow(self, decay: float) -> None:
         """Move the average; what is no floating-point number is copied."""
-        pairs = list(zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True))
+        twins = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
+        pairs = list({average.data_ptr(): (average, value) for average, value in twins}.values())  # tied weights have two names
         averages, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
         torch._foreach_lerp_(averages, values, 1 - decay)
         for average, value in pairs:
@@ -172,11 +173,13 @@ class Training(Generic[N]):
             return
         parts: dict[str, Mapping[str, Any]] = {name: kept.state_dict() for name, kept in self._kept.items()}
         parts |= {f"optimizer.{i}": state for i, state in self.optimizer.state_dict()["state"].items()}
-        tensors = {
-            f"{part}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
-            for part, values in parts.items()
-            for name, value in values.items()
-        }
+        tensors, seen = {}, set()
+        for part, values in parts.items():
+            for name, value in values.items():
+                tensor = torch.as_tensor(value).detach().cpu().contiguous()
+                # Tied weights have two names, and a file has no shared tensors.
+                tensors[f"{part}/{name}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                seen.add(tensor.data_ptr())
         about = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "tensors": len(tensors)}
         note = json.dumps({"format": FORMAT, "identity": self.identity, **about})
         replace_file(state_path(self.folder), save(tensors, {"training": note}))

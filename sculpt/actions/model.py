@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from sculpt.actions.chains import ActionChain, DensityCorrectedChain, GuidedChai
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.paths import ONE_PARENT, path_ratios
 from sculpt.actions.reading import Memory
+from sculpt.actions.students import PolicyStudent
 from sculpt.actions.trajectories import TrajectoryStore
 from sculpt.chain import Chain, Settings
 from sculpt.identity import module_digest
@@ -77,7 +79,8 @@ class ActionModel(Steppable):
         return [model.log_pf(states) for model in models], None
 
     def log_p(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"] | None:
-        """Log-probabilities of finished samples, where a family has a shorter way to them than along their paths."""
+        """Log-probabilities of finished samples, where a family has a shorter way to them than along their paths. Those of a model that
+        learns have gradients."""
         return None
 
     def notes(self, x: Shaped[Tensor, "b *s"]) -> list[str]:
@@ -97,6 +100,39 @@ class ActionModel(Steppable):
     def default_network(self) -> nn.Module:
         """A backbone for a classifier of such states."""
         raise ValueError(f"No default classifier network for {self}. Pass network=, a module from states to features.")
+
+    # Distillation
+
+    @property
+    def module(self) -> nn.Module:
+        """The network of a model that learns."""
+        raise ValueError(
+            f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner."
+        )
+
+    def with_module(self, module: nn.Module) -> ActionModel:
+        """The same with another network of the same kind."""
+        raise ValueError(
+            f"{type(self).__name__} does not say which network of it learns: define module, with_module and learner."
+        )
+
+    def learner(self, name: str, network: nn.Module | None = None) -> ActionModel:
+        """A model of such samples that learns. It begins as a copy of this one where this one's network can be copied.
+
+        Args:
+            name: of it.
+            network: in the place of a copy, from states to the logits of all actions.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say how its compositions are distilled: define module, with_module and learner."
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a checkpoint."""
+        raise ValueError(f"{type(self).__name__} does not say how it is saved: define save_pretrained(folder).")
+
+    def student(self, composition: BaseModel, road: Any, **options: Any) -> PolicyStudent:
+        return PolicyStudent(composition, road, **options)
 
     @property
     def rules(self) -> str:
@@ -245,6 +281,9 @@ class GuidedActions(ActionModel, Steered):
 
     def default_network(self) -> nn.Module:
         return self.anchor.default_network()
+
+    def learner(self, name: str, network: nn.Module | None = None) -> ActionModel:
+        return self.anchor.learner(name, network)
 
     def guided_by(self, guidance: Guidance) -> GuidedActions:
         return self.anchor.guided_by(guidance)

@@ -77,7 +77,7 @@ class GridNetwork(nn.Module):
 
 
 class StateNetwork(nn.Module):
-    """Vectors to features: whole numbers of few values each by its value, others by their size and its waves; then an MLP.
+    """Vectors to logits or to features: whole numbers of few values each by its value, others by their size and its waves; then an MLP.
 
     Args:
         size: how many numbers a state has.
@@ -85,18 +85,30 @@ class StateNetwork(nn.Module):
         high: the largest.
         whole: whether they are whole.
         width: of the layers.
-        depth: how many layers there are.
+        depth: how many layers there are before the outputs.
+        outputs: how many logits; ``None`` for features.
     """
 
     VALUES, WAVES = 64, 6
 
-    def __init__(self, size: int, low: float, high: float, whole: bool = True, *, width: int = 256, depth: int = 2):
+    def __init__(
+        self,
+        size: int,
+        low: float,
+        high: float,
+        whole: bool = True,
+        *,
+        width: int = 256,
+        depth: int = 2,
+        outputs: int | None = None,
+    ):
         super().__init__()
-        if min(size, width, depth) < 1 or not -1e9 <= low <= high <= 1e9:
+        if min(size, width, depth, 1 if outputs is None else outputs) < 1 or not -1e9 <= low <= high <= 1e9:
             raise ValueError(
                 f"Got size={size}, low={low}, high={high}, width={width} and depth={depth}: expected at least 1 number and layer, and a range."
             )
-        self.size, self.low, self.high, self.width = size, float(low), float(high), width
+        self.size, self.low, self.high = size, float(low), float(high)
+        self.width = width if outputs is None else outputs
         self.one_hot = whole and high - low < self.VALUES
         self.config: dict[str, Any] = {
             "size": size,
@@ -105,12 +117,11 @@ class StateNetwork(nn.Module):
             "whole": whole,
             "width": width,
             "depth": depth,
-        }
+        } | ({} if outputs is None else {"outputs": outputs})
         each = int(high - low) + 1 if self.one_hot else 1 + 2 * self.WAVES
         widths = itertools.chain([size * each], itertools.repeat(width, depth))
-        self.layers = nn.Sequential(
-            *(layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.LeakyReLU()))
-        )
+        hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.LeakyReLU())]
+        self.layers = nn.Sequential(*hidden, *([] if outputs is None else [nn.Linear(width, outputs)]))
 
     def forward(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b w"]:
         x, dtype = states.flatten(1), next(self.parameters()).dtype

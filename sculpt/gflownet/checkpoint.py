@@ -50,8 +50,8 @@ def save(model: GFlowNet, folder: Path) -> None:
         "name": model._name,
         "environment": environment | {"rules": model.rules, "torchgfn": version("torchgfn")},
         **{side: _describe_network(part) for side, part in estimators.items()},
-        "condition": list(model.condition),
-    }
+        "condition": [] if model.fixed else list(model.condition),
+    } | ({"fixed": model.condition} if model.fixed else {})
     save_folder(folder, config, tensors)
 
 
@@ -77,6 +77,11 @@ def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, A
                 f"The policy in {folder} is conditional on {names or 'nothing'}, got values for {sorted(condition) or 'nothing'}. "
                 f"Call load({str(folder)!r}{''.join(f', {name}=…' for name in names)})."
             )
+        fixed = (
+            {}
+            if "fixed" not in config
+            else {entry: config.inside("fixed").number(entry) for entry in config.inside("fixed").found}
+        )
         name = config.optional("name", config.text, most=1000) or folder.resolve().name
         parts = {
             side: _part(config, side, getattr(given, side), weights)
@@ -92,13 +97,14 @@ def read(folder: Path, given: Given, condition: dict[str, float]) -> dict[str, A
         fill(part, tensors, weights, f"{side}." if is_given else f"{side}.module.")
         estimator = part if is_given else NetworkPolicy(part, env.n_actions, is_backward=side == "backward")
         sides[side] = estimator.eval().requires_grad_(False).to(device=env.device, dtype=given.dtype)
-    ordered = check_condition({name: condition[name] for name in names}, sides["policy"], str(folder))
+    asked = check_condition({name: condition[name] for name in names}, sides["policy"], str(folder))
+    ordered = check_condition(fixed, sides["policy"], str(folder)) | asked
     for side, part in parts.items():
         if part is not sides[side]:
             _try(sides[side], env, ordered, folder)
-    if ordered:
-        name += f"[{', '.join(f'{k}={v:g}' for k, v in ordered.items())}]"
-    return {"env": env, **sides, "condition": ordered, "name": name}
+    if asked:
+        name += f"[{', '.join(f'{k}={v:g}' for k, v in asked.items())}]"
+    return {"env": env, **sides, "condition": ordered, "fixed": bool(fixed), "name": name}
 
 
 def _part(config: Entries, side: str, estimator: DiscretePolicyEstimator | None, weights: Weights) -> nn.Module:

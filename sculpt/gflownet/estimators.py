@@ -7,8 +7,10 @@ JSON arguments that build it again (``config``).
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import numbers
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +25,15 @@ from sculpt.actions.guidance import Guidance
 from sculpt.gflownet.environments import rules, title, walk
 from sculpt.model import Steppable
 
-__all__ = ["ComposedEstimator", "LogProbPolicy", "NetworkPolicy", "check_condition", "check_one_parent", "check_parts"]
+__all__ = [
+    "ComposedEstimator",
+    "LogProbPolicy",
+    "NetworkPolicy",
+    "check_condition",
+    "check_one_parent",
+    "check_parts",
+    "evaluating",
+]
 
 
 class NetworkPolicy(DiscretePolicyEstimator):
@@ -138,3 +148,25 @@ def check_one_parent(env: DiscreteEnv, policy: DiscretePolicyEstimator) -> None:
             f"{type(policy).__name__} remembers the way to a state, and in {title(env)} several ways lead to one: what it says is no function of "
             "the state, so it has no density to compose. Recurrent policies compose where every state has one parent, as in BitSequence."
         )
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for as long as we call somebody's module."""
+    training = _in_training(module)
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def _in_training(module: nn.Module) -> list[nn.Module]:
+    # Every step asks this, and ``module.modules()`` would cost a twentieth of a step on a small grid.
+    found = [module] if module.training else []
+    for part in module._modules.values():
+        if part is not None:
+            found += _in_training(part)
+    return found

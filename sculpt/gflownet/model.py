@@ -5,10 +5,10 @@ Notation: as in :mod:`sculpt.actions.model`.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +22,25 @@ from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
 from sculpt.actions.model import ActionModel, GuidedActions
-from sculpt.actions.networks import GridNetwork, StateNetwork
 from sculpt.actions.paths import ONE_PARENT
 from sculpt.actions.reading import Carry, Memory
 from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, rules, states_of, title, walk
-from sculpt.gflownet.estimators import ComposedEstimator, LogProbPolicy, check_condition, check_one_parent, check_parts
+from sculpt.gflownet.environments import describe, rules, states_of, title
+from sculpt.gflownet.estimators import (
+    ComposedEstimator,
+    LogProbPolicy,
+    check_condition,
+    check_one_parent,
+    check_parts,
+    evaluating,
+)
+from sculpt.gflownet.networks import network_for, policy_to_learn
 from sculpt.identity import module_digest
 from sculpt.model import BaseModel
 from sculpt.samples import Samples
+from sculpt.state import in_parts
 
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
@@ -40,6 +48,9 @@ if TYPE_CHECKING:
     from sculpt.roads import Guided
 
 __all__ = ["GFlowNet", "GFlowNetComposition", "GuidedGFlowNet"]
+
+AT_ONCE = 2048
+"""Finished samples whose log-probabilities are computed at once."""
 
 
 class GFlowNet(ActionModel):
@@ -50,6 +61,7 @@ class GFlowNet(ActionModel):
         policy: its forward estimator.
         backward: its backward estimator; without one the backward policy is uniform over the parents.
         condition: fixes a conditional policy, e.g. ``{"beta": 32.0}``: another condition is another base model.
+        fixed: whether the condition is a part of the model, so that its checkpoint has the values and nobody is asked for them.
         name: how formulas and messages call it.
         key: replaces the hash of weights and configuration where there is nothing to hash.
     """
@@ -61,6 +73,7 @@ class GFlowNet(ActionModel):
         backward: DiscretePolicyEstimator | None = None,
         *,
         condition: dict[str, float] | None = None,
+        fixed: bool = False,
         name: str | None = None,
         key: str | None = None,
     ):
@@ -69,6 +82,7 @@ class GFlowNet(ActionModel):
             backward = None
         self.env, self.policy, self.backward = env, policy, backward
         self.condition = check_condition(condition or {}, policy, name or "this policy")
+        self.fixed = fixed
         self._key, self._name = key, name
         self.n_actions, self.shape = env.n_actions, tuple(env.state_shape)
         self.samples_class = getattr(env, "samples_class", Samples)
@@ -154,7 +168,7 @@ class GFlowNet(ActionModel):
         """A step of a recurrent policy, as torchgfn's Sampler takes it."""
         assert self._carry is not None
         wrapped = states_of(self.env, states)
-        with torch.no_grad(), _evaluating(self.policy):
+        with torch.no_grad(), evaluating(self.policy):
             out, carry = self.policy(wrapped, self._carry.given(kept, len(states)))
         return self._masked(states, wrapped, out), self._carry.kept(carry)
 
@@ -179,6 +193,15 @@ class GFlowNet(ActionModel):
             raise ValueError(f"{self.name}: no distribution over actions in state {states[bad][0].tolist()}: {why}.")
         return log_p
 
+    def log_p(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"] | None:
+        """Log-probabilities of finished samples, where the network has a shorter way to them than along their paths, its ``log_p``."""
+        whole = getattr(self.policy.module, "log_p", None)
+        if whole is None or self.backward is not None:
+            return None
+        values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
+        with evaluating(self.policy):
+            return in_parts(lambda x: whole(x, *values[:, None].expand(-1, len(x))).double(), AT_ONCE, x)
+
     def log_pb(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b p"]:
         r""":math:`\log P_B(s|s')` of s' = ``states``, per action that may have led there; the initial state has none."""
         wrapped = states_of(self.env, states)
@@ -191,7 +214,7 @@ class GFlowNet(ActionModel):
         return log_p
 
     def _logits(self, estimator: DiscretePolicyEstimator, wrapped: DiscreteStates) -> Tensor:
-        with _evaluating(estimator):
+        with evaluating(estimator):
             if self.condition:
                 values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
                 out = estimator(wrapped, values.expand(len(wrapped), -1))
@@ -229,11 +252,22 @@ class GFlowNet(ActionModel):
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, one for grids, or one for vectors."""
         if hasattr(self.env, "classifier_network"):
             return self.env.classifier_network()
-        spec = describe(self.env)
-        if spec is not None and {"ndim", "height"} <= spec["arguments"].keys():
-            return GridNetwork(self.env.ndim, self.env.height, encoding="one-hot")
-        seen = torch.cat([states.tensor.flatten(1) for states in walk(self.env)]).double()
-        return StateNetwork(seen.shape[1], float(seen.min()), float(seen.max()), whole=bool((seen == seen.round()).all()))
+        return network_for(self.env)
+
+    # Distillation
+
+    @property
+    def module(self) -> nn.Module:
+        return self.policy
+
+    def with_module(self, module: nn.Module) -> GFlowNet:
+        new = copy.copy(self)
+        new.policy = module  # type: ignore[assignment]
+        return new
+
+    def learner(self, name: str, network: nn.Module | None = None) -> GFlowNet:
+        policy, condition = policy_to_learn(self, network)
+        return GFlowNet(self.env, policy, self.backward, condition=condition, fixed=True, name=name)
 
     def guided_by(self, guidance: Guidance) -> GuidedGFlowNet:
         return GuidedGFlowNet(guidance)
@@ -305,25 +339,3 @@ class GFlowNetComposition(Composition):
         guided = self.guided(road)
         assert isinstance(guided, GuidedGFlowNet)
         return guided.as_estimator()
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for as long as we call somebody's module."""
-    training = _in_training(module)
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
-
-
-def _in_training(module: nn.Module) -> list[nn.Module]:
-    # Every step asks this, and ``module.modules()`` would cost a twentieth of a step on a small grid.
-    found = [module] if module.training else []
-    for part in module._modules.values():
-        if part is not None:
-            found += _in_training(part)
-    return found

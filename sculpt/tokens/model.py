@@ -27,8 +27,8 @@ from sculpt.checks import check_whole
 from sculpt.composition import Composition
 from sculpt.identity import digest
 from sculpt.model import BaseModel
-from sculpt.tokens import sequences, transformers
-from sculpt.tokens.networks import FunctionNetwork, Network, TokenFeatures, mapped
+from sculpt.tokens import learning, sequences, transformers
+from sculpt.tokens.networks import FunctionNetwork, Network, TokenFeatures
 from sculpt.tokens.results import Reader, Texts
 from sculpt.tokens.sampling import Sampling
 from sculpt.tokens.vocabulary import NOTHING, Vocabulary, lengths
@@ -62,6 +62,8 @@ class Tokens(ActionModel):
     """
 
     samples_class = Texts
+    learns = False
+    """Whether its log-probabilities have gradients."""
 
     def __init__(
         self,
@@ -209,7 +211,8 @@ class Tokens(ActionModel):
         dtype: torch.dtype | None = None,
         **sampling: Any,
     ) -> Tokens:
-        """Read a folder of transformers: a causal language model as safetensors, and its tokenizer.
+        """Read a folder of transformers, a causal language model as safetensors and its tokenizer; or of :meth:`save_pretrained`, which
+        knows prompt, lengths and sampling itself.
 
         Args:
             folder: with config.json.
@@ -221,10 +224,33 @@ class Tokens(ActionModel):
             dtype: of its numbers.
             sampling: options of :class:`~sculpt.tokens.sampling.Sampling`.
         """
-        options = Sampling(**sampling)
+        options, told = Sampling(**sampling), learning.read_told(Path(folder))
         model, tokenizer = transformers.read_folder(Path(folder), device, dtype)
         name = name or Path(folder).resolve().name + (f"[{prompt}]" if isinstance(prompt, str) and prompt else "")
-        return cls(model, tokenizer, prompt, max_length=max_length, stop=stop, sampling=options, name=name)
+        given = {
+            "name": name,
+            "prompt": prompt,
+            "max_length": max_length,
+            "stop": stop,
+            "sampling": options if sampling else None,
+        }
+        return cls(model, tokenizer, **{"sampling": options} | told | {key: value for key, value in given.items() if value})
+
+    # Distillation
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model  # type: ignore[return-value]
+
+    def with_module(self, module: nn.Module) -> Tokens:
+        return learning.with_module(self, module)
+
+    def learner(self, name: str, network: nn.Module | None = None) -> Tokens:
+        return learning.to_learn(self, name, network)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """A folder of transformers, with what makes it this distribution beside it."""
+        learning.save(self, Path(folder))
 
     # The chain
 
@@ -251,8 +277,8 @@ class Tokens(ActionModel):
 
     def log_p(self, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
         """Log-probabilities of sequences with their end."""
-        self._check(x)
-        return sequences.log_p(self, x)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return sequences.log_p(self, x)
 
     def notes(self, x: Int[Tensor, "b t"]) -> list[str]:
         if not self.end or not (
@@ -305,30 +331,7 @@ class Tokens(ActionModel):
         if self.sampling.min_length > length:
             raise ValueError(f"min_length={self.sampling.min_length} is more than max_length={length}. Pass a smaller one.")
         self._check_end()
-        self._try()
-
-    @torch.no_grad()
-    def _try(self) -> None:
-        """Ask for the first token once: what does not fit is better known before time is spent."""
-        logits, cache = self.network(torch.tensor(self.prompt, device=self.device).expand(2, -1), None)
-        first = sequences.checked(self, logits, 2, len(self.prompt))[:, -1]
-        if first.isnan().any() or not first.isfinite().any(-1).all():
-            raise FloatingPointError(
-                f"{self} answers its prompt with logits that are no numbers. Check its weights and its dtype."
-            )
-        shapes: list[tuple[int, ...]] = []
-        mapped(lambda part: shapes.append(tuple(part.shape)) or part, cache)  # type: ignore[func-returns-value]
-        if wrong := [shape for shape in shapes if shape[:1] != (2,)]:
-            raise ValueError(
-                f"{self} keeps a tensor of shape {wrong[0]} for 2 sequences; expected their rows along the first axis."
-            )
-
-    def _check(self, x: Tensor) -> None:
-        if x.ndim != 2 or x.shape[1] != self.max_length or bool((x >= self.vocabulary.size).any()):
-            raise ValueError(
-                f"Sequences of {self} are ({'b'}, {self.max_length}) numbers of tokens below {self.vocabulary.size}, {NOTHING} after their end; "
-                f"got shape {tuple(x.shape)} up to {int(x.max()) if x.numel() else 0}."
-            )
+        sequences.ask_once(self)
 
     if TYPE_CHECKING:
 

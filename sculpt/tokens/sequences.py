@@ -22,7 +22,7 @@ from sculpt.tokens.vocabulary import NOTHING, lengths
 if TYPE_CHECKING:
     from sculpt.tokens.model import Tokens
 
-__all__ = ["after", "checked", "log_p", "read_on"]
+__all__ = ["after", "ask_once", "checked", "log_p", "read_on"]
 
 AT_ONCE = 2**15
 """Tokens that go through a network at once where whole sequences are read."""
@@ -61,6 +61,7 @@ def read_on(
     return log_p, Memory(mapped(lambda part: part.unflatten(0, (b, m)), cache)) if keep else None
 
 
+@torch.no_grad()
 def after(model: Tokens, states: Int[Tensor, "b t"]) -> Float[Tensor, "b a"]:
     """Log-probabilities of the actions after each of these prefixes, of any lengths. A prefix of another one costs nothing."""
     unique, place = torch.unique(states, dim=0, return_inverse=True)
@@ -77,6 +78,7 @@ def after(model: Tokens, states: Int[Tensor, "b t"]) -> Float[Tensor, "b a"]:
 
 def log_p(model: Tokens, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
     """Log-probabilities of sequences with their end."""
+    _check(model, x)
 
     def of_some(x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
         tables = _tables(model, x)
@@ -92,7 +94,14 @@ def log_p(model: Tokens, x: Int[Tensor, "b t"]) -> Float[Tensor, "b"]:
     return in_parts(of_some, _rows(model, x), unique)[rows]
 
 
-@torch.no_grad()
+def _check(model: Tokens, x: Tensor) -> None:
+    if x.ndim != 2 or x.shape[1] != model.max_length or bool((x >= model.vocabulary.size).any()):
+        raise ValueError(
+            f"Sequences of {model} are ({'b'}, {model.max_length}) numbers of tokens below {model.vocabulary.size}, {NOTHING} after their end; "
+            f"got shape {tuple(x.shape)} up to {int(x.max()) if x.numel() else 0}."
+        )
+
+
 def _tables(model: Tokens, x: Int[Tensor, "b t"]) -> Float[Tensor, "b k a"]:
     """Log-probabilities of the actions after each prefix of these. What stands after the end of one of them is of no use."""
     longest = int(lengths(x).max())
@@ -124,6 +133,23 @@ def _rows(model: Tokens, x: Int[Tensor, "b t"]) -> int:
     """How many sequences are read at once."""
     tokens = len(model.prompt) + (int(lengths(x).max()) if len(x) else 0)
     return max(1, min(AT_ONCE, NUMBERS // model.n_actions) // tokens)
+
+
+@torch.no_grad()
+def ask_once(model: Tokens) -> None:
+    """Ask for the first token: what does not fit is better known before time is spent."""
+    logits, cache = model.network(torch.tensor(model.prompt, device=model.device).expand(2, -1), None)
+    first = checked(model, logits, 2, len(model.prompt))[:, -1]
+    if first.isnan().any() or not first.isfinite().any(-1).all():
+        raise FloatingPointError(
+            f"{model} answers its prompt with logits that are no numbers. Check its weights and its dtype."
+        )
+    shapes: list[tuple[int, ...]] = []
+    mapped(lambda part: shapes.append(tuple(part.shape)) or part, cache)  # type: ignore[func-returns-value]
+    if wrong := [shape for shape in shapes if shape[:1] != (2,)]:
+        raise ValueError(
+            f"{model} keeps a tensor of shape {wrong[0]} for 2 sequences; expected their rows along the first axis."
+        )
 
 
 def checked(model: Tokens, logits: Tensor, b: int, t: int | None = None) -> Float[Tensor, "b k v"]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.store import Draw, Store
 from sculpt.formula import Posterior
 from sculpt.model import BaseModel
-from sculpt.training import Row, Training, cosine
+from sculpt.training import Row, Training, cosine, halved
 
 __all__ = ["RATE", "fit_field", "train_field"]
 
@@ -25,7 +26,7 @@ RATE = 1e-3
 
 @torch.random.fork_rng(devices=[])
 def fit_field(
-    classifier: Classifier,
+    classifier: Guide,
     models: Sequence[BaseModel],
     *,
     network: nn.Module | None = None,
@@ -59,7 +60,10 @@ def fit_field(
         raise TypeError(f"A field is fitted to a classifier of sculpt.fit, got {classifier!r:.200}.")
     if steps < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    given = [model.key for model in models]
     _, models = classifier.align(Posterior(len(models), (0,)), models)
+    if store_options.get("data") is not None:  # in the order of the models, as they were given
+        store_options["data"] = [store_options["data"][given.index(model.key)] for model in models]
     classifier = copy.deepcopy(classifier).to(models[0].device)
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
     settings = {
@@ -104,8 +108,7 @@ def train_field(
     if not math.isfinite(fitting.least):
         raise FloatingPointError("The held-out loss of the field was never a number. Take a smaller learning_rate.")
     # What is kept is what is saved.
-    best = fitting.best.half().float()
-    classifier.vector_field = best.eval().requires_grad_(False)
+    classifier.vector_field = halved(fitting.best).eval().requires_grad_(False)
     if checkpoint is not None:
         classifier.save_pretrained(checkpoint)
     return classifier
@@ -125,6 +128,7 @@ class _Fitting:
         self.regression, self.classifier, self.settings = store.regression(classifier), classifier, settings
         torch.default_generator.manual_seed(settings["seed"])
         field = self.regression.default_field() if network is None else copy.deepcopy(network)
+        self.regression.check(field)
         device = next(classifier.parameters()).device
         field = field.float().requires_grad_(True).to(device)
         steps = settings["steps"]

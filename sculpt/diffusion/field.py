@@ -56,7 +56,7 @@ class Field(nn.Module, abc.ABC):
         """What guidance to these labels, the anchor's first, adds to the anchor's denoised samples."""
         if len(labels) == 1:  # the anchor itself
             return torch.zeros_like(z)
-        anchor, counts = torch.tensor(labels[:1]), torch.tensor([[list(labels[1:]).count(i) for i in range(self.m)]])
+        anchor, counts = torch.tensor(labels[:1]), torch.tensor([[float(list(labels[1:]).count(i)) for i in range(self.m)]])
         log_odds = torch.tensor([[1.0] * self.m if odds is None else list(odds)]).log()
         told = self.tell(anchor, counts, log_odds).to(z.device).expand(len(z), -1)
         return self.added(z, s.expand(len(z)), told)
@@ -67,7 +67,7 @@ class Field(nn.Module, abc.ABC):
         return like(self.std * v / (v + self.std**2), z) * self.G(z, s, told).to(z.dtype)
 
     def tell(
-        self, anchor: Int[Tensor, "b"], counts: Int[Tensor, "b m"], log_odds: Float[Tensor, "b m"] | None
+        self, anchor: Int[Tensor, "b"], counts: Float[Tensor, "b m"], log_odds: Float[Tensor, "b m"] | None
     ) -> Float[Tensor, "b t"]:
         """Compositions in numbers: the anchor, how often each label is observed after it, and the log-odds.
 

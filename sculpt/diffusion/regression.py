@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.classifier.store import Draw, Pool
 from sculpt.diffusion.clock import like, noise_range, spread
@@ -77,6 +77,19 @@ class Regression:
         raise ValueError(
             f"There is no default field for samples of shape {shape}. Pass network=, a sculpt.diffusion.field.Field of your own."
         )
+
+    def check(self, field: nn.Module) -> None:
+        """Raise where this is no field for these compositions."""
+        if not isinstance(field, Field):
+            raise TypeError(
+                f"network is a sculpt.diffusion.field.Field, got a {type(field).__name__}. Leave it out for the default one."
+            )
+        own, wanted = ((thing.m, "with" if thing.odds else "without") for thing in (field, self.classifier))
+        if own != wanted:
+            raise ValueError(
+                f"This field is told of {own[0]} base models {own[1]} odds, and this classifier has {wanted[0]} {wanted[1]} odds. "
+                "Leave network out, or make it for these."
+            )
 
     def loss(self, field: Field, draw: Draw) -> Tensor:
         r"""The mean of :math:`(1 + \sigma^2 / s^2) \, (|D + c G - x|^2 - |D - x|^2) / \sigma^2`, in which D is the anchor's: what guidance changes."""

@@ -216,7 +216,8 @@ def test_a_guided_step_is_one_call_of_each_network_and_no_way_back():
             calls.clear()
             road = sculpt.Guided(classifier, correct=correct, **({"particles": 3} if correct else {}))
             composition.sample(3, road, steps=steps, progress=False)
-            assert calls == {"p": steps, "field": steps, "heads": steps + correct}  # the terminal head has the last word
+            # Weights that correct want h at every level, and the terminal head has the last word; others at the first and the last.
+            assert calls == {"p": steps, "field": steps, "heads": steps + 1 if correct else 2}
         calls.clear()
         composition.sample(3, classifier, solver=DDPMScheduler(), steps=steps, progress=False)
         assert calls == {"p": steps, "field": steps}  # a solver's chain has no weights

@@ -252,7 +252,7 @@ def cost(bench: Bench, batch: int = 64, steps: int = MAIN) -> None:
     with torch.no_grad():
         score = best(lambda: bench.models[0].denoise(z, s)) / batch
         forward = best(lambda: bench.classifier.log_h(z, s.expand(batch), labels=(0, 1))) / batch
-    backward = best(lambda: guided.log_h(z, s)) / batch - forward
+    backward = best(lambda: guided.guidance.with_gradient(z, s)) / batch - forward
     ours = best(lambda: guided.sample(batch, steps=steps, progress=False), 2) / batch
     published = 500 * (4 * score + 4 * forward + 2 * backward)
     print(f"\n**Cost at batch {batch}** ({bench.part}), one thread\n\n| | CPU ms an image |\n|---|---|")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
 
 from sculpt.diffusion.diffusers.schedules import Schedule, schedule_of
+from sculpt.diffusion.networks import is_a
 from sculpt.entries import Entries
 from sculpt.settings import check_settings
 
@@ -48,7 +47,7 @@ def check_sample_size(config: Entries, cls: type) -> None:
 def plain(config: Any) -> dict[str, Any]:
     """What a diffusers configuration says of a network or scheduler, without where and by which version it was written."""
     return {
-        key: value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
+        key: value.tolist() if is_a(value, "ndarray") else list(value) if isinstance(value, tuple) else value
         for key, value in dict(config).items()
         if not key.startswith("_")
     }
@@ -66,6 +65,8 @@ def read_schedule(name: Any, config: Entries) -> Schedule:
         name: of its class.
         config: its settings, which are checked before the library sees them.
     """
+    import diffusers
+
     cls = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)):
         raise ValueError(

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -82,6 +81,7 @@ class DenoisingStudent(Student):
         data: samples of the composition instead, as a tensor, or as ``Samples`` with their weights.
         lora: the rank of adapters that are trained in place of the whole network, and merged into it in the end.
         judge: from samples (b, \\*x) to numbers by name, for the card.
+        compare: how many fresh samples of student, anchor and target are compared at most; by default 2,000 small ones or 500 large ones.
     """
 
     learning_rate = 3e-4
@@ -99,6 +99,7 @@ class DenoisingStudent(Student):
         data: Tensor | Samples | None = None,
         lora: int | None = None,
         judge: Callable[[Tensor], Mapping[str, float]] | None = None,
+        compare: int | None = None,
     ):
         self.composition, self.anchor, self.road, self.seed, self.judge = composition, anchor, as_road(road), seed, judge
         small = math.prod(anchor.shape) <= SMALL
@@ -106,6 +107,7 @@ class DenoisingStudent(Student):
         self.samples = whole("samples", samples or (20_000 if small else 5_000), least=20)
         self.sample_steps, self.lora = check_whole("sample_steps", sample_steps, least=2), check_whole("lora", lora)
         self.drawn, self.data, self.small = Drawn(), data, small
+        self.compare = whole("compare", compare or (2000 if small else 500), least=2)
         if data is None:
             self.road.check(composition)  # type: ignore[arg-type]
         else:
@@ -181,7 +183,7 @@ class DenoisingStudent(Student):
 
     def measure(self, model: BaseModel, generator: torch.Generator) -> Row:
         x, log_w = self.held_out
-        n = min(len(x), 2000 if self.small else 500)
+        n = min(len(x), self.compare)
         target = x[torch.multinomial(torch.softmax(log_w, 0), n, True, generator=generator)].float()
         own, anchor = (
             one.sample(n, steps=self.sample_steps, generator=generator, progress=False).x.cpu().float()
@@ -211,6 +213,8 @@ class DenoisingStudent(Student):
 
     def save(self, model: BaseModel, folder: Path) -> None:
         """A folder of diffusers, in half precision; one that ``DDPMPipeline`` reads where it would sample so."""
+        import diffusers
+
         assert is_a(model, "Diffusion")
         network = copy.deepcopy(unwrapped(model.model)).cpu().half()  # type: ignore[attr-defined]
         scheduler, autoencoder = model.scheduler, model.autoencoder  # type: ignore[attr-defined]

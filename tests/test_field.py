@@ -8,6 +8,7 @@ import torch
 from checkpoints import tiny_unet
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers_models import exact_model, three_rings
+from gflownet_models import ENVIRONMENTS, arbitrary
 from oracles import ExactGuide, Grid, draw_posterior
 
 import sculpt
@@ -100,6 +101,7 @@ def fitted():
     return quick(steps=700, batch_size=64, learning_rate=3e-3, network=network)
 
 
+@torch.no_grad()
 def relative_error(field, labels, s):
     """The field's square error on noisy samples of the composition, as a share of the square of what is to be added."""
     x = draw_posterior(Posterior(2, labels), RINGS, 1000, generator(3))
@@ -303,6 +305,12 @@ def test_the_classifier_that_was_given_is_not_changed_and_its_models_may_come_in
         network=VectorField(2, False, 2, 0.0, 1.2, width=16),
     )  # fmt: skip
     assert classifier.field is None and same(one, other)
+
+
+def test_samples_that_are_not_denoised_have_no_field():
+    models = arbitrary(ENVIRONMENTS["grid-2d"](), 2)
+    with pytest.raises(ValueError, match="A guidance field moves samples that are denoised"):
+        sculpt.fit(models, field=True, samples=20, progress=False)
 
 
 def test_a_field_needs_a_classifier_its_own_models_and_samples_that_are_denoised():

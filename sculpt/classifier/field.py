@@ -66,6 +66,7 @@ def fit_field(
         store_options["data"] = [store_options["data"][given.index(model.key)] for model in models]
     classifier = copy.deepcopy(classifier).to(models[0].device)
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
+    store.check_field()
     settings = {
         "steps": steps,
         "batch_size": batch_size or store.batch_size,

@@ -90,6 +90,8 @@ def fit(
     _check(models, observations, steps, batch_size, store_options)
     plan = Plan(len(models), observations, _width(network), bool(odds)).check(descent.memory)  # before samples are drawn
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
+    if field:
+        store.check_field()
     torch.default_generator.manual_seed(seed)
     backbone = store.default_network() if network is None else copy.deepcopy(network)
     plan = store.plan(replace(plan, width=_width(backbone)), backbone, batch_size).check(descent.memory)

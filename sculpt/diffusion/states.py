@@ -56,6 +56,8 @@ class DiffusionStore(Store):
         pool: other options of :class:`~sculpt.classifier.store.Pool`.
     """
 
+    has_field = True
+
     def __init__(
         self,
         models: Sequence[Denoiser],

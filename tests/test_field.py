@@ -287,6 +287,16 @@ def test_a_field_is_saved_beside_the_heads_in_half_precision_and_read_bit_by_bit
     assert torch.equal(*found)
 
 
+def test_a_field_of_the_users_own_is_steered_by_saved_and_passed_again(tmp_path):
+    classifier = quick(network=None)
+    classifier.vector_field = ExactField()
+    (P & Q).sample(3, classifier, steps=3, progress=False)
+    classifier.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="field of its user's own .*field="):
+        sculpt.load(tmp_path)
+    assert Classifier.from_pretrained(tmp_path, field=ExactField(0.5)).field.factor == 0.5
+
+
 def test_fit_trains_heads_and_field_one_after_the_other(tmp_path):
     options = {"data": DATA, "steps": 6, "batch_size": 16, "progress": False, "network": VectorNetwork(2, width=16, depth=1)}
     both = sculpt.fit([P, Q], odds=True, field=True, checkpoint=tmp_path, **options)

@@ -66,6 +66,39 @@ class Asked:
         }
 
 
+def distilled(
+    name: str,
+    composition: sculpt.Composition,
+    classifier: sculpt.Classifier,
+    state: Path,
+    samples: int,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    compare: int,
+) -> dict:
+    """Train the model in a folder of the state; what there is to say of the run."""
+    data, seconds = weighted(composition, classifier, samples, state)
+    checkpoint = state / f"distilled-{name}"
+    sculpt.distill(
+        composition,
+        sculpt.Rejection(classifier),
+        data=data,
+        steps=steps,
+        batch_size=batch,
+        learning_rate=rate,
+        checkpoint=checkpoint,
+        judge=Asked(composition),
+        compare=compare,
+        sample_steps=base_samples.STEPS,
+        progress=False,
+    )
+    seconds += read_state(checkpoint / "training")[0]["seconds"]
+    run = {"steps": steps, "batch": batch, "samples": samples, "seconds": round(seconds)}
+    return run | {"device": next(classifier.parameters()).device.type}
+
+
 def card(folder: Path, run: dict) -> str:
     """Of the model in this folder."""
     about, name = json.loads((folder / "distillation.json").read_text()), folder.name
@@ -107,26 +140,6 @@ if __name__ == "__main__":
     models = [sculpt.load(HERE / name, device=options.device) for name in SETS["triple"]]
     composition = composition_of(options.name, models)
     classifier = sculpt.load(HERE / "triple", device=options.device)
-    data, seconds = weighted(composition, classifier, options.samples, options.state)
-    state = options.state / f"distilled-{options.name}"
-    sculpt.distill(
-        composition,
-        sculpt.Rejection(classifier),
-        data=data,
-        steps=options.steps,
-        batch_size=options.batch,
-        learning_rate=options.rate,
-        checkpoint=state,
-        judge=Asked(composition),
-        compare=options.compare,
-        sample_steps=base_samples.STEPS,
-        progress=False,
-    )
-    run = {
-        "steps": options.steps,
-        "batch": options.batch,
-        "samples": options.samples,
-        "device": torch.device(options.device).type,
-    }
-    run["seconds"] = round(read_state(state / "training")[0]["seconds"] + seconds)
-    recipes.publish(state, HERE / options.name, [run], functools.partial(card, run=run))
+    how = {"steps": options.steps, "batch": options.batch, "rate": options.rate, "compare": options.compare}
+    run = distilled(options.name, composition, classifier, options.state, options.samples, **how)
+    recipes.publish(options.state / f"distilled-{options.name}", HERE / options.name, [run], functools.partial(card, run=run))

@@ -15,6 +15,7 @@ from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.store import Draw, Store
 from sculpt.formula import Posterior
+from sculpt.identity import weights
 from sculpt.model import BaseModel
 from sculpt.training import Row, Training, cosine, halved
 
@@ -126,7 +127,7 @@ class _Fitting:
         network: nn.Module | None,
         checkpoint: str | Path | None,
     ):
-        self.regression, self.classifier, self.settings = store.regression(classifier), classifier, settings
+        self.regression, self.settings = store.regression(classifier), settings
         torch.default_generator.manual_seed(settings["seed"])
         field = self.regression.default_field() if network is None else copy.deepcopy(network)
         self.regression.check(field)
@@ -137,7 +138,7 @@ class _Fitting:
             field,
             torch.optim.AdamW(field.parameters(), lr=settings["learning_rate"], weight_decay=1e-4),
             None if checkpoint is None else Path(checkpoint) / "field",
-            identity={**settings, "keys": list(classifier.keys), "field": field.config},
+            identity={**settings, "classifier": weights(classifier), "field": field.config},
             rate=cosine(steps, warm_up=max(1, steps // 20), least=0.02),
             clip=1.0,
             seed=settings["seed"],

@@ -266,17 +266,17 @@ def _described(network: nn.Module) -> dict[str, Any]:
 
 def _network(config: Entries, entry: str, weights: Weights) -> Callable[[], nn.Module]:
     """What makes the network that a file describes."""
-    spec = config.inside(entry)
+    spec, what = config.inside(entry), "backbone" if entry == "network" else entry
     name = spec.text("class", most=200)
     if not name.startswith("sculpt.") or spec.get("config") is None:
         raise ValueError(
-            f"The classifier in {weights.path.parent} has a {entry} of its user's own ({name}). "
+            f"The classifier in {weights.path.parent} has a {what} of its user's own ({name}). "
             f"Build it and pass it: Classifier.from_pretrained(folder, {entry}=...)."
         )
     try:
         cls = find(name, nn.Module)
     except ValueError as error:
-        raise ValueError(f"The {entry} of the classifier in {weights.path.parent} cannot be built: {error}") from None
+        raise ValueError(f"The {what} of the classifier in {weights.path.parent} cannot be built: {error}") from None
     options = arguments(cls, spec.inside("config"))
     return lambda: cls(**options)
 

@@ -93,7 +93,8 @@ def distill(
     from tqdm.auto import tqdm
 
     check_model(composition)
-    check_whole("steps", steps), check_whole("batch_size", batch_size)
+    check_whole("steps", steps)
+    check_whole("batch_size", batch_size)
     if learning_rate is not None and real("learning_rate", learning_rate) <= 0:
         raise ValueError(f"learning_rate has to be positive, got {learning_rate}.")
     student = composition.leaves[0].student(composition, road, batch_size=batch_size, seed=seed, **options)

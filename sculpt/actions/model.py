@@ -101,6 +101,11 @@ class ActionModel(Steppable):
         """A backbone for a classifier of such states."""
         raise ValueError(f"No default classifier network for {self}. Pass network=, a module from states to features.")
 
+    @property
+    def one_parent(self) -> bool:
+        """Whether one way leads to each state, so that its density is known on the way."""
+        return self.backward_key == ONE_PARENT
+
     # Distillation
 
     @property
@@ -252,6 +257,10 @@ class GuidedActions(ActionModel, Steered):
     def backward_key(self) -> str:  # type: ignore[override]
         """The anchor's."""
         return self.anchor.backward_key
+
+    @property
+    def one_parent(self) -> bool:
+        return self.anchor.one_parent
 
     @property
     def decoder(self) -> Callable[[Tensor], Any] | None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from sculpt.actions.counting import Counted
 from sculpt.actions.paths import backward_paths
-from sculpt.actions.states import distinct
+from sculpt.actions.states import NEG_INF, distinct
 from sculpt.actions.targets import Target
 from sculpt.checks import check_whole, whole
 from sculpt.distillation import Student
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool", "PolicyStudent"]
 
-RENEW = 8
-"""Steps until there are new samples of the student."""
+RENEW, REUSE = 16, 2
+"""Steps until there are new samples of the student, and how often each of them is new."""
 NEW, OLD = 0.375, 0.375
 """Shares of a batch: new samples of the student, and older ones by their weights. The rest are the road's."""
 HUBER = 5.0
@@ -122,6 +122,7 @@ class PolicyStudent(Student):
         self.learner = self.anchor.learner(name or str(composition), network)
         self.network = self.learner.module
         start = self.anchor.start(1)
+        _check_way_back(self.anchor, start)
         self.own, self.given = Pool(start, 2 * self.samples), Pool(start, self.samples)
         self._identity = {"batch_size": self.batch_size, "samples": self.samples, "network": module_digest(self.network)}
 
@@ -149,7 +150,7 @@ class PolicyStudent(Student):
     def loss(self, seed: int) -> tuple[Tensor, Row]:
         generator, B = torch.Generator().manual_seed(seed), self.batch_size
         self.network.eval()  # balance is a property of one policy, and dropout would make it another one each time
-        new = RENEW * max(1, int(NEW * B))
+        new = max(1, int(RENEW * NEW * B / REUSE))
         if seed % RENEW == 0 or not len(self.own):
             self._explore(new if len(self.own) else max(new, len(self.own.x) // 4), generator)
         parts = [
@@ -163,7 +164,7 @@ class PolicyStudent(Student):
         log_target = log_target.clamp(min=float(log_target.max()) - FLOOR)
         delta = log_pi(self.learner, x, generator) - log_target
         centred = delta - centre(delta.detach())
-        row = {"own": centred.detach()[: len(parts[0][1])].abs().median(), "road": centred.detach()[-rest:].abs().median()}
+        row = {"spread": centred.detach()[: len(parts[0][1])].std(correction=0)}  # of what the student writes now, in nats
         return F.huber_loss(centred, torch.zeros_like(centred), delta=HUBER), row
 
     @torch.no_grad()
@@ -195,6 +196,17 @@ class PolicyStudent(Student):
 
     def save(self, model: BaseModel, folder: Path) -> None:
         model.save_pretrained(folder)  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def _check_way_back(model: ActionModel, start: Shaped[Tensor, "1 *s"]) -> None:
+    try:
+        backward_paths(model, model.children(start, model.log_pf(start) > NEG_INF)[2][:1])
+    except NotImplementedError:
+        raise ValueError(
+            f"The samples of {model} cannot be traced back to their start, which a student does: it learns from finished samples. Give its "
+            "environment a backward_step, or its family a backtrack."
+        ) from None
 
 
 def log_pi(model: ActionModel, x: Shaped[Tensor, "b *s"], generator: torch.Generator) -> Float[Tensor, "b"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from sculpt.actions.counting import Counted
-from sculpt.actions.paths import ONE_PARENT, path_ratios
+from sculpt.actions.paths import path_ratios
 from sculpt.chain import Settings
 from sculpt.formula import Formula, Mixture, Posterior
 from sculpt.model import BaseModel
@@ -32,7 +32,7 @@ class Target:
     def __init__(self, composition: BaseModel, generator: torch.Generator):
         self.models: tuple[ActionModel, ...] = composition.leaves  # type: ignore[assignment]
         self.formula = _over_leaves(composition, generator)
-        self.one_parent = all(model.backward_key == ONE_PARENT for model in self.models)
+        self.one_parent = all(model.one_parent for model in self.models)
         self.table = Counted.of(self.models)
         self.said = "log-densities averaged over backward paths, approximate"
         if self.table is not None or self.one_parent:
@@ -50,7 +50,7 @@ class Target:
         """log-densities up to the normaliser; ``generator`` draws paths where they are averaged."""
         if self.table is not None and not self.one_parent:
             return self.formula.value(self.table(x))
-        ell = path_ratios(self.models, x, generator, made_by=self.first, paths=None)
+        ell = path_ratios(self.models, x, generator, made_by=self.first, paths=1 if self.one_parent else None)
         return self.formula.value(ell)
 
     def table_density(self) -> Float[Tensor, "S"]:

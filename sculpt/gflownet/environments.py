@@ -18,7 +18,7 @@ from torch import Tensor
 from sculpt.contents import arguments, find
 from sculpt.entries import LARGEST, Entries
 
-__all__ = ["describe", "fingerprint", "make", "rules", "states_of", "title", "walk"]
+__all__ = ["describe", "fingerprint", "make", "one_parent", "rules", "states_of", "title", "walk"]
 
 # torchgfn's own: the constructor's argument -> where the environment keeps it, and the largest that a file may ask for, so that making
 # it and taking its fingerprint is a matter of a second; None is for flags. Rewards are no part of the rules.
@@ -116,6 +116,16 @@ def _gym_arguments(name: str, told: Entries) -> dict[str, Any]:
         return {key: told.flag(key) if most is None else told.whole(key, 1, most) for key, (_, most) in _GYM[name].items()}
     except ValueError as error:
         raise ValueError(f"{error} If the environment is one that large, make it yourself and pass env=.") from None
+
+
+_ONE_PARENT: weakref.WeakKeyDictionary[DiscreteEnv, bool] = weakref.WeakKeyDictionary()
+
+
+def one_parent(env: DiscreteEnv) -> bool:
+    """Whether one way leads to each state, as far as walks can tell; computed once."""
+    if env not in _ONE_PARENT:
+        _ONE_PARENT[env] = not any((states.backward_masks.sum(-1) > 1).any() for states in walk(env))
+    return _ONE_PARENT[env]
 
 
 def title(env: DiscreteEnv) -> str:

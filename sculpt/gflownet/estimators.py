@@ -22,7 +22,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sculpt.actions.guidance import Guidance
-from sculpt.gflownet.environments import rules, title, walk
+from sculpt.gflownet.environments import one_parent, rules, title
 from sculpt.model import Steppable
 
 __all__ = [
@@ -143,7 +143,7 @@ def _way(side: str, thing: Any) -> str:
 
 def check_one_parent(env: DiscreteEnv, policy: DiscretePolicyEstimator) -> None:
     """Raise where a recurrent policy is none of the state: where several ways lead to one."""
-    if any((states.backward_masks.sum(-1) > 1).any() for states in walk(env)):
+    if not one_parent(env):
         raise ValueError(
             f"{type(policy).__name__} remembers the way to a state, and in {title(env)} several ways lead to one: what it says is no function of "
             "the state, so it has no density to compose. Recurrent policies compose where every state has one parent, as in BitSequence."

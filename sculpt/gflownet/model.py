@@ -27,7 +27,7 @@ from sculpt.actions.reading import Carry, Memory
 from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, rules, states_of, title
+from sculpt.gflownet.environments import describe, one_parent, rules, states_of, title
 from sculpt.gflownet.estimators import (
     ComposedEstimator,
     LogProbPolicy,
@@ -119,6 +119,10 @@ class GFlowNet(ActionModel):
         return "uniform" if self.backward is None else module_digest(self.backward) + json.dumps(self.condition)
 
     @property
+    def one_parent(self) -> bool:
+        return one_parent(self.env)
+
+    @property
     def rules(self) -> str:
         return rules(self.env)
 
@@ -196,7 +200,7 @@ class GFlowNet(ActionModel):
     def log_p(self, x: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b"] | None:
         """Log-probabilities of finished samples, where the network has a shorter way to them than along their paths, its ``log_p``."""
         whole = getattr(self.policy.module, "log_p", None)
-        if whole is None or self.backward is not None:
+        if whole is None or not self.one_parent:
             return None
         values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
         with evaluating(self.policy):

@@ -39,5 +39,17 @@ def policy_to_learn(model: GFlowNet, network: nn.Module | None) -> tuple[Discret
     """
     if network is None and not isinstance(model.policy, LogProbPolicy | RecurrentDiscretePolicyEstimator):
         return copy.deepcopy(model.policy).float().requires_grad_(True), model.condition
-    network = network_for(model.env, model.n_actions) if network is None else copy.deepcopy(network)
+    network = network_for(model.env, model.n_actions) if network is None else _fitting(copy.deepcopy(network), model)
     return NetworkPolicy(network, model.n_actions).to(model.device).requires_grad_(True), {}
+
+
+def _fitting(network: nn.Module, model: GFlowNet) -> nn.Module:
+    """The network, if it answers as a policy of this model's states."""
+    with torch.no_grad():
+        got = tuple(network.to(model.device)(model.start(1)).shape)
+    if got != (1, model.n_actions):
+        raise ValueError(
+            f"network={type(network).__name__} answers one state with shape {got}, expected {(1, model.n_actions)}: a logit for each action, "
+            "the exit last."
+        )
+    return network

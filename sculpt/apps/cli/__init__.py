@@ -1,4 +1,4 @@
-"""The command ``sculpt``: demo, sample, fit, molecules, inspect. Each is a module of this folder."""
+"""The command ``sculpt``: demo, sample, fit, distill, molecules, inspect. Each is a module of this folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from sculpt.apps.cli import demo, fit, inspect, molecules, sample
+from sculpt.apps.cli import demo, distill, fit, inspect, molecules, sample
 from sculpt.contents import VERSION
 
 __all__ = ["main"]
@@ -72,6 +72,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sculpt {VERSION}")
     parser.set_defaults(run=None, stopped=lambda _: "Nothing was written.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (demo, sample, fit, molecules, inspect):
+    for command in (demo, sample, fit, distill, molecules, inspect):
         command.add(commands)
     return parser

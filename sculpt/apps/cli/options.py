@@ -76,7 +76,9 @@ def add_device(parser: argparse.ArgumentParser, result: str) -> None:
     parser.add_argument("--seed", type=seed, default=0, help=f"the same seed gives the same {result} (default: 0)")
 
 
-def add_classifier(parser: argparse.ArgumentParser, things: str, default: str = "") -> None:
+def add_classifier(
+    parser: argparse.ArgumentParser, things: str, default: str = "", batch: str = "states that go through a network at once"
+) -> None:
     """The options of the roads that every command has."""
     parser.add_argument("--classifier", metavar="FOLDER", help=f"from sculpt fit{default}")
     correct = parser.add_mutually_exclusive_group()
@@ -86,7 +88,7 @@ def add_classifier(parser: argparse.ArgumentParser, things: str, default: str = 
         help="the same by the models' own densities in place of the classifier's terminal head (GFlowNets)",
     )  # fmt: skip
     parser.add_argument("--particles", type=count, help="the population of tracked densities and of --correct (at least n)")
-    parser.add_argument("--batch-size", type=count, help="states that go through a network at once")
+    parser.add_argument("--batch-size", type=count, help=batch)
     parser.set_defaults(anchor=None, strength=None, reject=False)
 
 

@@ -19,7 +19,7 @@ from sculpt.apps.cli.options import (
 from sculpt.apps.cli.shards import add_shards, own_device, sharded, write_shards
 from sculpt.apps.formulas import TextFormula
 
-__all__ = ["add"]
+__all__ = ["add", "check_road"]
 
 ENDINGS = (".png", ".npz", ".safetensors")
 OF_MOLECULES = (".parquet", ".csv", ".sdf", ".smi", ".svg")
@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> None:
     else:
         check_name(output, (*ENDINGS, *OF_MOLECULES))
     formula = TextFormula(options.formula, paths)
-    _check_road(options, formula, list(paths))
+    check_road(options, formula, list(paths))
     folder = classifier_folder(options.classifier) if options.classifier else None
     models = load_models(options)
     composition = formula.compose(models)
@@ -118,7 +118,7 @@ def _run(options: argparse.Namespace) -> None:
     print(f"{samples.diagnostics}\nwrote {output}")
 
 
-def _check_road(options: argparse.Namespace, formula: TextFormula, names: list[str]) -> None:
+def check_road(options: argparse.Namespace, formula: TextFormula, names: list[str]) -> None:
     """Refuse options that do not go together."""
     if options.anchor is not None and options.anchor not in names:
         raise ValueError(f"--anchor {options.anchor}: the models are {', '.join(names)}.")

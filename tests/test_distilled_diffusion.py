@@ -183,9 +183,9 @@ def test_a_student_of_mixtures_samples_as_exact_draws_do():
     n, posterior = 4000, Posterior(2, (0, 1))
     exact = [draw_posterior(posterior, RINGS, n, generator(k)) for k in range(4)]
     data = draw_posterior(posterior, RINGS, 30_000, generator(9)).float().reshape(-1, 2, 1, 1)
-    model = sculpt.distill(p & q, data=data, steps=4000, batch_size=256, learning_rate=2e-3, progress=False)
+    model = sculpt.distill(p & q, data=data, steps=1500, batch_size=256, learning_rate=2e-3, progress=False)
     found = model.sample(n, steps=64, generator=generator(), progress=False).x.flatten(1)
     floor = sum(energy_distance(other, exact[0]) for other in exact[1:]) / 3
-    assert energy_distance(found, exact[0]) < 4 * floor
+    assert energy_distance(found, exact[0]) < 2.5 * floor
     of_anchor = RINGS[0].draw(n, generator(5))
     assert energy_distance(of_anchor, exact[0]) > 40 * floor

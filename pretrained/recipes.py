@@ -3,14 +3,15 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sculpt.entries import read_json
-from sculpt.files import settled
+from sculpt.files import replacing, settled
 from sculpt.training import Row, Training, mean
 
 
@@ -122,3 +123,22 @@ def read_runs(folder: Path) -> list[dict]:
     """The trainings so far of what is in a folder."""
     with settled(folder):
         return read_json(folder / "training.json", "trained model")["runs"]
+
+
+def publish(state: Path, folder: Path, runs: Sequence[dict], card: Callable[[Path], str]) -> None:
+    """Put what a training has made in its checkpoint into a folder of its own, all of it at once, without the state of the training.
+
+    Args:
+        state: the checkpoint.
+        folder: where it goes.
+        runs: that made it.
+        card: from the new folder to its card.
+    """
+    with settled(state), replacing(folder) as new:
+        for path in sorted(state.iterdir()):
+            if path.is_dir() and path.name != "training":
+                shutil.copytree(path, new / path.name)
+            elif path.is_file():
+                shutil.copy(path, new / path.name)
+        write_runs(new, runs)
+        (new / "README.md").write_text(card(new))

@@ -36,6 +36,7 @@ from sculpt.diffusion.correctors import HMC as HMC
 # the classifier
 from sculpt.classifier.fit import fit as fit
 from sculpt.classifier.fit import Descent as Descent
+from sculpt.classifier.field import fit_field as fit_field
 from sculpt.classifier.heads import Classifier as Classifier
 
 # compositions as checkpoints

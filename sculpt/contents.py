@@ -24,6 +24,8 @@ CLASSES = {
     "VectorNetwork": "sculpt.diffusion.backbones",
     "ImageNetwork": "sculpt.diffusion.backbones",
     "UNetEncoder": "sculpt.diffusion.diffusers.encoder",
+    "VectorField": "sculpt.diffusion.field",
+    "NetworkField": "sculpt.diffusion.diffusers.field",
     "GridNetwork": "sculpt.actions.networks",
     "StateNetwork": "sculpt.actions.networks",
     "TokenFeatures": "sculpt.tokens.networks",

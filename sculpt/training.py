@@ -30,7 +30,7 @@ from sculpt.files import remove_debris, replace_file
 from sculpt.resuming import FORMAT, Kept, fit_in, note_of, read_state, state_path
 from sculpt.weights import Weights
 
-__all__ = ["Kept", "Training", "clock_of", "constant", "cosine", "mean", "read_state", "seed_of_step"]
+__all__ = ["Kept", "Training", "clock_of", "constant", "cosine", "halved", "mean", "read_state", "seed_of_step"]
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -241,6 +241,14 @@ def cosine(steps: int, warm_up: int = 1, least: float = 0.0, hold: float = 0.0) 
         return min(1.0, (step + 1) / warm_up) * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * way)))
 
     return rate
+
+
+@torch.no_grad()
+def halved(network: N) -> N:
+    """The same network with weights that half precision can hold: what is saved so is what was there."""
+    for parameter in network.parameters():
+        parameter.copy_(parameter.half())
+    return network
 
 
 def mean(rows: Sequence[Row]) -> dict[str, float]:

@@ -13,6 +13,8 @@ from sculpt.apps.cli.fit import curve
 from sculpt.classifier.heads import Classifier
 from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
 from sculpt.diffusion.diffusers.encoder import UNetEncoder
+from sculpt.diffusion.diffusers.field import NetworkField
+from sculpt.diffusion.field import VectorField
 from sculpt.molecules.network import FragmentFeatures
 
 SHIPPED = [PRETRAINED / name for name in ("digits/pair", "digits/triple", "grid/circles", "grid/pair", "molecules/seh-sa")]
@@ -33,9 +35,16 @@ NETWORKS = {
 }
 
 
-def write(folder, name, m, n, odds, children=1):
+FIELDS = {
+    "vector": lambda m, odds: VectorField(m, odds, 2, 0.1, 0.9, 0.05, width=8, depth=2),
+    "image": lambda m, odds: NetworkField.of(sculpt.Diffusion(tiny_unet(), DDPMScheduler(), name="unet"), m, odds, 0.7),
+}
+
+
+def write(folder, name, m, n, odds, children=1, field=False):
     torch.manual_seed(0)
-    classifier = Classifier(NETWORKS[name](), KEYS[:m], n, odds, children=children, names=["p", "q", "r"][:m])
+    moved = FIELDS[name](m, odds) if field else None
+    classifier = Classifier(NETWORKS[name](), KEYS[:m], n, odds, children=children, names=["p", "q", "r"][:m], field=moved)
     rows = [{"step": 10 * i, "terminal": 0.5, "held_out_terminal": 0.6 / i, "held_out_joint": 0.1} for i in (1, 2, 3)]
     classifier.history = [*rows[:2], rows[2] | {"kept": True}]
     classifier.save_pretrained(folder)
@@ -46,6 +55,8 @@ FOLDERS = {
     "vector": partial(write, name="vector", m=3, n=3, odds=False),
     "image": partial(write, name="image", m=2, n=3, odds=True),
     "encoder": partial(write, name="encoder", m=2, n=2, odds=False),
+    "vector with a field": partial(write, name="vector", m=2, n=3, odds=True, field=True),
+    "image with a field": partial(write, name="image", m=3, n=2, odds=False, field=True),
     "fragments": partial(write, name="fragments", m=2, n=2, odds=True, children=20),
 }
 
@@ -63,6 +74,8 @@ def use(classifier):
         with torch.no_grad():
             classifier.marginal(*state), classifier.terminal(state[0]), classifier.joint(*state)
         classifier.log_h(*state, labels=range(2))
+        if classifier.field is not None and min(state[0].shape[1:]) > 1:
+            classifier.field(*state, labels=(0, 1))
 
 
 def _state(network):

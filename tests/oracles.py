@@ -40,7 +40,8 @@ class GaussianMixture(nn.Module):
         # All components in one matrix product: many times faster than one by one.
         y = (z.double() @ self.U.transpose(0, 1).flatten(1)).unflatten(1, self.means.shape)
         y = y - torch.einsum("kij,ki->kj", self.U, self.means)
-        variance = self.eigenvalues + torch.as_tensor(v, dtype=torch.float64)
+        v = torch.as_tensor(v, dtype=torch.float64)
+        variance = self.eigenvalues + (v[:, None, None] if v.ndim else v)
         log_n = -0.5 * (y**2 / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
         return self.weights.log() + log_n, y, variance
 
@@ -54,7 +55,7 @@ class GaussianMixture(nn.Module):
 
     def denoise(self, z: Tensor, s) -> Tensor:
         v = torch.as_tensor(s, dtype=torch.float64) ** 2
-        return (z + v * self.score(z, v)).to(z.dtype)
+        return (z + (v[:, None] if v.ndim else v) * self.score(z, v)).to(z.dtype)
 
     def draw(self, n: int, generator=None, v=0.0) -> Tensor:
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)

@@ -1,5 +1,7 @@
 """The command: what it writes, what it refuses, and that it leaves nothing half done."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -194,6 +196,16 @@ def test_a_fit_that_is_done_is_not_done_again(folders, capsys):
     assert "3 steps" in capsys.readouterr().out
     for name, value in sculpt.load(folders["classifier"]).state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_a_fit_that_is_done_gets_a_field_beside_it(folders, tmp_path):
+    shutil.copytree(folders["classifier"], tmp_path / "ab")
+    before = sculpt.load(tmp_path / "ab")
+    arguments = ["fit", "--model", f"a={folders['a']}", "--model", f"b={folders['b']}", "-o", str(tmp_path / "ab"), "--field"]
+    assert cli.main([*arguments, "--steps", "3", "--batch-size", "4", "--samples", "20"]) == 0
+    after = sculpt.load(tmp_path / "ab")
+    assert before.field is None and after.field is not None
+    assert all(torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
 
 
 @pytest.mark.parametrize(

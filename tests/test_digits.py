@@ -434,6 +434,53 @@ def test_a_classifier_is_fitted_to_samples_of_its_models_and_judged_by_others(pa
     assert "12 and 16 samples of each model" in card and "`pair --more`" in card and "2 and 1 steps" in card
 
 
+def test_a_saved_classifier_gets_a_field_that_begins_as_a_models_network(pair, monkeypatch, tmp_path):
+    fitting = load("digits_classifiers", DIGITS / "classifiers.py")
+    monkeypatch.setattr(fitting, "HERE", tmp_path)
+    monkeypatch.setattr(fitting, "FRESH", 16)
+    heads, runs = fitting.fit("pair", pair, tmp_path / "state", steps=2, n=12)
+    heads.save_pretrained(tmp_path / "pair")
+    how = {"samples": 12, "steps": 2, "batch": 3, "rate": 1e-3}
+    classifier, runs = fitting.fit_field("pair", pair, tmp_path / "state", runs, **how)
+    assert [run.get("field", False) for run in runs] == [False, True]
+    green = pair[SETS["pair"].index("green")].model
+    assert torch.allclose(classifier.field.network.conv_in.weight, green.conv_in.weight, atol=5e-3)
+    monkeypatch.setattr(fitting, "quality", functools.partial(fitting.quality, n=4))
+    monkeypatch.setattr(fitting, "by_class", functools.partial(fitting.by_class, n=4))
+    fitting.finish("pair", classifier, pair, runs, tmp_path / "state")
+    card, again = (tmp_path / "pair" / "README.md").read_text(), sculpt.load(tmp_path / "pair")
+    assert "| guidance field | `classifiers.py pair --field`: the network of green" in card and again.field.odds
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in heads.state_dict().items())
+
+
+def test_a_composition_is_distilled_from_its_anchors_samples_as_often_as_they_are_kept(pair, monkeypatch, tmp_path):
+    making = load("digits_distill", DIGITS / "distill.py")
+    monkeypatch.setattr(making, "HERE", tmp_path)
+    monkeypatch.setattr(making, "SETS", {"triple": SETS["pair"]})
+    monkeypatch.setitem(making.LABELS, "both", ("green", "red-green"))
+    data = [torch.randn(12, 3, 32, 32) for _ in pair]
+    tiny = ImageNetwork((3, 32, 32), channels=(8, 8), width=8)
+    classifier = sculpt.fit(pair, data=data, network=tiny, steps=2, batch_size=2, path=False, progress=False)
+    composition = making.composition_of("both", pair)
+    samples, _ = making.weighted(composition, classifier, 24, tmp_path / "state")
+    green = SETS["pair"].index("green")
+    with torch.no_grad():
+        kept = classifier.terminal(samples.x)[:, 1 - green].double()
+    assert str(composition.models[composition.formula.labels[0]]) == "green"
+    torch.testing.assert_close(samples.log_weights, kept.log_softmax(0))
+    how = {"steps": 2, "batch": 2, "rate": 1e-3, "compare": 4}
+    run = making.distilled("both", composition, classifier, tmp_path / "state", 24, **how)
+    making.recipes.publish(
+        tmp_path / "state" / "distilled-both", tmp_path / "both", [run], functools.partial(making.card, run=run)
+    )
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "| student: as asked, % |" in card and "24 samples of green at 2 steps" in card
+    assert not (tmp_path / "both" / "training").exists()
+    model = sculpt.load(tmp_path / "both")
+    assert model.sample(2, steps=2, progress=False).x.shape == (2, 3, 32, 32)
+    DDPMPipeline.from_pretrained(tmp_path / "both")
+
+
 def test_the_least_cross_entropy_of_the_pair_is_that_of_its_shared_green_zeros(pair, monkeypatch, tmp_path):
     fitting = load("digits_classifiers", DIGITS / "classifiers.py")
     monkeypatch.setattr(fitting, "pool", lambda model, n, *args, **options: (torch.zeros(n, 3, 32, 32), 0.0))

@@ -1,7 +1,8 @@
-"""The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--more] [--state folder]``.
+"""The classifiers of the coloured-digit models: ``python pretrained/digits/classifiers.py {pair,triple} [--steps n] [--more | --field] [--state folder]``.
 
 They learn from samples of the models themselves, not from the data: two networks do not keep the ratio of
-their densities within a class, and a classifier has to tell the models apart as they are. A killed run goes on where it stopped.
+their densities within a class, and a classifier has to tell the models apart as they are. ``--field`` gives a saved classifier its guidance
+field. A killed run goes on where it stopped.
 """
 
 import argparse
@@ -24,17 +25,23 @@ import sculpt
 from sculpt.classifier.fit import Descent
 from sculpt.diffusion.denoiser import Denoiser
 from sculpt.diffusion.diffusers.encoder import UNetEncoder
+from sculpt.diffusion.diffusers.field import NetworkField
 from sculpt.files import replacing
+from sculpt.identity import digest
 from sculpt.training import read_state
 
 HERE = Path(__file__).parent
 OBSERVATIONS = {"pair": 2, "triple": 3}
 SAMPLES, STEPS, BATCH, RATE = 4000, 1500, 32, 1e-3
+FIELD = {"samples": 16_000, "steps": 4000, "batch": 192, "rate": 1e-3}
+"""Of the guidance field: some minutes of a GPU."""
 FRESH = 40_000
 """Where the samples begin that no classifier was fitted to: cards and benchmark judge by those."""
 
 ENCODER = {"pair": "green", "triple": "cyan"}
 """Whose way down the classifier starts from: the model that knows most digits."""
+BEGUN = {"pair": "green", "triple": "zero-one"}
+"""Whose network the field starts from: a small one."""
 
 
 def fit(
@@ -73,6 +80,34 @@ def fit(
     seconds = read_state(checkpoint / "training")[0]["seconds"] + sum(seconds for _, seconds in drawn)
     run = {"steps": classifier.history[-1]["step"], "samples": n, "seconds": round(seconds)}
     return classifier, [*past, run | {"batch": batch, "rate": rate, "device": device.type}]
+
+
+def fit_field(
+    name: str, models: list[Denoiser], state: Path, past: Sequence[dict], *, samples: int, steps: int, batch: int, rate: float
+) -> tuple[sculpt.Classifier, list[dict]]:
+    """The saved classifier with a guidance field that begins as the network of a model, and all runs."""
+    drawn, saved = [pool(model, samples, state) for model in models], sculpt.load(HERE / name)
+    # Of another classifier the field is another.
+    heads = {key: value for key, value in saved.state_dict().items() if not key.startswith("vector_field.")}
+    checkpoint = state / f"{name}-field-{digest(heads)[:12]}"
+    began = next(model for model in models if model.name == BEGUN[name])
+    std = float(torch.cat([x for x, _ in drawn]).std())
+    classifier = sculpt.fit_field(
+        saved,
+        models,
+        network=NetworkField.of(began, len(models), saved.odds, std),
+        data=[x for x, _ in drawn],
+        steps=steps,
+        batch_size=batch,
+        learning_rate=rate,
+        checkpoint=checkpoint,
+        progress=False,
+    )
+    note, _ = read_state(checkpoint / "field")
+    seconds = note["seconds"] + sum(seconds for _, seconds in drawn)
+    gain = -min(row["held_out"] for row in note["curve"])
+    run = {"steps": note["step"], "samples": samples, "seconds": round(seconds), "batch": batch, "rate": rate}
+    return classifier, [*past, run | {"device": models[0].device.type, "field": True, "gain": gain}]
 
 
 def finish(name: str, classifier: sculpt.Classifier, models: list[Denoiser], runs: list[dict], state: Path) -> None:
@@ -126,7 +161,9 @@ def card(
     folder: Path | None = None,
 ) -> str:
     """Of the classifier whose weights are in its folder, or are about to be."""
+    fields, runs = [run for run in runs if run.get("field")], [run for run in runs if not run.get("field")]
     q, names, more = quality(classifier, models, state), [model.name for model in models], len(runs) > 1
+    size = sum(p.numel() for key, p in classifier.named_parameters() if not key.startswith("vector_field."))
     recipe = f", `{name} --more`, which begins with its network" * more
     observed = f"{OBSERVATIONS[name]} observations" + " at any odds" * classifier.odds
     least = f"({q['least']:.4f} if classes came as in the data and were drawn alike)"
@@ -147,9 +184,10 @@ images = sculpt.posterior(models, {tuple(range(len(models)))}).sample(16, classi
 """,
         {
             "data": f"{drawn} samples of each model, {last}at {base_samples.STEPS} steps",
-            "network": f"the encoder of {ENCODER[name]} to begin with, {sum(p.numel() for p in classifier.parameters()):,} parameters",
+            "network": f"the encoder of {ENCODER[name]} to begin with, {size:,} parameters",
             "recipe": f"`python pretrained/digits/classifiers.py {name}`{recipe}: `sculpt.fit`, {written_steps(runs, BATCH)} samples of each model",
             "cost": f"{written_cost(runs)}, the samples included",
+            **({"guidance field": of_field(fields[-1], name, classifier)} if fields else {}),
         },
         title=f"{name}: a classifier of {len(models)} coloured-digit models",
         measured="\n\n".join(
@@ -163,21 +201,41 @@ images = sculpt.posterior(models, {tuple(range(len(models)))}).sample(16, classi
     )
 
 
+def of_field(run: dict, name: str, classifier: sculpt.Classifier) -> str:
+    """Where the field comes from."""
+    size = sum(p.numel() for p in classifier.field.parameters())
+    return (
+        f"`classifiers.py {name} --field`: the network of {BEGUN[name]} to begin with, {size:,} parameters in half precision, "
+        f"{written_steps([run], FIELD['batch'])} samples of each model, of {run['samples']:,}; {written_cost([run])}, the samples included"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=OBSERVATIONS)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each base model")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--samples", type=int, help="of each base model")
     parser.add_argument("--more", action="store_true", help="begin with the network of the saved classifier")
-    parser.add_argument("--batch", type=int, default=BATCH, help="samples of each model a step")
-    parser.add_argument("--rate", type=float, default=RATE, help="of learning")
+    parser.add_argument("--field", action="store_true", help="give the saved classifier a guidance field")
+    parser.add_argument("--batch", type=int, help="samples of each model a step")
+    parser.add_argument("--rate", type=float, help="of learning")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--state", type=Path, default=Path("train_state/digits"))
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.more and options.field:
+        parser.error("--field is trained beside the heads: run --more first")
     torch.set_num_threads(options.threads)
     models = [sculpt.load(HERE / name, device=options.device) for name in SETS[options.name]]
-    past = recipes.read_runs(HERE / options.name) if options.more else []
-    how = {"batch": options.batch, "rate": options.rate}
-    classifier, runs = fit(options.name, models, options.state, options.steps, options.samples, past, **how)
+    usual = FIELD if options.field else {"samples": SAMPLES, "steps": STEPS, "batch": BATCH, "rate": RATE}
+    how = {key: value if (given := getattr(options, key)) is None else given for key, value in usual.items()}
+    if options.field:
+        past = [run for run in recipes.read_runs(HERE / options.name) if not run.get("field")]
+        classifier, runs = fit_field(options.name, models, options.state, past, **how)
+    else:
+        past = recipes.read_runs(HERE / options.name) if options.more else []
+        past = [run for run in past if not run.get("field")]
+        classifier, runs = fit(
+            options.name, models, options.state, how["steps"], how["samples"], past, how["batch"], how["rate"]
+        )
     finish(options.name, classifier, models, runs, options.state)

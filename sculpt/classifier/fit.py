@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.classifier.field import RATE, train_field
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.plan import Plan
 from sculpt.classifier.store import Draw, Store
@@ -80,14 +81,17 @@ def fit(
         store_options: of the family's store of training samples: ``samples`` per model (drawn once, held in a bounded
             cache), ``data`` (your own samples, one tensor per model, instead), sampling ``steps`` as ``sample_steps``;
             ``path`` whether diffusion classifiers learn gradients too (by default for samples of more than 64 numbers);
-            ``composed`` whether classifiers of action models see trajectories of compositions too: for models that overlap little.
+            ``composed`` whether classifiers of action models see trajectories of compositions too: for models that overlap little;
+            ``field`` whether a guidance field is fitted afterwards, see :func:`sculpt.fit_field` (diffusion).
 
     Returns the averaged weights with the best held-out loss (or the last); ``classifier.history`` is the training curve.
     """
-    models, descent = list(models), descent or Descent()
+    models, descent, field = list(models), descent or Descent(), bool(store_options.pop("field", False))
     _check(models, observations, steps, batch_size, store_options)
     plan = Plan(len(models), observations, _width(network), bool(odds)).check(descent.memory)  # before samples are drawn
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
+    if field:
+        store.check_field()
     torch.default_generator.manual_seed(seed)
     backbone = store.default_network() if network is None else copy.deepcopy(network)
     plan = store.plan(replace(plan, width=_width(backbone)), backbone, batch_size).check(descent.memory)
@@ -100,7 +104,11 @@ def fit(
         "log_odds_range": 3.5 if odds is True else float(odds),
         "seed": seed,
     }
-    return _Fit(classifier, store, settings, descent, checkpoint).run(progress)
+    classifier = _Fit(classifier, store, settings, descent, checkpoint).run(progress)
+    if not field:
+        return classifier
+    of_field = {name: settings[name] for name in ("steps", "batch_size", "log_odds_range", "seed")}
+    return train_field(classifier, store, of_field | {"learning_rate": RATE}, checkpoint=checkpoint, progress=progress)
 
 
 def _check(

@@ -6,7 +6,7 @@ r"""What guided sampling asks of a classifier, learned or exact.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,12 @@ class Guide(abc.ABC):
 
     takes_odds: bool = True
     """Whether odds of the observations may differ."""
+
+    @property
+    def field(self) -> Callable[..., Tensor] | None:
+        """``(*state, labels=..., odds=...)``, what guidance adds to the anchor's denoised sample, where that was learned by itself. Without
+        it guidance is the gradient of log h."""
+        return None
 
     @abc.abstractmethod
     def marginal(self, *state: Tensor) -> Float[Tensor, "b m"]:

@@ -136,6 +136,7 @@ class Classifier(Guide, nn.Module):
         odds: whether odds are an input.
         children: how many children of a state are scored in one pass; 1 for the state itself.
         names: of the base models.
+        field: a network that gives guidance itself, see ``sculpt.fit_field``.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Classifier(Guide, nn.Module):
         *,
         children: int = 1,
         names: Sequence[str] | None = None,
+        field: nn.Module | None = None,
     ):
         super().__init__()
         if observations < 2:
@@ -169,8 +171,13 @@ class Classifier(Guide, nn.Module):
         self.marginal_head = nn.Linear(width, self.m)
         self.terminal_head = nn.Linear(width, self.m)
         self.set_head = SetHead(width, self.m, observations, odds, children)
+        self.vector_field = field
         self.history: list[dict[str, float]] = []
         """The training curve, a row for each evaluation; the one whose weights these are has ``kept``."""
+
+    @property
+    def field(self) -> nn.Module | None:
+        return self.vector_field
 
     def marginal(self, *state: Tensor) -> Float[Tensor, "b m"]:
         return torch.log_softmax(self.marginal_head(self.network(*state)).float(), dim=-1)
@@ -203,7 +210,6 @@ class Classifier(Guide, nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What ``save_pretrained`` writes beside the weights."""
-        network = type(self.network)
         return {
             "kind": "classifier",
             "keys": list(self.keys),
@@ -211,32 +217,38 @@ class Classifier(Guide, nn.Module):
             "observations": self.observations,
             "odds": self.odds,
             "children": self.n_children,
-            "network": {
-                "class": f"{network.__module__}.{network.__qualname__}",
-                "config": getattr(self.network, "config", None),
-            },
+            "network": _described(self.network),
+            **({} if self.vector_field is None else {"field": _described(self.vector_field)}),
             "history": self.history,
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a folder."""
-        save_folder(folder, self.config, self.state_dict())
+        """Write ``config.json`` and ``model.safetensors`` into a folder; the field in half precision."""
+        state = {name: value.half() if name.startswith("vector_field.") else value for name, value in self.state_dict().items()}
+        save_folder(folder, self.config, state)
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, network: nn.Module | None = None, *, device: torch.device | str | None = None
+        cls,
+        folder: str | Path,
+        network: nn.Module | None = None,
+        *,
+        field: nn.Module | None = None,
+        device: torch.device | str | None = None,
     ) -> Classifier:
         """Read a saved classifier.
 
         Args:
             folder: where it was saved.
             network: its backbone, where that is one of your own.
+            field: its guidance field, where that is one of your own.
             device: where it should live.
         """
         with open_folder(folder, kind="classifier") as (config, weights):
-            backbone = _backbone(config.inside("network"), weights) if network is None else lambda: network
+            backbone = _network(config, "network", weights) if network is None else lambda: network
+            guidance = _network(config, "field", weights) if field is None and "field" in config else lambda: field
             options = _options(config, weights)
-            classifier = build(lambda: cls(backbone(), **options), weights, "the classifier")
+            classifier = build(lambda: cls(backbone(), field=guidance(), **options), weights, "the classifier")
             fill(classifier, weights.read(), weights)
             classifier.history = _history(config)
         return classifier.eval().requires_grad_(False).to(device or "cpu")
@@ -246,18 +258,25 @@ class Classifier(Guide, nn.Module):
         return f"models={', '.join(self.names)}, observations={self.observations}, odds={self.odds}"
 
 
-def _backbone(spec: Entries, weights: Weights) -> Callable[[], nn.Module]:
+def _described(network: nn.Module) -> dict[str, Any]:
+    """The class of a network and its arguments."""
+    cls = type(network)
+    return {"class": f"{cls.__module__}.{cls.__qualname__}", "config": getattr(network, "config", None)}
+
+
+def _network(config: Entries, entry: str, weights: Weights) -> Callable[[], nn.Module]:
     """What makes the network that a file describes."""
+    spec, what = config.inside(entry), "backbone" if entry == "network" else entry
     name = spec.text("class", most=200)
     if not name.startswith("sculpt.") or spec.get("config") is None:
         raise ValueError(
-            f"The classifier in {weights.path.parent} has a backbone of its user's own ({name}). "
-            "Build it and pass it: Classifier.from_pretrained(folder, network=...)."
+            f"The classifier in {weights.path.parent} has a {what} of its user's own ({name}). "
+            f"Build it and pass it: Classifier.from_pretrained(folder, {entry}=...)."
         )
     try:
         cls = find(name, nn.Module)
     except ValueError as error:
-        raise ValueError(f"The network of the classifier in {weights.path.parent} cannot be built: {error}") from None
+        raise ValueError(f"The {what} of the classifier in {weights.path.parent} cannot be built: {error}") from None
     options = arguments(cls, spec.inside("config"))
     return lambda: cls(**options)
 

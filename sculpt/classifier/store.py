@@ -135,6 +135,21 @@ class Store(abc.ABC):
         log_odds = None if log_odds is None else log_odds.to(batch.owner.device)
         return cross_entropies(classifier, batch, teacher, log_odds, follow=draw.follow)
 
+    has_field: bool = False
+    """Whether there is a guidance field for these samples."""
+
+    def regression(self, classifier: Classifier) -> Any:
+        """What a guidance field of this classifier learns from: ``default_field()``, ``check(field)`` and ``loss(field, draw)``."""
+        raise NotImplementedError
+
+    def check_field(self) -> None:
+        """Raise where there is no guidance field for these samples."""
+        if not self.has_field:
+            raise ValueError(
+                "A guidance field moves samples that are denoised, and these models write theirs otherwise. Leave field out: their guidance is "
+                "exact for the classifier as it is."
+            )
+
     def state_dict(self) -> dict[str, Tensor]:
         """What cannot be drawn again, and is saved with the training."""
         return {}

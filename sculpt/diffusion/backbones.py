@@ -53,24 +53,37 @@ class VectorNetwork(_NoisyNetwork):
         s_min: the least noise level.
         width: of the features.
         depth: of the perceptron.
+        told: how many numbers it is told beside each state.
     """
 
     frequencies: Tensor
 
-    def __init__(self, d: int, mean: float = 0.0, std: float = 1.0, s_min: float = 0.01, width: int = 256, depth: int = 3):
+    def __init__(
+        self,
+        d: int,
+        mean: float = 0.0,
+        std: float = 1.0,
+        s_min: float = 0.01,
+        width: int = 256,
+        depth: int = 3,
+        told: int = 0,
+    ):
         super().__init__(mean, std, s_min, width)
-        if min(d, depth) < 1:
-            raise ValueError(f"Got d={d} and depth={depth}, expected at least 1 of each.")
+        if min(d, depth) < 1 or told < 0:
+            raise ValueError(f"Got d={d}, depth={depth} and told={told}, expected at least 1, 1 and 0.")
         self.config = {"d": d, "mean": mean, "std": std, "s_min": s_min, "width": width, "depth": depth}
         # The scaled coordinates crowd together at low noise: a few frequencies each tell close points apart.
         self.register_buffer("frequencies", math.pi / 4 * 2.0 ** torch.arange(4 if d <= 8 else 0), persistent=False)
-        sizes = itertools.chain([d * (1 + 2 * len(self.frequencies)) + 12], itertools.repeat(width, depth))
+        sizes = itertools.chain([d * (1 + 2 * len(self.frequencies)) + 12 + told], itertools.repeat(width, depth))
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
 
-    def forward(self, z: Float[Tensor, "b d"], s: Float[Tensor, "*b"] | None = None) -> Float[Tensor, "b w"]:
+    def forward(
+        self, z: Float[Tensor, "b d"], s: Float[Tensor, "*b"] | None = None, told: Float[Tensor, "b t"] | None = None
+    ) -> Float[Tensor, "b w"]:
         z, level = self.inputs(z, s)
         angles = rearrange(z[:, :, None] * self.frequencies, "b d f -> b (d f)")
-        h = F.silu(self.layers[0](torch.cat([z, angles.sin(), angles.cos(), level], dim=-1)))
+        known = [z, angles.sin(), angles.cos(), level] + ([] if told is None else [told.to(z)])
+        h = F.silu(self.layers[0](torch.cat(known, dim=-1)))
         for layer in self.layers[1:]:
             h = h + F.silu(layer(h))
         return h

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DenoisingChain", "GuidedChain", "NoisyChain", "given_noise"]
 
+EVERY = 8
+"""Levels from one to the next at which a chain that does without h asks for it all the same."""
 EXTRAPOLATED_NOTE = (
     "classifier-free guidance is sampled as it is: a guided score has no marginal of its own, so no road is exact for it"
 )
@@ -144,7 +146,8 @@ class GuidedChain(DenoisingChain):
     .. math:: \log w \mathrel{+}= \log h(z') - \log h(z) + \log P_i(z' \mid z) - \log P(z' \mid z)
 
     They are a diagnostic or, ``corrected``, they select, and the terminal head has the last word: the result is then exact for the
-    anchor's chain as it is stepped and the terminal head.
+    anchor's chain as it is stepped and the terminal head. A field steers without h, which a diagnostic need not ask at every level:
+    weights with the h of an earlier level have the same mean.
     """
 
     model: GuidedDenoiser
@@ -160,6 +163,8 @@ class GuidedChain(DenoisingChain):
 
     def step(self, state, log_w, generator):
         new, D, xi, per_noise = self._walk(state, generator)
+        if new.log_h is None:
+            new = replace(new, log_h=state.log_h)
         # log P_i(z'|z) - log P(z'|z) of two Gaussians whose means are e standard deviations apart
         e = per_noise * D[:, 1].double()
         return new, new.log_h - state.log_h - inner(e, e) / 2 - inner(e, xi.double())
@@ -176,11 +181,13 @@ class GuidedChain(DenoisingChain):
     def _parts(self, z, k):
         model, s = self.model, self.levels[k]
 
+        asked = self.corrected or not model.guidance.field or k % EVERY == 0 or k == self.length - 1
+
         def parts(z: Tensor) -> tuple[Tensor, Tensor]:
-            log_h, added = model.guidance(z, s)
+            log_h, added = model.guidance(z, s) if asked else (z.new_zeros(len(z)), model.guidance.added(z, s))
             return torch.stack([model.base(z, s), added], dim=1), log_h
 
         D, log_h = in_parts(parts, self.batch_size, z)
         check_finite(D[:, 0], f"{model.anchor} gave", k, s)
         check_finite(D[:, 1] + like(log_h, D[:, 1]), f"the classifier of {model} gave", k, s)
-        return D, log_h.double()
+        return D, log_h.double() if asked else None

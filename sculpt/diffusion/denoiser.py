@@ -20,6 +20,7 @@ from sculpt.diffusion.clock import Level, common_start, level, like, noise_range
 from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
+from sculpt.diffusion.guidance import Guidance
 from sculpt.diffusion.networks import device_of, dtype_of, state_of, unwrapped
 from sculpt.diffusion.ratios import PATH, path_ratios
 from sculpt.diffusion.referee import MOST, Referee
@@ -261,7 +262,8 @@ class GuidedDenoiser(Denoiser, Steered):
         \text{anchored:}\quad & D = D_{i_1} + v \, \nabla \log p(y_2 \dots y_n \mid z, y_1 = i_1) \\
         \text{mixture:}\quad & D = \sum_i p(y_1 = i \mid z) \, D_i + v \, \nabla \log p(y_1 \dots y_n \mid z)
 
-    The anchored form runs one base network, and its chain can be corrected to be exact. ``strength`` multiplies the gradient.
+    The anchored form runs one base network, and its chain can be corrected to be exact. It takes the classifier's field in place of the
+    gradient where there is one. ``strength`` multiplies either.
     """
 
     def __init__(
@@ -273,13 +275,14 @@ class GuidedDenoiser(Denoiser, Steered):
         strength: float = 1.0,
     ):
         self.posterior, self.operands, self.classifier, self.form = posterior, list(models), classifier, form
-        self.strength = float(strength)
+        self.guidance, self.strength = Guidance(classifier, posterior, form, strength), float(strength)
         self.anchor: Denoiser = self.operands[posterior.labels[0]]
         self.s_min, self.s_max = noise_range(self.operands)
         self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
         self.start = self.anchor.start
         self.extrapolated = any(leaf.extrapolated for model in models for leaf in model.leaves)
-        self.name, self.road = posterior.write(operand_names(models)), f"classifier, {form} form"
+        self.name = posterior.write(operand_names(models))
+        self.road = f"classifier, {form} form" + ", field" * self.guidance.field
 
     @property
     def device(self) -> torch.device:
@@ -307,21 +310,6 @@ class GuidedDenoiser(Denoiser, Steered):
             )
         return GuidedChain(self, settings, corrected=True)
 
-    def log_h(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
-        r""":math:`\log h(z)` of the anchored form, or :math:`\log p(y_1 \dots y_n \mid z)`, and its gradient."""
-        differentiable = torch.is_grad_enabled() and z.requires_grad
-        with torch.enable_grad():
-            z = z if differentiable else z.detach().requires_grad_(True)
-            value = self._log_h(z, s.expand(len(z)))
-            (gradient,) = torch.autograd.grad(value.sum(), z, create_graph=differentiable)
-        return value if differentiable else value.detach(), gradient
-
-    def _log_h(self, z: Tensor, s: Tensor) -> Tensor:
-        labels, odds = self.posterior.labels, self.posterior.odds
-        log_h = self.classifier.log_h(z, s, labels=labels, odds=odds)
-        # The joint as marginal times conditional: any split of it is the same where the classifier is exact.
-        return log_h if self.form == "anchored" else log_h + self.classifier.marginal(z, s)[:, labels[0]]
-
     def base(self, z: Float[Tensor, "N *x"], s: Tensor) -> Float[Tensor, "N *x"]:
         """The denoised image before guidance."""
         if self.form == "anchored":
@@ -329,14 +317,9 @@ class GuidedDenoiser(Denoiser, Steered):
         p = self.classifier.marginal(z, s.expand(len(z))).exp().to(z)
         return sum(like(p[:, i], z) * model.denoise(z, s) for i, model in enumerate(self.operands))
 
-    def guidance(self, z: Float[Tensor, "N *x"], s: Tensor) -> tuple[Float[Tensor, "N"], Float[Tensor, "N *x"]]:
-        """Log h, and what is added to the denoised image."""
-        log_h, gradient = self.log_h(z, s)
-        return log_h, like(self.strength * s**2, z) * gradient.to(z.dtype)
-
     def denoise(self, z: Float[Tensor, "b *x"], s: Level) -> Float[Tensor, "b *x"]:
         s = level(s, z.device)
-        return self.base(z, s) + self.guidance(z, s)[1]
+        return self.base(z, s) + self.guidance.added(z, s)
 
     @property
     def first(self) -> Denoiser:

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sculpt.classifier.plan import Plan
 from sculpt.classifier.store import Batch, Draw, Pool, Store
 from sculpt.diffusion.backbones import ImageNetwork, VectorNetwork
 from sculpt.diffusion.clock import like, noise_range, spread
+from sculpt.diffusion.regression import Regression, stratified
 from sculpt.model import Steppable, randn
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class DiffusionStore(Store):
         path: whether gradients are trained; by default for samples of more than 64 numbers.
         pool: other options of :class:`~sculpt.classifier.store.Pool`.
     """
+
+    has_field = True
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class DiffusionStore(Store):
     def _noised(self, draw: Draw, levels: Levels) -> Batch:
         """Samples of all models and a noised state of each, stratified over the noise levels."""
         x, y = self.pool.draw(draw)
-        s = levels(_stratified(len(x), draw.generator))
+        s = levels(stratified(len(x), draw.generator))
         z = x + like(s, x) * randn(x.shape, draw.generator, x)
         return Batch(x, y, (z, s), torch.arange(len(x)))
 
@@ -116,6 +119,9 @@ class DiffusionStore(Store):
                 with torch.no_grad():
                     log_p = torch.cat([teacher.terminal(part.to(self.device)).float() for part in x.split(256)])
                 self.candidates[held_out].append((x.to(self.device), log_p))
+
+    def regression(self, classifier: Classifier) -> Regression:
+        return Regression(self.models, self.pool, classifier, self.mean, self.std)
 
     def losses(self, classifier: Classifier, teacher: Classifier, draw: Draw) -> dict[str, Tensor]:
         losses = super().losses(classifier, teacher, draw)
@@ -152,7 +158,7 @@ class DiffusionStore(Store):
         column = torch.randint(len(sets.counts), (size,), generator=generator).to(device)
         odds = draw.log_odds(size, classifier)
         log_odds = torch.zeros(size, classifier.m, device=device) if odds is None else odds.to(device)
-        s = levels(_stratified(size, generator)).to(device)
+        s = levels(stratified(size, generator)).to(device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             f = sets.log_f(torch.log_softmax(log_p + log_odds[:, None], dim=-1), column[:, None])[..., 0].exp()
             f = f / f.mean(1, keepdim=True).clamp(min=TINY)
@@ -198,9 +204,3 @@ class DiffusionStore(Store):
             z = z.requires_grad_(True)
             (gradient,) = torch.autograd.grad(head(classifier.network(z, s)).sum(), z, create_graph=train)
             return (like(s.float() ** 2, z) * gradient**2 - 2 * target * gradient).flatten(1).sum(1)
-
-
-def _stratified(n: int, generator: torch.Generator) -> Float[Tensor, "n"]:
-    """Uniform numbers, one in each nth of [0, 1], in random order."""
-    order: Int[Tensor, "n"] = torch.randperm(n, generator=generator)
-    return ((order + torch.rand(n, generator=generator)) / n).double()

@@ -16,7 +16,7 @@ run that was stopped.
 
 examples
   sculpt fit --model a=cats --model b=outdoors -o cats-outdoors
-  sculpt fit --model a=red --model b=green --model c=blue --observations 3 --odds -o colours
+  sculpt fit --model a=red --model b=green --model c=blue --observations 3 --odds --field -o colours
 """
 
 
@@ -35,6 +35,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--observations", type=count, default=2, help="labels that a sample may be conditioned on (default: 2)")
     parser.add_argument("--odds", action="store_true", help="take odds as an input")
+    parser.add_argument(
+        "--field", action="store_true", help="train a guidance field afterwards (diffusion): fewer samples stray"
+    )
     parser.add_argument("--steps", type=count, help="of training (default: 4000)")
     parser.add_argument("--batch-size", type=count, help="finished samples per model and step (default: 256)")
     parser.add_argument("--samples", type=count, help="how many to draw from each model to learn from")
@@ -46,6 +49,7 @@ def _run(options: argparse.Namespace) -> None:
 
     models = load_models(options)
     settings = {"steps": options.steps, "batch_size": options.batch_size, "samples": options.samples}
+    settings["field"] = options.field or None
     classifier = sculpt.fit(
         list(models.values()),
         options.observations,

@@ -31,9 +31,12 @@ from sculpt.diffusion.diffusers.direct import (
 from sculpt.diffusion.diffusers.learning import Learned, learn
 from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
+from sculpt.diffusion.diffusers.students import student_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
+from sculpt.distillation import Student
 from sculpt.identity import digest
+from sculpt.model import BaseModel
 
 __all__ = ["Diffusion"]
 
@@ -77,7 +80,7 @@ class Diffusion(Denoiser):
         self.condition, self.null_condition, self.guidance_scale = condition or {}, null_condition, float(guidance_scale)
         check_conditions(str(self), self.condition, self.null_condition, self.guidance_scale)
         self.shape = tuple(shape) if shape is not None else config_shape(model)
-        self._pipeline: PipelineCall | None = None
+        self.pipeline: PipelineCall | None = None
         self._learned: Learned | None = None
         if isinstance(model, nn.Module):
             model.eval()
@@ -221,8 +224,8 @@ class Diffusion(Denoiser):
         A model of a pipeline takes what the pipeline takes, and runs the pipeline's call again with what is new. Others take
         ``class_label``, ``guidance_scale``, ``null_condition``, and the network's keyword tensors.
         """
-        if self._pipeline is not None:
-            return self._of(self._pipeline.changed(args, condition), name)
+        if self.pipeline is not None:
+            return self._of(self.pipeline.changed(args, condition), name)
         if args or {"prompt", "negative_prompt"} & set(condition):
             raise ValueError(
                 f"{self} has no text encoder for prompt={(*args, condition.get('prompt'))[0]!r}. Make it by Diffusion.from_pipeline, or pass the "
@@ -275,7 +278,7 @@ class Diffusion(Denoiser):
 
     def _learn(self, call: PipelineCall, name: str | None) -> Diffusion:
         learned = learn(call)
-        self._pipeline, self._learned, self._stages, self.shape = call, learned, learned.stages, learned.shape
+        self.pipeline, self._learned, self._stages, self.shape = call, learned, learned.stages, learned.shape
         self._begin(self._calls()[-1].network, learned.scheduler, name, call.autoencoder)
         self.name = name or call.name or self.name
         self.condition, self.null_condition, self.guidance_scale = learned.guidance
@@ -287,9 +290,9 @@ class Diffusion(Denoiser):
     @torch.no_grad()
     def decode(self, x: Float[Tensor, "b *x"], batch_size: int = 8) -> Any:
         """What the pipeline makes of finished latents, as its ``output_type`` says, by default tensors with images in [0, 1]; pixels as they are."""
-        if self._pipeline is None or self.autoencoder is None:
+        if self.pipeline is None or self.autoencoder is None:
             return super().decode(x, batch_size)
-        return joined([self._pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
+        return joined([self.pipeline.decode(part, self._learned.still) for part in x.split(batch_size)])
 
     def with_start(self, start: Tensor, strength: float, name: str | None = None) -> Diffusion:
         """The same model, sampled from a noisy version of an image and not from pure noise. Models of image-to-image pipelines start so by themselves.
@@ -315,6 +318,9 @@ class Diffusion(Denoiser):
                 f"{self} would start at s={s:.3g}, at or below its least noise level s={self.s_min:.3g}. Take more strength."
             )
 
+    def student(self, composition: BaseModel, road: Any, **options: Any) -> Student:
+        return student_of(self, composition, road, options)
+
     # Adapters
 
     def with_adapters(self, adapters: Mapping[str, float] | None, name: str | None = None) -> Diffusion:
@@ -336,9 +342,9 @@ class Diffusion(Denoiser):
         said = ",".join(f"{k}={v:g}" for k, v in adapters.items())
         name = name or f"{self.name.partition('[')[0]}[{said or 'plain'}]"
         new = copy.copy(self)
-        if self._pipeline is not None and self._pipeline.encoders_adapted:
-            new = self._of(self._pipeline.with_adapters(adapters), name)
+        if self.pipeline is not None and self.pipeline.encoders_adapted:
+            new = self._of(self.pipeline.with_adapters(adapters), name)
         new.name, new._given_name = name, self._given_name
-        new._switches = Switches() if self._pipeline is not None else self._switches.with_adapters(self.model, adapters)
+        new._switches = Switches() if self.pipeline is not None else self._switches.with_adapters(self.model, adapters)
         new._stages = tuple(stage.with_adapters(adapters) for stage in new._stages)
         return new

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from jaxtyping import Float
@@ -14,8 +13,7 @@ from torch.nn import functional as F
 
 from sculpt.diffusion.clock import like
 from sculpt.diffusion.diffusers.adapter import Diffusion
-from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.diffusers.settings import check_schedule
+from sculpt.diffusion.diffusers.settings import described, plain, read_schedule
 from sculpt.diffusion.networks import unwrapped
 from sculpt.entries import Entries
 from sculpt.settings import check_settings
@@ -32,7 +30,7 @@ class UNetEncoder(nn.Module):
     def __init__(self, unet: dict[str, Any], scheduler: dict[str, Any], width: int = 128):
         super().__init__()
         self.width, self.config = width, {"unet": unet, "scheduler": scheduler, "width": width}
-        settings, times = Entries(_plain(unet), "the encoder's unet"), Entries(_plain(scheduler), "the encoder's scheduler")
+        settings, times = Entries(plain(unet), "the encoder's unet"), Entries(plain(scheduler), "the encoder's scheduler")
         check_settings(settings, diffusers.UNet2DModel)
         network = diffusers.UNet2DModel.from_config(settings.found)
         if network.class_embedding is not None:
@@ -46,17 +44,7 @@ class UNetEncoder(nn.Module):
             if hasattr(module, "set_processor"):
                 module.set_processor(AttnProcessor())  # the fused attention has no second derivative, which training wants
         self.out = nn.Linear(2 * network.config.block_out_channels[-1], width)
-        name = scheduler.get("_class_name")
-        schedule = getattr(diffusers, name, None) if isinstance(name, str) and name.endswith("Scheduler") else None
-        if not (isinstance(schedule, type) and issubclass(schedule, diffusers.SchedulerMixin)):
-            raise ValueError(
-                f"The encoder's noise levels are those of a {name}, which is no scheduler of diffusers. "
-                "Take the encoder of a model with a scheduler of diffusers, or leave network out."
-            )
-        check_settings(times, schedule)
-        check_schedule(times)
-        with torch.device("cpu"):  # its tables are numbers, also where the network is but drawn
-            self.schedule = schedule_of(schedule.from_config(times.found))
+        self.schedule = read_schedule(scheduler.get("_class_name"), times)
 
     @classmethod
     def of(cls, model: Diffusion, width: int = 128) -> UNetEncoder:
@@ -64,9 +52,7 @@ class UNetEncoder(nn.Module):
         unet = unwrapped(getattr(model, "model", None))
         if not isinstance(unet, diffusers.UNet2DModel):
             raise ValueError(f"An encoder is read from a diffusers UNet2DModel, got {model} with a {type(unet).__name__}.")
-        encoder = cls(
-            _plain(unet.config), {**_plain(model.scheduler.config), "_class_name": type(model.scheduler).__name__}, width
-        )
+        encoder = cls(plain(unet.config), described(model.scheduler), width)
         parts = {"time.1": unet.time_embedding, "stem": unet.conv_in, "down": unet.down_blocks, "middle": unet.mid_block}
         for name, part in parts.items():
             encoder.get_submodule(name).load_state_dict(part.state_dict())
@@ -84,12 +70,3 @@ class UNetEncoder(nn.Module):
             h, _ = block(hidden_states=h, temb=level)
         h = h if self.middle is None else self.middle(h, level)
         return F.silu(self.out(torch.cat([h.mean((2, 3)), h.amax((2, 3))], dim=-1)))
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    """What a diffusers configuration says of the network, without where and by which version it was written."""
-    return {
-        key: value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
-        for key, value in dict(config).items()
-        if not key.startswith("_")
-    }

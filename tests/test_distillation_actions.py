@@ -77,6 +77,15 @@ def test_the_target_is_the_formula_of_exact_densities_where_flows_do_not_balance
     assert "exact" in target.said
 
 
+def test_a_model_times_a_factor_is_distilled_too():
+    p, _ = networks(ENVIRONMENTS["grid-2d"]())
+    factor = sculpt.Factor(lambda x: 0.3 * x.sum(-1).float(), name="far")
+    model = sculpt.distill(p * factor, **GRID)
+    x, ps = exact.dag(p).states, exact.terminal_distribution(p)
+    target = (ps.log() + 0.3 * x.sum(-1)).softmax(0)
+    assert float((exact.terminal_distribution(model) - target).abs().sum()) / 2 < 0.02 < float((ps - target).abs().sum()) / 4
+
+
 def test_without_a_table_the_target_is_an_average_over_paths_and_says_so(monkeypatch):
     monkeypatch.setattr(Counted, "of", classmethod(lambda *_: None))
     p, q = perfect(ENVIRONMENTS["grid-2d"](), 2)

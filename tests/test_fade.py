@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers_models import exact_model, sixteen_dimensions
+from diffusers_models import exact_model, sixteen_dimensions, three_rings
 
 import sculpt
+from sculpt.chain import Settings
 from sculpt.diffusion import tracked
 from sculpt.diffusion.fade import Faded, fade
 from sculpt.formula import Mixture, Nested, Posterior, PowerMean, Product
@@ -91,3 +92,10 @@ def test_a_contrast_that_is_faded_in_keeps_its_particles(monkeypatch):
     # The mechanism itself: without fading, the same run loses a good part of them.
     monkeypatch.setattr(tracked, "fade", lambda formula, beta: formula)
     assert effective_share() < 0.85
+
+
+def test_particles_that_go_alone_are_not_faded():
+    p, q, _ = (exact_model(mixture, name=name) for mixture, name in zip(three_rings(), "pqr", strict=True))
+    alone, together = ((p - q).leaves[0].tracked(CONTRAST, (p, q), Settings(steps=9), alone=way) for way in (True, False))
+    assert all(target == CONTRAST for target in alone.targets)
+    assert together.targets[0] != CONTRAST == together.targets[-1]

@@ -114,7 +114,7 @@ class Tracked(Road):
             raise ValueError(
                 f"{composition.factors[0]} weighs finished samples, and whoever steps from outside does not show them. Sample it here."
             )
-        steps = Tracked(particles=1)._over_leaves(composition, Settings(), {}, self._outer(composition))
+        steps = Tracked(particles=1).over_leaves(composition, Settings(), {}, self._outer(composition))
         try:
             next(steps)  # no inner composition is sampled for its log Z where samples go alone, so there is no step
         except StopIteration as done:
@@ -140,7 +140,7 @@ class Tracked(Road):
         alone = self._alone_in(composition)
         if not alone:
             settings.refuse_each("here particles are selected")
-        formula = yield from self._over_leaves(composition, settings, known, self._outer(composition))
+        formula = yield from self.over_leaves(composition, settings, known, self._outer(composition))
         chain = self._chain(formula, composition, settings, alone)
         for progress in run(chain, n, str(composition), settings, composition.result, None if alone else self.selection):
             if progress.samples is not None:
@@ -152,14 +152,14 @@ class Tracked(Road):
         more = {"factors": factors} if factors else {}  # a family from outside may know of none
         return leaves[0].tracked(formula, leaves, settings, self, alone, **more)  # type: ignore[attr-defined, no-any-return]
 
-    def _over_leaves(
+    def over_leaves(
         self,
         composition: Composition,
         settings: Settings,
         known: dict[str, Inner],
         outer: Formula | None = None,
     ) -> Generator[Progress, None, Formula]:
-        """The formula over the pretrained models. Every inner composition is normalised by one run of its own, from the inside out."""
+        """The formula over the pretrained models, and the factors behind them. Every inner composition is normalised by one run of its own, from the inside out."""
         outer = outer or composition.formula
         if not any(model.models for model in composition.models):
             return outer
@@ -169,7 +169,7 @@ class Tracked(Road):
             inner, z = Mixture([1.0]), 0.0
             if model.models:
                 if model.key not in known:
-                    inner = yield from self._over_leaves(model, settings, known)
+                    inner = yield from self.over_leaves(model, settings, known)
                     found = None if model.picks_models else (yield from self._normaliser(model, inner, settings))
                     known[model.key] = Inner(str(model), inner, found)
                 inner, z = known[model.key].formula, known[model.key].log_z

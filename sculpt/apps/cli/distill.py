@@ -33,8 +33,7 @@ examples
   sculpt distill "a & b" --model a=pretrained/grid/circle1 --model b=pretrained/grid/circle2 -o both
   sculpt distill "seh & sa & qed" --model seh=pretrained/molecules/seh --model sa=pretrained/molecules/sa \\
       --model qed=pretrained/molecules/qed --with beta=32 -o seh-sa-qed-32
-  sculpt distill "low & cyan" --model low=pretrained/digits/zero-one --model cyan=pretrained/digits/cyan \\
-      --classifier pretrained/digits/pair -o low-cyan
+  sculpt distill "cats & outdoors" --model cats=cats --model outdoors=outdoors --classifier cats-outdoors -o outdoor-cats
 and then
   sculpt sample "both" --model both=both -n 1000 -o both.npz
 """

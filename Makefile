@@ -1,7 +1,7 @@
 # Every target sets itself up: Python 3.11 or 3.12, make and a package index are all it takes.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench bench-diffusion bench-gflownet bench-molecules bench-tokens bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
+.PHONY: help demo test test-all lint bench bench-diffusion bench-gflownet bench-molecules bench-tokens bench-factors bench-digits bench-images bench-verdicts bench-pipelines bench-overhead docs clean
 
 BIN := .venv/bin
 READY := .venv/.installed
@@ -42,6 +42,9 @@ bench-gflownet: $(READY)  ## errors against exact targets and cost, GFlowNets
 
 bench-molecules: $(READY)  ## quality and speed of the molecule policies and their compositions; PARTS="roads emd" for some
 	@$(BIN)/python tests/bench/molecules.py $(PARTS)
+
+bench-factors: $(READY)  ## factors against exact answers: the plane, grids, inpainting, molecules; PARTS="field" for some
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/factors.py $(if $(PARTS),--parts $(PARTS))
 
 bench-tokens: $(READY)  ## language models on every road against all sequences, beside generate, and molecules as texts; PARTS="roads" for some
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/tokens.py $(if $(PARTS),--parts $(PARTS))

@@ -193,19 +193,23 @@ class Field(Denoiser):
         return (y @ self.U.T).reshape(z.shape).to(z.dtype)
 
 
-@pytest.fixture(scope="module")
-def inpainting():
-    """A field of which a half is known up to .3: the factor, and the posterior's mean, variance and log Z."""
-    field, g, noise = Field(8), generator(5), 0.3
-    y = torch.linalg.cholesky(field.C) @ torch.randn(64, generator=g, dtype=torch.float64)
-    mask = torch.rand(64, generator=g) < 0.5
-    y, o = y + noise * torch.randn(64, generator=g, dtype=torch.float64), mask.nonzero()[:, 0]
+def observed_field(side, share, noise):
+    """A field of which a share is known up to some noise: the model, the factor, and the posterior's mean, variance and log Z."""
+    field, g, d = Field(side), generator(5), side**2
+    y = torch.linalg.cholesky(field.C) @ torch.randn(d, generator=g, dtype=torch.float64)
+    mask = torch.rand(d, generator=g) < share
+    y, o = y + noise * torch.randn(d, generator=g, dtype=torch.float64), mask.nonzero()[:, 0]
     S = field.C[o][:, o] + noise**2 * torch.eye(len(o), dtype=torch.float64)
     K = field.C[:, o] @ torch.linalg.inv(S)
     variance = (field.C - K @ field.C[o]).diagonal()
     log_z = float(-0.5 * (y[o] @ torch.linalg.solve(S, y[o]) + torch.logdet(S))) + len(o) * math.log(noise)
-    known = torch.where(mask, y, math.nan).nan_to_num(nan=9.0).float().reshape(1, 8, 8)  # what is masked does not matter
-    return field, Factor.observed(known, mask.reshape(1, 8, 8), noise), K @ y[o], variance, log_z
+    known = torch.where(mask, y, 9.0).float().reshape(1, side, side)  # what is masked does not matter
+    return field, Factor.observed(known, mask.reshape(1, side, side), noise), K @ y[o], variance, log_z
+
+
+@pytest.fixture(scope="module")
+def inpainting():
+    return observed_field(8, 0.5, 0.3)
 
 
 def off(samples, mean, variance):

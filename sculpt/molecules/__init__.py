@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sculpt.molecules.chemistry import Vocabulary
+    from sculpt.molecules.druglike import Patterns, alerts, passes, profile, properties, within
     from sculpt.molecules.network import FragmentNetwork
     from sculpt.molecules.results import Molecules
     from sculpt.molecules.rewards import QED, SA
@@ -21,9 +22,24 @@ _CONTENTS = {
     "QED": "rewards",
     "FragmentNetwork": "network",
     "Molecules": "results",
+    **dict.fromkeys(("Patterns", "alerts", "passes", "profile", "properties", "within"), "druglike"),
 }
 
-__all__ = ["FragmentNetwork", "FragmentTrees", "Molecules", "QED", "SA", "SEH", "Vocabulary"]
+__all__ = [
+    "FragmentNetwork",
+    "FragmentTrees",
+    "Molecules",
+    "Patterns",
+    "QED",
+    "SA",
+    "SEH",
+    "Vocabulary",
+    "alerts",
+    "passes",
+    "profile",
+    "properties",
+    "within",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -148,7 +148,7 @@ NESTED = {
 }
 
 
-QUICK = ("(p line) & q", "p - (q line)")
+QUICK = ("(p line) & q",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NESTED])

@@ -82,6 +82,9 @@ def test_the_readme_runs_as_it_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(
         vars(sculpt), "generate", lambda model, n, *rest, **options: generate(model, n // 50_000, *rest, **options)
     )
+    distill = sculpt.distill
+    short = {"steps": 20, "samples": 64, "draws": 64, "progress": False}
+    monkeypatch.setitem(vars(sculpt), "distill", lambda composition, **options: distill(composition, **(options | short)))
     scope: dict = {}
     for block in readme_blocks():
         exec(compile(block, "README.md", "exec"), scope)

@@ -276,7 +276,7 @@ def _network(config: Entries, entry: str, weights: Weights) -> Callable[[], nn.M
     try:
         cls = find(name, nn.Module)
     except ValueError as error:
-        raise ValueError(f"The {what} of the classifier in {weights.path.parent} cannot be built: {error}") from None
+        raise ValueError(f"The {entry} of the classifier in {weights.path.parent} cannot be built: {error}") from None
     options = arguments(cls, spec.inside("config"))
     return lambda: cls(**options)
 

@@ -319,6 +319,7 @@ def test_images_are_in_shards_of_their_own_size(tmp_path):
     assert samples.decode().shape == (3, 3, 64, 64) and "x0" not in next(library.tables())
 
 
+@pytest.mark.slow
 def test_shards_weighed_by_their_z_are_right_where_each_of_them_is_not(cells, tmp_path):
     p, q = cells
     composition, graph = sculpt.product([p, q], [2, 1]), exact.dag(p)

@@ -90,6 +90,7 @@ def test_densities_of_whole_paths_are_those_of_the_policy(fitted):
         assert (column.exp() - q).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_trajectories_of_compositions_teach_what_two_models_hardly_share():
     env = FragmentTrees(VOCABULARY, 3)
     models = policies(env, 0.4)

@@ -5,8 +5,8 @@ At noise :math:`v = s^2` the sample is :math:`\hat x` give or take the variance 
 
 .. math:: \log E f \approx \beta \log f(\hat x), \qquad \beta = 1 / (1 + \kappa c)
 
-is left; of what is observed, all of that covariance counts. :math:`\kappa c` is read off second differences of log f at this noise: for a quadratic form they have the mean
-:math:`-c \operatorname{tr} K` and the variance :math:`2 c^2 \operatorname{tr} K^2`. Whatever :math:`\beta` is, the weights are exact.
+is left; of what is observed, all of that covariance counts. :math:`\kappa c` is read off second differences of log f at this noise: for a
+quadratic form they have the mean :math:`-c \operatorname{tr} K` and the variance :math:`2 c^2 \operatorname{tr} K^2`. Whatever :math:`\beta` is, the weights are exact.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def _observed(
 def _bearable(log_f: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """log f with what is forbidden made improbable."""
     finite = log_f[log_f.isfinite()]
-    worst = float(finite.max()) - FORBIDDEN if len(finite) else 0.0
+    worst = min(float(finite.max()) - FORBIDDEN, float(finite.min())) if len(finite) else 0.0
     return torch.where(log_f.isfinite(), log_f, worst)
 
 

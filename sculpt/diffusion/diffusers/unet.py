@@ -80,16 +80,15 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
         came, t = self.place.read(args, options)
-        x = torch.stack([self._sample(part) for part in came])
+        x = torch.cat([self._samples(part[None]) for part in came]) if isinstance(came, list) else self._samples(came)
         n = _distinct(x, t)
         F = self._answer(x[:n], t[:n] if t.ndim else t) * self.place.sign
         F = F.repeat(len(x) // n, *(1,) * (x.ndim - 1)) if n < len(x) else F
         # In the shape in which the samples came, without channels that were none of theirs; no variance is learned.
         shape = (-1, *came[0].shape[1:]) if self._has_more(came[0]) else came[0].shape
-        out = [
-            torch.cat([part.reshape(shape)] + [torch.zeros_like(part).reshape(shape)] * (self.place.answers - 1)) for part in F
-        ]
-        answer = out if isinstance(came, list) else torch.stack(out)
+        F = F.reshape(len(F), *shape)
+        F = torch.cat([F] + [torch.zeros_like(F)] * (self.place.answers - 1), dim=1)
+        answer = list(F) if isinstance(came, list) else F
         return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
     def _answer(self, sample: Float[Tensor, "n *x"], t: Tensor) -> Float[Tensor, "n *x"]:
@@ -114,16 +113,16 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
         shape = tuple(self.denoiser.shape)
         return sample.ndim == len(shape) and sample.shape[1:] == shape[1:] and sample.shape[0] > shape[0]
 
-    def _sample(self, sample: Tensor) -> Float[Tensor, "*x"]:
-        """The sample, in its own shape."""
+    def _samples(self, came: Tensor) -> Float[Tensor, "n *x"]:
+        """The samples, in their own shape."""
         shape = tuple(self.denoiser.shape)
-        sample = sample[: shape[0]] if self._has_more(sample) else sample
-        if sample.numel() != math.prod(shape):
+        x = came[:, : shape[0]] if self._has_more(came[0]) else came
+        if x[0].numel() != math.prod(shape):
             raise ValueError(
-                f"The composition makes samples of shape {shape}, the pipeline wants {tuple(sample.shape)}. Make its base models with "
+                f"The composition makes samples of shape {shape}, the pipeline wants {tuple(x.shape[1:])}. Make its base models with "
                 "shape=, or ask the pipeline for their size (height=, width=)."
             )
-        return sample.reshape(shape)
+        return x.reshape(len(x), *shape)
 
 
 def _config(network: Any, shape: Sequence[int]) -> dict[str, Any]:

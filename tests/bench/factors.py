@@ -62,8 +62,8 @@ def line(
         levels[samples.verdict.level] += 1
     said = ", ".join(f"{level} {count}" for level, count in levels.most_common())
     mean, spread = sum(errors) / seeds, torch.tensor(errors).std() / seeds**0.5
-    seconds = (time.process_time() - start) / seeds
-    print(f"| {name} | {how} | {mean:.2f} ± {spread:.2f} | {covered} of {seeds} | {said} | {seconds:.1f} |", flush=True)
+    seconds, known = (time.process_time() - start) / seeds, "–" if log_z is None else f"{covered} of {seeds}"
+    print(f"| {name} | {how} | {mean:.2f} ± {spread:.2f} | {known} | {said} | {seconds:.1f} |", flush=True)
 
 
 COLUMNS = "target | sampled | error over exact draws' | log Z within 2 se | verdicts | CPU s"

@@ -8,6 +8,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import jaxtyping
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the tests' type checker, which would answer first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

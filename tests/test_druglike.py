@@ -5,7 +5,6 @@ import math
 import os
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -91,14 +90,6 @@ def test_a_profile_says_how_different_and_how_new_molecules_are():
     assert found.share(mw=(0, 185)) == 0.5 and np.allclose(found.columns["mw"][0], 180.16, atol=0.01)
     assert "no pains  100.0%" in str(found) and "3 of 4, 2 different, 2 scaffolds" in str(found)
     assert "valid  0 of 0" in str(profile([]))
-
-
-@pytest.fixture
-def unchecked():
-    """Without the tests' type checker, which would answer first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -3,7 +3,6 @@
 import functools
 import math
 
-import jaxtyping
 import pytest
 import torch
 from diffusers_models import exact_model, three_rings
@@ -334,14 +333,6 @@ def test_factors_of_texts_are_given_texts():
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unchecked():
-    """Without the tests' type checker, which would answer first."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

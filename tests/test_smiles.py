@@ -1,18 +1,16 @@
 """The SMILES models of ``pretrained/smiles``: their strings and densities, what they draw, and how they are trained."""
 
 import argparse
-import contextlib
 import hashlib
-import importlib
 import itertools
 import os
 import re
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from imported import pretrained
 from rdkit import Chem, rdBase
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,22 +21,7 @@ SOME = ["CC(=O)Oc1ccccc1C(=O)O", "Cc1cc(C(=O)NCc2ccco2)n[nH]1", "N#Cc1ccc(Br)cc1
 TEST = Path(os.environ.get("SCULPT_DATA", "")) / "moses" / "test.csv.gz"
 
 
-@contextlib.contextmanager
-def named_alike(*names):
-    """Modules of these names may be imported from the folder; those that other folders have by the same names come back."""
-    path, others = list(sys.path), {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    sys.path.insert(0, str(SMILES))
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in names:
-            sys.modules.pop(name, None)
-        sys.modules.update(others)
-
-
-with named_alike(*MODULES):
-    tokens, network, moses, scores, pace, policy, cards, recipe = map(importlib.import_module, MODULES)
+tokens, network, moses, scores, pace, policy, cards, recipe = pretrained("smiles", *MODULES)
 
 
 @pytest.fixture(scope="module")

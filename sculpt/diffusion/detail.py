@@ -25,7 +25,7 @@ from torch import Tensor
 from sculpt.chain import Settings
 from sculpt.diffusion.clock import common_start, noise_levels, spread
 from sculpt.diffusion.fade import Believed
-from sculpt.diffusion.kernels import analytic_variance, check_finite, extrapolated, inner
+from sculpt.diffusion.kernels import check_finite, extrapolated, inner
 from sculpt.diffusion.painters import is_heuristic, painters
 from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.together import at_once, denoise_all
@@ -201,7 +201,8 @@ class DetailedChain(TrackedChain):
         if state.added is None:
             new = self._repainted(state, state.z + kappa * (D - state.z) + scale * xi, k + 1)
             return new, None
-        self._look_below(state, log_w, generator)
+        w = torch.full_like(log_w, 1 / len(log_w)) if self.alone else torch.softmax(log_w, dim=0)
+        self.painted.look_along(state.z, state.D, state.added, (s**2, s_next**2), w, generator)
         e = kappa / scale * state.added
         new = self._repainted(state, state.z + kappa * (D - state.z) + scale * (xi + e), k + 1)
         return new, new.log_f - state.log_f - inner(e, e) / 2 - inner(e, xi)
@@ -219,15 +220,6 @@ class DetailedChain(TrackedChain):
             added = self.levels[k] ** 2 * einsum(powers, pulls, "N f, N f ... -> N ...")
         check_finite(D, "the models below the detail level gave", k, self.levels[k])
         return Painted(torch.full_like(state.k, k), z, state.a, D, state.D, added, log_f)
-
-    def _look_below(self, state: Painted, log_w: Tensor, generator: torch.Generator | None) -> None:
-        """How far the factors are to be believed at the next level."""
-        k, N, ell = int(state.k[0]), len(state), torch.zeros(len(state), 1 + len(self.twist)).to(state.z)
-        w = torch.full_like(log_w, 1 / N) if self.alone else torch.softmax(log_w, dim=0)
-        v = self.levels[k] ** 2, self.levels[k + 1] ** 2
-        D = torch.stack([state.D, state.z + state.added], dim=1)
-        c, _ = analytic_variance(state.z, D, torch.ones(N, 2).to(ell), w, v[0])
-        self.painted.look(state.z, D[:, :1], ell, c[:1], v, w, generator)
 
     def _denoised(self, z: Tensor, a: Tensor, k: int) -> Float[Tensor, "N *x"]:
         """The denoised images of whoever paints: of each model only where it does."""

@@ -145,6 +145,21 @@ class Twist:
             else:
                 self.beta[j] = _believed(factor, self.denoised(j, z, D, ell), ahead, spread, generator)
 
+    def look_along(
+        self,
+        z: Float[Tensor, "N *x"],
+        D: Float[Tensor, "N *x"],
+        added: Float[Tensor, "N *x"],
+        v: tuple[Tensor, Tensor],
+        w: Float[Tensor, "N"],
+        generator: torch.Generator | None,
+    ) -> None:
+        """The same for particles of one model, to whose denoised images D the factors have added something."""
+        columns = torch.stack([D, z + added], dim=1)
+        c, _ = analytic_variance(z, columns, torch.ones(len(z), 2, dtype=z.dtype, device=z.device), w, v[0])
+        ell = torch.zeros(len(z), 1 + len(self), dtype=torch.float64, device=z.device)
+        self.look(z, columns[:, :1], ell, c[:1], v, w, generator)
+
 
 def _believed(factor: Factor, x: Tensor, c: float, spread: float, generator: torch.Generator | None) -> float:
     r""":math:`\beta` of a factor, where the denoised images x leave the variance c open, and samples have this spread."""
@@ -264,7 +279,8 @@ class TwistedChain(DenoisingChain):
     def step(self, state, log_w, generator):
         k = int(state.k[0])
         s, s_next = self.levels[k], self.levels[k + 1]
-        self._look(state, log_w, generator)
+        w = torch.full_like(log_w, 1 / len(log_w)) if self.alone else torch.softmax(log_w, dim=0)
+        self.twist.look_along(state.z.double(), state.D.double(), state.added.double(), (s**2, s_next**2), w, generator)
         kappa = 1 - (s_next / s) ** 2
         scale, xi = s_next * kappa.sqrt(), randn(state.z.shape, generator, state.z)
         # log P(z'|z) - log P_f(z'|z) of two Gaussians whose means are e standard deviations apart
@@ -291,15 +307,6 @@ class TwistedChain(DenoisingChain):
         D, added, log_f = in_parts(parts, self.batch_size, z)
         check_finite(D, f"{self.model} gave", k, s)
         return Twisted(torch.full((len(z),), k, device=z.device), z, D, before, added, log_f)
-
-    def _look(self, state: Twisted, log_w: Tensor, generator: torch.Generator | None) -> None:
-        k, z, N = int(state.k[0]), state.z.double(), len(state)
-        w = torch.full_like(log_w, 1 / N) if self.alone else torch.softmax(log_w, dim=0)
-        D = torch.stack([state.D.double(), z + state.added.double()], dim=1)
-        v = self.levels[k] ** 2, self.levels[k + 1] ** 2
-        c, _ = analytic_variance(z, D, torch.ones(N, 2, dtype=torch.float64, device=z.device), w, v[0])
-        ell = torch.zeros(N, 1 + len(self.twist), dtype=torch.float64, device=z.device)
-        self.twist.look(z, D[:, :1], ell, c[:1], v, w, generator)
 
 
 def final(twist: Twist, model: Denoiser, x: Float[Tensor, "N *x"]) -> Float[Tensor, "N f"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
 from sculpt.generators import Generators
-from sculpt.particles import Population, systematic
+from sculpt.particles import Population
 from sculpt.samples import Samples
 from sculpt.state import State, finite, in_parts
 
@@ -121,6 +121,8 @@ class Chain(abc.ABC):
     """The effective share under which particles are selected, unless the caller says otherwise."""
     log_scale: float | None = None
     """Log Z of the target as written, minus log Z for the anchor's samples. Only chains that are steered from an anchor have it."""
+    likelihood: Callable[[Tensor], Tensor] | None = None
+    """What multiplies the chain's distribution in the end, in nats."""
     doubt: str = ""
     """A known error that the weights do not show. The verdict says it."""
     apart: float = 0.0
@@ -219,7 +221,7 @@ def run(
             population.reweight(flock.spread(increment))
             if chosen := selection is not None and selection.resample and chain.settled(flock.state):
                 _look(diagnostics, chain, population, flock.state)
-                flock.select(_survivors(population, n))
+                flock.select(population.survivors(n))
             elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
@@ -239,6 +241,8 @@ def run(
             x, increment = _without_lost(x, increment)
         if increment is not None:
             population.reweight(increment)
+        if chain.likelihood is not None:
+            population.given(chain.likelihood(x))
         _look(diagnostics, chain, population, state, selected=selection is not None)
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
@@ -261,7 +265,8 @@ def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
     if population.ess and not chain.alone:
         diagnostics.slip = chain.slip(state, population)
-        kept = None if chain.log_scale is None else math.exp(min(0.0, population.log_z - chain.log_scale))
+        anchored = chain.log_scale is not None and chain.likelihood is None
+        kept = math.exp(min(0.0, population.log_z - chain.log_scale)) if anchored else None
         diagnostics.observe(population, kept, selected=selected)
     diagnostics.steered, diagnostics.apart, diagnostics.doubt = chain.alone, chain.apart, chain.doubt
 
@@ -311,15 +316,7 @@ def _kept(population: Population, x: Tensor, n: int, selection: Selection | None
     """n equally weighted survivors, or all with their weights; without a selection all, which have none."""
     if selection is None:
         return x, None
-    return (x[_survivors(population, n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
-
-
-def _survivors(population: Population, n: int) -> Int[Tensor, "n"]:
-    """n of the particles, each as often as its weight says, in random order."""
-    generator = population.generator
-    index = systematic(population.log_w, n, generator)
-    device = "cpu" if generator is None else generator.device
-    return index[torch.randperm(n, generator=generator, device=device).to(index.device)]
+    return (x[population.survivors(n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
 
 
 def watch(progress: Iterator[Progress], show: bool = True, callback: Callable[[Progress], Any] | None = None) -> Samples:

@@ -206,8 +206,7 @@ def run(
         result: makes what the caller gets of samples, log-weights and diagnostics.
         selection: of a population with weights. Without one every particle is a sample, and weights are there to look at.
     """
-    generator = settings.generator
-    N = n if selection is None else selection.size(chain, n)
+    generator, N = settings.generator, n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
     population = Population(N, threshold=threshold, generator=generator, device=chain.device, of=formula)
     diagnostics = Diagnostics(chain.road, formula, samples=n, seed=settings.seed)
@@ -229,9 +228,7 @@ def run(
         if not left:
             break
         with torch.no_grad():
-            increment = flock.advance(
-                chain, torch.zeros(flock.n, device=flock.device) if chosen else population.log_w, generator
-            )
+            increment = flock.advance(chain, None if chosen else population.log_w, generator)
     with torch.no_grad():
         state = flock.everyone()
         x, increment = chain.end(state, population.log_w, generator)
@@ -242,7 +239,8 @@ def run(
         if increment is not None:
             population.reweight(increment)
         if chain.likelihood is not None:
-            population.given(chain.likelihood(x))
+            population.settle()
+            population.reweight(chain.likelihood(x))
         _look(diagnostics, chain, population, state, selected=selection is not None)
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
@@ -299,8 +297,9 @@ class _Flock:
             self.rows, self.state = self.rows[go], self.state[go]
         return len(go)
 
-    def advance(self, chain: Chain, log_w: Float[Tensor, "n"], generator: torch.Generator | None) -> Tensor | None:
-        """One step of those that go on, in parts; what is added to their log-weights."""
+    def advance(self, chain: Chain, log_w: Float[Tensor, "n"] | None, generator: torch.Generator | None) -> Tensor | None:
+        """One step of those that go on, in parts; what is added to their log-weights, which are equal where there are none."""
+        log_w = torch.zeros(self.n, device=self.device) if log_w is None else log_w
         size, log_w = self.n if chain.whole else chain.batch_size, log_w[self.rows] if self.ended else log_w
         self.state, increment = in_parts(lambda state, log_w: chain.step(state, log_w, generator), size, self.state, log_w)
         return increment

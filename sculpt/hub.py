@@ -130,6 +130,11 @@ def kind_of(folder: Path) -> str:
             return "diffusion"
         if (folder / "config.json").exists():
             return _kind_of_config(folder)
+        if (folder / "pytorch_lora_weights.safetensors").exists():
+            raise ValueError(
+                f"{folder} holds a LoRA, which belongs into its pipeline: pipe.load_lora_weights({str(folder)!r}, adapter_name='name'), and "
+                "then with_adapters({'name': 1.0}) of the pipeline's model."
+            )
         if (folder / "training").is_dir():
             raise ValueError(
                 f"What is trained in {folder} is not finished. Call sculpt.fit or sculpt.distill with the same arguments and "

@@ -76,10 +76,9 @@ class Population:
                 "sculpt.overlap(models). Where all were not finite, look at its networks and powers."
             )
 
-    def given(self, log_f: Float[Tensor, "n"]) -> None:
-        """Multiply what the weights stand for, as a distribution, by a likelihood: log Z and its error are then those of the likelihood."""
+    def settle(self) -> None:
+        """What the weights stand for is a distribution from here on: log Z and its error count what it is multiplied with."""
         self._known = self.log_z, self._shares()
-        self.reweight(log_f)
 
     def resample(self) -> Int[Tensor, "n"] | None:
         if self.ess[-1] >= self.threshold * self.n:

@@ -28,10 +28,10 @@ from sculpt.diffusion.diffusers.direct import (
     probed_time,
     splits,
 )
+from sculpt.diffusion.diffusers.distilling import student_of
 from sculpt.diffusion.diffusers.learning import Learned, learn
 from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.diffusers.students import student_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
 from sculpt.distillation import Student

@@ -6,9 +6,9 @@ import inspect
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import pages
 import pytest
 
 import sculpt
@@ -113,7 +113,7 @@ def test_the_reader_of_arguments_reads_them():
 
 
 def test_there_is_a_page_for_every_public_name():
-    listed = set(re.findall(r"^   (sculpt\.[\w.]+)$", (ROOT / ".docs/index.rst").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^   (sculpt\.[\w.]+)$", (ROOT / ".docs/reference.rst").read_text(), re.MULTILINE))
     assert set(NAMES) - {"sculpt.exact"} <= listed  # exact is a module, and has a page written by hand
     for name, module in {"exact": exact, "plots": plots}.items():
         assert f"automodule:: {module.__name__}\n" in (ROOT / f".docs/{name}.rst").read_text()
@@ -135,23 +135,27 @@ def test_the_pages_are_built(tmp_path):
 
 
 def test_contributing_runs_as_it_is_written():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / ".github/CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 11
-    # A module of its own: classes in it are looked up by name.
-    scope: dict = {"__name__": "contributing"}
-    for block in blocks:
-        exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+    assert len(pages.blocks(ROOT / ".github/CONTRIBUTING.md")) == 11
+    pages.run(ROOT / ".github/CONTRIBUTING.md")
 
 
-def test_the_page_on_policies_of_other_libraries_runs_and_its_samples_are_right():
-    page = (ROOT / ".docs/policies.rst").read_text()
-    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
-    assert len(blocks) == 2
-    scope: dict = {"__name__": "policies"}
-    for block in blocks:
-        exec(compile(textwrap.dedent(block), "policies.rst", "exec"), scope)
-    p, x = scope["p"], scope["sets"].x
-    assert x.sum(-1).max() <= 3 and len(p.sample(50)) == 50
-    between = scope["between"].x
-    # The harmonic mean of N(-1, 2) and N(1, 2) is symmetric, and narrower than both.
-    assert abs(float(between.mean())) < 0.35 and float(between.var()) < 2.0
+def test_every_guide_has_code_that_is_run():
+    without = {path.stem for path in pages.GUIDES if not pages.blocks(path)}
+    assert without == {"changelog", "faq", "limits", "words"}
+
+
+@pytest.mark.parametrize("path", [path for path in pages.GUIDES if pages.blocks(path)], ids=lambda path: path.stem)
+def test_a_guide_runs_as_it_is_written(path, tmp_path, monkeypatch):
+    pages.at_hand(tmp_path, monkeypatch)
+    scope = pages.run(path)
+    if path.stem == "policies":
+        p, x = scope["p"], scope["sets"].x
+        assert x.sum(-1).max() <= 3 and len(p.sample(50)) == 50
+    if path.stem in ("policies", "compose"):
+        # The harmonic mean of N(-1, 2) and N(1, 2), or of N(-1, 1) and N(1, 1), is symmetric, and narrower than both.
+        between = scope["between"].x
+        assert between.mean(0).abs().max() < 0.35 and between.var(0).max() < 2.0
+    if path.stem == "large":
+        assert len(scope["library"]) == len(scope["frame"]) == 20
+    if path.stem == "gflownets":
+        assert abs(float(scope["guided"].sum()) - 1) < 1e-6

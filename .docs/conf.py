@@ -8,6 +8,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import gallery  # noqa: E402
+from sphinx.util.inspect import signature as signature_of  # noqa: E402
+from sphinx.util.inspect import stringify_signature  # noqa: E402
 
 import sculpt  # noqa: E402
 
@@ -24,7 +26,7 @@ extensions = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 templates_path, exclude_patterns = ["_templates"], ["_templates"]
-highlight_language, pygments_style, pygments_dark_style = "python", "friendly", "monokai"
+highlight_language = "python"
 
 html_theme, html_title, html_show_sourcelink = "furo", f"sculpt {release}", False
 html_static_path, html_css_files = ["_static"], ["sculpt.css"]
@@ -56,6 +58,15 @@ def link_names(app, page, content):
         content[0] = "".join(parts)
 
 
+def own_signature(app, what, name, thing, options, signature, returns):
+    """A class whose ``__new__`` takes anything is called as its ``__init__`` says."""
+    if what == "class" and (signature or "").startswith("(*_"):
+        found = signature_of(thing.__init__, bound_method=True)
+        return stringify_signature(found, show_return_annotation=False, unqualified_typehints=True), returns
+    return None
+
+
 def setup(app):
     gallery.write_pages(HERE.parent / "notebooks", HERE / "gallery")
     app.connect("source-read", link_names)
+    app.connect("autodoc-process-signature", own_signature)

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import math
 import re
+import struct
 from pathlib import Path
 
 __all__ = ["write_pages"]
@@ -25,14 +27,23 @@ def write_pages(notebooks: Path, folder: Path) -> None:
     for path in sorted(notebooks.glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         title, text = _page(cells, folder, path.stem)
+        begins = re.search(r"^# .+\n+((?:.+\n?)+)", text, re.MULTILINE)
+        said = re.split(r"[.:](?:\s|$)", " ".join(begins[1].split()))[0] + "." if begins else ""
         source = f"\n\n*This is [notebooks/{path.name}](../../notebooks/{path.name}) of the repository.*\n"
         (folder / f"{path.stem}.md").write_text(text + source, encoding="utf-8")
         pages.append(path.stem)
-        shown = next((f"![A picture of {title}]({name.name})\\\n" for name in sorted(folder.glob(f"{path.stem}-*.png"))), "")
-        cards.append(f"- [{shown}**{title}**]({path.stem}.md)")
+        pictures = sorted(folder.glob(f"{path.stem}-*.png"), key=_unlike_a_card)
+        shown = f"![A picture of {title}]({pictures[0].name})\\\n" if pictures else ""
+        cards.append(f"- [{shown}**{title}**]({path.stem}.md)\\\n  {said}")
     listed = "\n".join(pages)
     end = f"\n:::\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
     (folder / "index.md").write_text(INTRODUCTION + "\n".join(cards) + end, encoding="utf-8")
+
+
+def _unlike_a_card(picture: Path) -> float:
+    """How far a picture is from twice as wide as high: a PNG begins with its size."""
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    return abs(math.log(width / height / 2))
 
 
 def _page(cells: list[dict], folder: Path, stem: str) -> tuple[str, str]:

@@ -38,7 +38,8 @@ class Guided(Road):
         resample: ``False`` returns all particles with their weights. These three go with ``correct``.
 
     Example:
-        >>> shubert, sigmoid = (sculpt.load(f"pretrained/grid/{name}") for name in ("symmetric_shubert", "diag_sigmoid"))
+        >>> shubert = sculpt.load("pretrained/grid/symmetric_shubert")
+        >>> sigmoid = sculpt.load("pretrained/grid/diag_sigmoid")
         >>> road = sculpt.Guided(sculpt.load("pretrained/grid/pair"), correct=True)
         >>> (shubert - sigmoid).sample(100, road, generator=seed).verdict.level
         'sound'

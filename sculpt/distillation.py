@@ -97,6 +97,11 @@ def distill(
         seed: of everything that is drawn.
         progress: show bars.
         options: of the family.
+
+    Example:
+        >>> copy = sculpt.distill(one - two, steps=20)  # more in earnest
+        >>> copy.sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
     from tqdm.auto import tqdm
 

@@ -65,6 +65,11 @@ def load(
             and ``shape``; both a ``name``. GFlowNets: the values it was trained to be conditioned on, e.g. ``beta=32``.
             Language models: ``prompt``, ``max_length``, ``stop``, ``name``, and what changes their distribution: ``temperature``, ``top_k``,
             ``top_p``, ``min_length`` and ``suppress``.
+
+    Example:
+        >>> circle1 = sculpt.load("pretrained/grid/circle1")  # a folder, or an id of the Hub
+        >>> print(circle1.name, circle1.shape)
+        circle1 (2,)
     """
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)

@@ -75,6 +75,11 @@ def generate(
         share: ``(rank, world)``, the number of this process and how many there are.
         progress: show a bar.
         rows: what a row is to have, for samples that offer a choice: ``rewards`` of molecules.
+
+    Example:
+        >>> library = sculpt.generate(one & two, 200, "cells", shard=100)
+        >>> library.shards, sum(len(samples) for samples in library)
+        (2, 200)
     """
     shard = _shard(model) if shard is None else shard
     check_count(n)
@@ -130,6 +135,11 @@ class Library:
 
     Args:
         folder: where the shards are.
+
+    Example:
+        >>> library = sculpt.generate(one & two, 200, "cells", shard=100)
+        >>> [len(samples) for samples in sculpt.Library("cells")]  # one shard in memory at a time
+        [100, 100]
     """
 
     def __init__(self, folder: str | Path):

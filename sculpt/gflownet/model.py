@@ -64,6 +64,10 @@ class GFlowNet(ActionModel):
         fixed: whether the condition is a part of the model, so that its checkpoint has the values and nobody is asked for them.
         name: how formulas and messages call it.
         key: replaces the hash of weights and configuration where there is nothing to hash.
+
+    Example:
+        >>> sculpt.GFlowNet(one.env, one.policy, name="mine").sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
 
     def __init__(

@@ -40,6 +40,13 @@ class Guided(Road):
         particles: the size of the population, at least as many as samples.
         threshold: select when the effective sample size falls under this share of the particles.
         resample: ``False`` returns all particles with their weights. These three go with ``correct``.
+
+    Example:
+        >>> shubert = sculpt.load("pretrained/grid/symmetric_shubert")
+        >>> sigmoid = sculpt.load("pretrained/grid/diag_sigmoid")
+        >>> road = sculpt.Guided(sculpt.load("pretrained/grid/pair"), correct=True)
+        >>> (shubert - sigmoid).sample(100, road, generator=seed).verdict.level
+        'sound'
     """
 
     def __init__(

@@ -47,8 +47,7 @@ class Tokens(ActionModel):
             ``(b, t, v)`` and whatever it wants to be given back with the next tokens: a tensor or a tuple of tensors, rows first, ``None``
             at first.
         tokenizer: of transformers.
-        prompt: what stands before every sequence and is no part of it: a text, or tokens. By default the token that begins texts, or, where
-            there is none, the one that ends them.
+        prompt: what stands before every sequence and is no part of it, a text or tokens; by default the token that begins (or ends) texts.
         vocabulary: where there is no tokenizer: how many tokens there are, or the words that they stand for.
         end: the token that ends a sequence, or several, as numbers or words; by default the model's own. ``()`` says that there is none,
             and that all sequences have ``max_length`` tokens.
@@ -57,8 +56,12 @@ class Tokens(ActionModel):
         stop: texts after which a sequence ends; they are a part of it.
         sampling: temperature, top-k, top-p and the like: they are a part of the model's distribution.
         name: how formulas and messages call it; by default the prompt.
-        cache: whether to keep what the network has read of every sequence, which makes a step cost one token. Without it a step reads all
-            tokens again, and takes no memory.
+        cache: whether to keep what the network has read, so that a step costs one token; without it a step reads all tokens again.
+
+    Example:
+        >>> fair = lambda tokens, cache: (torch.zeros(*tokens.shape, 3), cache)  # logits of heads, tails and the end
+        >>> sculpt.Tokens(fair, vocabulary=3, end=2, max_length=6, prompt=[0], name="coins").sample(4).x.shape[0]
+        4
     """
 
     samples_class = Texts

@@ -22,7 +22,7 @@ from sculpt.factor import Factor
 from sculpt.molecules.rewards import QED, MoleculesLike, parse
 from sculpt.tables import Table
 
-__all__ = ["Patterns", "Profile", "alerts", "passes", "profile", "properties", "within"]
+__all__ = ["Patterns", "Profile", "alerts", "passes", "profile", "properties", "valid", "within"]
 
 PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
     "mw": Descriptors.MolWt,
@@ -164,6 +164,20 @@ def within(*, softness: float = 1.0, name: str | None = None, **ranges: tuple[fl
 
     said = ", ".join(f"{what} {low:g} to {high:g}" for what, (low, high) in bounds.items())
     return Factor(log_f, bound=0.0, name=name or (said if softness == 1 else f"{said} (softness {softness:g})"))
+
+
+def valid(name: str = "valid") -> Factor:
+    """Strings that are molecules, as a factor: one for these, zero for others. For language models of SMILES.
+
+    Args:
+        name: of the factor.
+    """
+
+    def log_f(smiles: Sequence[str]) -> torch.Tensor:
+        there = [molecule is not None and molecule.GetNumAtoms() > 0 for molecule in parse(smiles)]
+        return torch.where(torch.tensor(there, dtype=torch.bool), 0.0, -math.inf).double()
+
+    return Factor(log_f, bound=0.0, name=name)
 
 
 def passes(*catalogues: str | Patterns, penalty: float = math.inf, name: str | None = None) -> Factor:

@@ -146,7 +146,15 @@ def told(name: str) -> dict[str, Any]:
         if name in REWARDS
         else {"prompt": prompts(name)}
     )
-    return {"kind": "tokens", **begin, "end": [END], "max_length": LONGEST, "stop": [], "sampling": sampling, "samples": "Smiles"}
+    return {
+        "kind": "tokens",
+        **begin,
+        "end": [END],
+        "max_length": LONGEST,
+        "stop": [],
+        "sampling": sampling,
+        "samples": "Smiles",
+    }
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT2LMHeadModel:

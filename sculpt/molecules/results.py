@@ -37,7 +37,7 @@ class Molecules(Samples):
     numbers. Each is computed once. A result that was saved or pickled keeps its SMILES, so whoever reads it needs no model.
     """
 
-    columns = ("smiles",)
+    columns: ClassVar[tuple[str, ...]] = ("smiles",)
     keeps_x = False
     high: ClassVar[Mapping[str, float]] = HIGH
     """From where on a reward is called high."""
@@ -116,7 +116,9 @@ class Molecules(Samples):
     def summed(cls, tables: Iterable[Table], n: int, formula: str = "") -> Summary:
         summary = Summary(n, cls.high, named(formula))
         for table in tables:
-            summary.add({name: values for name, values in table.items() if name not in ("log_weight", "log_z", "shard", "seed")})
+            summary.add(
+                {name: values for name, values in table.items() if name not in ("log_weight", "log_z", "shard", "seed")}
+            )
         return summary
 
     # Tables and files

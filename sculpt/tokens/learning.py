@@ -107,7 +107,9 @@ def read(folder: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> 
     if found is not None and wanted and not given.get("prompt"):
         told["prompt"] = _prompt(found, wanted, condition)
     elif condition:
-        raise ValueError(f"Got a prompt and {', '.join(condition)}, for which the folder has prompts of its own. Pass one of the two.")
+        raise ValueError(
+            f"Got a prompt and {', '.join(condition)}, for which the folder has prompts of its own. Pass one of the two."
+        )
     return told | {name: value for name, value in given.items() if value}
 
 

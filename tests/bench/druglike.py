@@ -77,7 +77,13 @@ def known() -> list[str]:
 def speed(n: int = 256) -> None:
     prior, both = load("prior"), load("seh") & load("sa")
     prompt = torch.full((n, 1), prior.prompt[0])
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 63, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    options = {
+        "do_sample": True,
+        "top_k": 0,
+        "max_new_tokens": 63,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(prompt),
+    }
     ours = seconds(lambda: prior.sample(n, progress=False))
     theirs = seconds(lambda: prior.model.generate(prompt, **options))
     composed = seconds(lambda: both.sample(n, sculpt.Tracked(particles=n), progress=False))
@@ -95,7 +101,12 @@ def models() -> None:
     smiles = [s for s in x.smiles if s]
     new = set(smiles) - set(known())
     table("The prior, 10,000 strings", "valid", "unique", "novel")
-    line(*(f"{100 * share:.1f} %" for share in (len(smiles) / len(x), len(set(smiles)) / len(smiles), len(new) / len(set(smiles)))))
+    line(
+        *(
+            f"{100 * share:.1f} %"
+            for share in (len(smiles) / len(x), len(set(smiles)) / len(smiles), len(new) / len(set(smiles)))
+        )
+    )
     table(f"Policies at β = {BETA}, {N:,} strings", "", "mean reward", "valid", "unique")
     for name in NAMES:
         x = drawn(name)
@@ -132,7 +143,9 @@ def tracked(name: str = COMPOSED[0]) -> Smiles:
 def druglike_table() -> None:
     sets = {name: drawn(name) for name in ("prior", *NAMES)} | {name: tracked(name) for name in COMPOSED}
     columns = {name: looks(x) for name, x in sets.items()}
-    table(f"{N:,} molecules each, β = {BETA}; compositions by tracked densities, {PARTICLES:,} particles", "", *columns, "target")
+    table(
+        f"{N:,} molecules each, β = {BETA}; compositions by tracked densities, {PARTICLES:,} particles", "", *columns, "target"
+    )
     for row in next(iter(columns.values())):
         line(row, *(column[row] for column in columns.values()), TARGETS.get(row, ""))
     for name in COMPOSED:
@@ -140,7 +153,12 @@ def druglike_table() -> None:
         tracked(name).draw(24).save(f"/tmp/druglike-{COMPOSED.index(name)}.png")
 
 
-TARGETS = {"all three": "≥ 60 %", "MW, 5 to 95 %": "250 to 450", "all of these filters": "≥ 80 % (MOSES 86 %)", "distinct": "≥ 95 %"}
+TARGETS = {
+    "all three": "≥ 60 %",
+    "MW, 5 to 95 %": "250 to 450",
+    "all of these filters": "≥ 80 % (MOSES 86 %)",
+    "distinct": "≥ 95 %",
+}
 
 
 def looks(x: Smiles) -> Rows:
@@ -213,7 +231,13 @@ def compare(title: str, target: sculpt.Composition, ways: dict[str, Callable[[],
     for name, draw in ways.items():
         x = draw()
         values, d = columns(x), x.diagnostics
-        worth = d.families if d.families is not None else float(d.road.removeprefix("worth ")) if d.road.startswith("worth") else len(x)
+        worth = (
+            d.families
+            if d.families is not None
+            else float(d.road.removeprefix("worth "))
+            if d.road.startswith("worth")
+            else len(x)
+        )
         worth = min(float(worth), len(x))
         means = ", ".join(f"{values[key].mean():.3f}" for key in NAMES)
         ks = ""
@@ -222,7 +246,9 @@ def compare(title: str, target: sculpt.Composition, ways: dict[str, Callable[[],
             ks = ", ".join(f"{ks_2samp(values[key], first[key]).statistic:.3f}" for key in values) + f" ({level:.3f})"
         else:
             first, size = values, worth
-        line(name, means, "" if d.log_z is None else f"{d.log_z:.3f}", f"{worth:.0f}", ks, d.verdict.level if d.particles else "")
+        line(
+            name, means, "" if d.log_z is None else f"{d.log_z:.3f}", f"{worth:.0f}", ks, d.verdict.level if d.particles else ""
+        )
 
 
 def columns(x: Smiles) -> dict[str, np.ndarray]:

@@ -26,7 +26,8 @@ PRETRAINED = ROOT / "pretrained" / "smiles"
 MOSES = Path(os.environ.get("SCULPT_DATA", "missing")) / "moses"
 NAMES = ("seh", "sa", "qed")
 GOOD = Smiles.high
-BETA, N, PARTICLES = 64, 2000, 8000
+BETA, N, RUNS, PARTICLES = 64, 2000, 2, 3000
+"""Compositions are sampled in so many runs of so many particles: each particle remembers what every network has read of it."""
 PEAKS = {"seh": 6.76, "sa": 1.97, "qed": 0.94}
 """Nats from the prior at this exponent, as the cards say: odds of e to minus these let no model outweigh the others by its peak alone."""
 LOOKED_AT = 1000
@@ -136,21 +137,28 @@ COMPOSED = ("seh & sa & qed", "with odds", "prior × all three")
 
 @functools.cache
 def tracked(name: str = COMPOSED[0]) -> Smiles:
+    return populations(composition(name), 2)
+
+
+def populations(target: sculpt.Composition, seed: int) -> Smiles:
     road = sculpt.Tracked(particles=PARTICLES)
-    return composition(name).sample(N, road, generator=seeded(2), progress=False)
+    runs = (target.sample(N // RUNS, road, generator=seeded(seed + 10 * k), progress=False) for k in range(RUNS))
+    return sculpt.Samples.cat([*runs])
 
 
 def druglike_table() -> None:
     sets = {name: drawn(name) for name in ("prior", *NAMES)} | {name: tracked(name) for name in COMPOSED}
     columns = {name: looks(x) for name, x in sets.items()}
     table(
-        f"{N:,} molecules each, β = {BETA}; compositions by tracked densities, {PARTICLES:,} particles", "", *columns, "target"
+        f"{N:,} molecules each, β = {BETA}; compositions by tracked densities, {RUNS} runs of {PARTICLES:,} particles",
+        "",
+        *columns,
+        "target",
     )
     for row in next(iter(columns.values())):
         line(row, *(column[row] for column in columns.values()), TARGETS.get(row, ""))
     for name in COMPOSED:
         print(f"\n{tracked(name).diagnostics}", flush=True)
-        tracked(name).draw(24).save(f"/tmp/druglike-{COMPOSED.index(name)}.png")
 
 
 TARGETS = {
@@ -163,7 +171,8 @@ TARGETS = {
 
 def looks(x: Smiles) -> Rows:
     """What a set is like; shares are of all strings where nothing else is said."""
-    scores = x.table(NAMES)
+    scores = x.table(NAMES, progress=False)
+    means = x.summary(NAMES).means
     high = {name: scores[name] >= GOOD[name] for name in NAMES}
     share = lambda good: f"{100 * float(scores['weight'][good].sum()):.1f} %"  # noqa: E731
     smiles = [s for s in x.smiles if s]
@@ -172,7 +181,7 @@ def looks(x: Smiles) -> Rows:
     clean = all_passed(smiles[:LOOKED_AT])
     rows = {f"{name.upper()} ≥ {GOOD[name]:g}": share(high[name]) for name in NAMES}
     rows |= {"all three": share(np.all([*high.values()], axis=0))}
-    rows |= {f"mean {name.upper()}": f"{x.summary([name]).means[name]:.3f}" for name in NAMES}
+    rows |= {f"mean {name.upper()}": f"{means[name]:.3f}" for name in NAMES}
     rows |= {"MW, 5 to 95 %": f"{mw[0]:.0f} to {mw[1]:.0f}"}
     rows |= {f"passes {name}": f"{share:.1%}" for name, share in found.passed.items()}
     rows |= {"all of these filters": f"{clean:.1%}", "valid": f"{len(smiles) / len(x):.1%}"}
@@ -201,13 +210,13 @@ def roads() -> None:
     one = composition()
     compare(f"seh & sa & qed, β = {BETA}", one, {
         "exact weights of base draws": lambda: weighted(one, 2 * N, 3),
-        f"tracked, {PARTICLES:,} particles": tracked,
+        "tracked": tracked,
     })  # fmt: skip
     pair = seh & sa
     compare("seh & sa, β = 32", pair, {
         "rejection": lambda: pair.sample(N // 4, sculpt.Rejection(), generator=seeded(5), progress=False),
         "exact weights of base draws": lambda: weighted(pair, N, 6),
-        f"tracked, {PARTICLES:,} particles": lambda: pair.sample(N, sculpt.Tracked(particles=PARTICLES), generator=seeded(7), progress=False),
+        "tracked": lambda: populations(pair, 7),
     })  # fmt: skip
 
 
@@ -253,7 +262,7 @@ def compare(title: str, target: sculpt.Composition, ways: dict[str, Callable[[],
 
 def columns(x: Smiles) -> dict[str, np.ndarray]:
     """Of each molecule, by which two sets are told apart."""
-    scores = x.table(NAMES)
+    scores = x.table(NAMES, progress=False)
     of = {s: i for i, s in enumerate(scores["smiles"])}
     rows = [of[s] for s in x.smiles if s]
     mw = properties(list(scores["smiles"]))["mw"]

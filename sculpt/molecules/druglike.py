@@ -20,6 +20,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from sculpt.checks import number
 from sculpt.factor import Factor
 from sculpt.molecules.rewards import QED, MoleculesLike, parse
+from sculpt.molecules.unstable import UNSTABLE
 from sculpt.tables import Table
 
 __all__ = ["Patterns", "Profile", "alerts", "passes", "profile", "properties", "valid", "within"]
@@ -41,6 +42,8 @@ SOFT = {"mw": 25.0, "logp": 0.5, "tpsa": 10.0, "fsp3": 0.1}
 """How far outside of a range costs half a nat; of counts it is one."""
 CATALOGUES = ("pains", "brenk", "nih")
 """Of RDKit's alerts."""
+OWN = {"unstable": UNSTABLE}
+"""Catalogues of sculpt's, which are asked for by name."""
 
 
 def properties(molecules: MoleculesLike) -> dict[str, np.ndarray]:
@@ -58,10 +61,12 @@ def _of(function: Callable[[Chem.Mol], float], molecule: Chem.Mol | None) -> flo
 
 
 @functools.cache
-def _catalogue(name: str) -> FilterCatalog:
+def _catalogue(name: str) -> FilterCatalog | Patterns:
+    if name in OWN:
+        return Patterns(OWN[name].values(), name)
     if name not in CATALOGUES:
         raise ValueError(
-            f"{name!r:.60} is no catalogue of alerts; expected {', '.join(CATALOGUES)}, or sculpt.molecules.Patterns."
+            f"{name!r:.60} is no catalogue of alerts; expected {', '.join([*CATALOGUES, *OWN])}, or sculpt.molecules.Patterns."
         )
     params = FilterCatalogParams()
     params.AddCatalog(getattr(FilterCatalogParams.FilterCatalogs, name.upper()))
@@ -111,7 +116,8 @@ def alerts(molecules: MoleculesLike, *catalogues: str | Patterns) -> dict[str, n
 
     Args:
         molecules: SMILES or RDKit molecules.
-        catalogues: among pains, brenk and nih (all three by default), and :class:`Patterns`.
+        catalogues: among pains, brenk and nih (these three by default), ``unstable`` (groups that no chemist accepts), and
+            :class:`Patterns`.
     """
     asked = {
         c if isinstance(c, str) else c.name: c if isinstance(c, Patterns) else _catalogue(c) for c in catalogues or CATALOGUES

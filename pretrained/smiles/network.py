@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from tokens import BETAS, END, LONGEST, PAD, REWARDS, VOCABULARY, WRITTEN, prompts, tokenizer
+from tokens import BEGIN, BETAS, END, LONGEST, PAD, REWARDS, VOCABULARY, WRITTEN, prompts, tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel

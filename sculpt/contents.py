@@ -20,6 +20,7 @@ CLASSES = {
     "Samples": "sculpt.samples",
     "Molecules": "sculpt.molecules.results",
     "Texts": "sculpt.tokens.results",
+    "Smiles": "sculpt.molecules.smiles",
     # networks and environments of checkpoints
     "VectorNetwork": "sculpt.diffusion.backbones",
     "ImageNetwork": "sculpt.diffusion.backbones",

@@ -16,7 +16,7 @@ import torch
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.diffusion.diffusers.parts import NETWORKS, read_pipeline
-from sculpt.entries import read_json
+from sculpt.entries import Entries, read_json
 from sculpt.files import settled
 from sculpt.model import BaseModel
 from sculpt.weights import check_weights
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         def __sub__(self, other: BaseModel) -> LoadedComposition: ...
 
 
-__all__ = ["load", "kind_of", "locate"]
+__all__ = ["load", "asks", "kind_of", "locate"]
 
 # fnmatch's * crosses folders: weights of the parts, but no single-file copies of them at the top, nor half-precision twins.
 _FETCH = ["*.json", "*.txt", "model.safetensors", "*/*.safetensors"]
@@ -64,7 +64,7 @@ def load(
             ``prompt``, ``negative_prompt``, ``guidance_scale``, ``height`` and the like; networks alone ``class_label``, ``guidance_scale``
             and ``shape``; both a ``name``. GFlowNets: the values it was trained to be conditioned on, e.g. ``beta=32``.
             Language models: ``prompt``, ``max_length``, ``stop``, ``name``, and what changes their distribution: ``temperature``, ``top_k``,
-            ``top_p``, ``min_length`` and ``suppress``.
+            ``top_p``, ``min_length`` and ``suppress``; or the conditions that their folder has prompts for, such as ``beta=32``.
 
     Example:
         >>> circle1 = sculpt.load("pretrained/grid/circle1")  # a folder, or an id of the Hub
@@ -128,6 +128,17 @@ def _download(repository: str) -> Path:
         ) from error
 
 
+def asks(folder: Path) -> list[str]:
+    """What a folder's model has to be told to be one distribution, such as ``beta``."""
+    if (kind := kind_of(folder)) == "tokens":
+        from sculpt.tokens.learning import conditions
+
+        return conditions(folder)
+    if kind == "gflownet":
+        return Entries(read_json(folder / "config.json", "policy"), str(folder / "config.json")).texts("condition", most=100)
+    return []
+
+
 def kind_of(folder: Path) -> str:
     """``"diffusion"``, ``"tokens"``, ``"gflownet"`` or ``"classifier"``, by what is in the folder."""
     with settled(folder):
@@ -180,16 +191,10 @@ _EXPECTED = (
 
 
 def _tokens(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:
+    from sculpt.tokens.learning import title
     from sculpt.tokens.model import Tokens
-    from sculpt.tokens.sampling import Sampling
 
-    known = [*inspect.signature(Tokens.from_pretrained).parameters, *inspect.signature(Sampling).parameters]
-    known = [option for option in known if option not in ("folder", "device", "dtype", "sampling")]
-    if unknown := sorted(set(condition) - set(known)):
-        raise ValueError(f"{', '.join(unknown)}: no option of a language model, which takes {', '.join(known)}.")
-    if isinstance(prompt := condition.get("prompt"), str) and prompt:
-        name += f"[{prompt}]"
-    return Tokens.from_pretrained(folder, device=device, dtype=dtype, **({"name": name} | condition))
+    return Tokens.from_pretrained(folder, device=device, dtype=dtype, **({"name": title(name, condition)} | condition))
 
 
 def _diffusion(folder: Path, name: str, device: Any, dtype: torch.dtype | None, condition: dict[str, Any]) -> BaseModel:

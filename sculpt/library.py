@@ -302,7 +302,7 @@ class Library:
         return (self.samples(k) for k in range(self.shards) if self.has(k))
 
     def tables(self) -> Iterator[Table]:
-        """The table of each shard that is there; its ``weight`` sums to one over all of them."""
+        """The table of each shard that is there; its ``weight`` sums to one over all of their samples."""
         parquet = needs("pyarrow.parquet", "A folder of shards")
         for k, share in self.weights.items():
             table = parquet.read_table(self.path(k), partitioning=None)  # a folder named beta=32 is no column
@@ -314,8 +314,8 @@ class Library:
             yield columns | {"weight": np.exp(columns["log_weight"]) * share}
 
     def summary(self) -> Any:
-        """Of molecules: means, shares of high scores and the number of different ones, over all shards that are there."""
-        return find(self.settings["samples"], Samples).summed(self.tables(), len(self))
+        """Of molecules: what they are worth, how many are different, what they are like; over all shards that are there."""
+        return find(self.settings["samples"], Samples).summed(self.tables(), len(self), self.settings["formula"])
 
     @property
     def verdict(self) -> str:

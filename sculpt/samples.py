@@ -119,8 +119,8 @@ class Samples:
         return columns | {"weight": w.numpy()}
 
     @classmethod
-    def summed(cls, tables: Iterable[dict[str, Any]], n: int) -> Any:
-        """What the tables of a library of n samples come to, where there is something to sum up."""
+    def summed(cls, tables: Iterable[dict[str, Any]], n: int, formula: str = "") -> Any:
+        """What the tables of a library of n samples of a formula come to, where there is something to sum up."""
         raise ValueError(f"{cls.__name__} have no scores to sum up. Read the library's tables(), or its samples(k).")
 
     def origin(self) -> dict[str, Any]:

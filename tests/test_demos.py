@@ -65,11 +65,12 @@ def test_the_demo_of_molecules_compares_both_roads_with_the_policies(tmp_path, c
     from sculpt.apps.demos.molecules import run as molecules
 
     rows = molecules(tmp_path, n=50)
-    assert [row["name"] for row in rows] == ["seh", "sa", "seh & sa, guided", "seh & sa, tracked"]
-    seh, sa, *both = (row["high all"] for row in rows)
-    assert min(both) > max(seh, sa)
-    assert [row["verdict"] for row in rows] == ["", "", "sound", "sound"]
-    assert len((tmp_path / "molecules.smi").read_text().splitlines()) == 50
+    names = ["seh", "sa", "seh & sa, odds .01", "fragments: seh & sa, tracked", "fragments: seh & sa, guided"]
+    assert [row["name"] for row in rows] == names
+    seh, sa, both, *fragments = rows
+    assert both["seh"] > sa["seh"] + 0.15 and both["high sa"] >= seh["high sa"] - 0.1  # binds as sa does not, and can be made
+    assert min(row["high all"] for row in fragments) > 0.8
+    assert 40 <= len((tmp_path / "molecules.smi").read_text().splitlines()) <= 50  # a few strings are no molecules
     assert (tmp_path / "molecules.md").read_text().strip() in capsys.readouterr().out
     for name in ("molecules.png", "molecules-density.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

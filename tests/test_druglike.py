@@ -32,6 +32,29 @@ def test_alerts_name_what_chemists_avoid():
     assert {name: values.tolist() for name, values in own.items()} == {"acids": [False, True]}
 
 
+UNACCEPTABLE = {
+    "ynol ether": "C#COc1ccccc1", "ynamine": "CN(C)C#Cc1ccccc1", "acyl fluoride": "O=C(F)c1ccccc1", "carbamoyl fluoride": "CN(C)C(=O)F",
+    "oxime": "ON=Cc1ccccc1", "oxime ether": "C=NOc1ccccc1", "hemiaminal": "OC(C)N1CCCCC1", "peroxide": "COOC", "N-halide": "CN(C)F",
+    "alpha-fluoroamine": "FCN1CCCCC1", "enol": "CC(O)=CC", "carbamic acid": "OC(=O)Nc1ccccc1", "aldehyde": "O=Cc1ccccc1",
+    "thiocyanate": "N#CSc1ccccc1", "sulfenamide": "CSNC", "allene": "C=C=CC", "sulfinic hydrogen": "C[SH](=O)=O", "hydrazine": "CNNC",
+}  # fmt: skip
+DRUGS = {
+    "aspirin": ASPIRIN, "caffeine": CAFFEINE, "ibuprofen": "CC(C)Cc1ccc(cc1)C(C)C(=O)O", "riluzole": "Nc1nc2ccc(OC(F)(F)F)cc2s1",
+    "imatinib": "Cc1ccc(NC(=O)c2ccc(CN3CCN(C)CC3)cc2)cc1Nc1nccc(-c2cccnc2)n1", "fluconazole": "OC(Cn1cncn1)(Cn1cncn1)c1ccc(F)cc1F",
+    "celecoxib": "Cc1ccc(cc1)-c1cc(nn1-c1ccc(cc1)S(N)(=O)=O)C(F)(F)F", "sildenafil": "CCCc1nn(C)c2c1nc([nH]c2=O)-c1cc(ccc1OCC)S(=O)(=O)N1CCN(C)CC1",
+    "metformin": "CN(C)C(=N)NC(=N)N", "losartan": "CCCCc1nc(Cl)c(CO)n1Cc1ccc(cc1)-c1ccccc1-c1nnn[nH]1", "terbinafine": "CC(C)(C)C#CC=CCN(C)Cc1cccc2ccccc12",
+    "nifedipine": "COC(=O)C1=C(C)NC(C)=C(C1c1ccccc1[N+](=O)[O-])C(=O)OC", "penicillin G": "CC1(C)SC2C(NC(=O)Cc3ccccc3)C(=O)N2C1C(=O)O",
+}  # fmt: skip
+
+
+def test_groups_that_no_chemist_accepts_are_found_and_drugs_have_none():
+    found = alerts([*UNACCEPTABLE.values(), *DRUGS.values()], "unstable")["unstable"]
+    assert dict(zip([*UNACCEPTABLE, *DRUGS], found.tolist(), strict=True)) == dict.fromkeys(UNACCEPTABLE, True) | dict.fromkeys(
+        DRUGS, False
+    )
+    assert passes("unstable")([UNACCEPTABLE["oxime"], ASPIRIN], 2).tolist() == [-math.inf, 0]
+
+
 def test_patterns_may_name_hydrogens():
     assert alerts([ASPIRIN, CAFFEINE], Patterns(["c1(-[#1])ccccc1"]))["patterns"].tolist() == [True, False]
 

@@ -471,7 +471,8 @@ def command(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sculpt, "fit", lambda *models, **options: fit(*models, **(options | least), progress=False))
     monkeypatch.setattr(Chain, "particles", lambda chain, n: max(n, 8))
     monkeypatch.setattr(NoisyChain, "particles", lambda chain, n: max(n, 8))
-    monkeypatch.setattr(cli.molecules, "_shelves", lambda: [Path("pretrained/molecules")])
+    monkeypatch.setattr(cli.molecules, "_shelves", lambda part: [Path("pretrained") / part])
+    monkeypatch.setattr(cli.molecules, "POLICIES", dict.fromkeys(cli.molecules.POLICIES, "molecules"))
     for part in cli.demo.PARTS:
         monkeypatch.setitem(
             sys.modules, f"sculpt.apps.demos.{part}", SimpleNamespace(run=lambda output, seed: print(output, seed))

@@ -409,11 +409,13 @@ def shelf(tmp_path_factory):
 @pytest.fixture
 def molecules(shelf, monkeypatch, tmp_path):
     monkeypatch.chdir(shelf)
-    monkeypatch.setattr("sculpt.apps.cli.molecules._shelves", lambda: [shelf / "pretrained" / "molecules"])
+    monkeypatch.setattr("sculpt.apps.cli.molecules._shelves", lambda part: [shelf / "pretrained" / part])
 
     def run(formula, *arguments, output="out.csv", beta=("--beta", "32"), rewards=("--rewards", "sa,qed")):
         path = tmp_path / output
-        return cli.main(["molecules", formula, "-n", "30", *beta, *rewards, "-o", str(path), *arguments]), path
+        return cli.main(
+            ["molecules", formula, "-n", "30", "--policies", "fragments", *beta, *rewards, "-o", str(path), *arguments]
+        ), path
 
     return run
 
@@ -479,7 +481,7 @@ def test_one_folder_at_two_exponents_is_two_models(molecules, shelf, capsys):
 @pytest.mark.parametrize(
     ("formula", "arguments", "options", "message"),
     [
-        ("seh & tox", (), {}, "no model 'tox' in pretrained/molecules (there are qed, sa, seh, seh-sa). Say where it is: --model tox=FOLDER"),
+        ("seh & tox", (), {}, "no model 'tox' in pretrained/molecules (there are qed, sa, seh). Say where it is: --model tox=FOLDER"),
         ("seh &", (), {}, "is not complete"),
         ("seh + sa", (), {}, "Add has no meaning here"),
         ("seh", (), {"beta": ()}, "Say how peaked seh should be: --beta 32 for all models, or --beta seh=32"),

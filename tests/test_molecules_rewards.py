@@ -181,12 +181,13 @@ def test_many_molecules_are_scored_with_one_warning_for_each_reward(random_weigh
 
 
 def test_a_summary_counts_the_molecules_that_have_a_value():
-    summary, smiles = Summary(), np.array(["C", "CC", "CCC", "Cl[Pt]Cl"], dtype=object)
+    summary, smiles = Summary(8), np.array(["C", "CC", "CCC", "Cl[Pt]Cl"], dtype=object)
     table = {"smiles": smiles, "count": np.array([1, 2, 1, 4]), "seh": np.array([0.6, 0.3, 0.9, np.nan]), "sa": np.full(4, 0.7)}
     summary.add(table)
     assert summary.means == pytest.approx({"seh": 2.1 / 4, "sa": 0.7}) and summary.unknown == {"seh": 4}
     assert summary.shares == pytest.approx({"seh": 2 / 8, "sa": 1, "all": 2 / 8})
     assert "not known  sEH of 4\n" in str(summary)
+    assert (summary.valid, summary.n) == (8, 8)
     summary.add(table | {"seh": np.full(4, np.nan), "mine": np.full(4, np.nan)})
     assert summary.unknown == {"seh": 12, "mine": 8} and np.isnan(summary.means["mine"])
 

@@ -6,10 +6,11 @@ its ``<end>`` included. One that has not ended after ``LONGEST`` tokens is cut t
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from tokens import BEGIN, END, LONGEST, PAD, VOCABULARY, WRITTEN, tokenizer
+from tokens import BEGIN, BETAS, END, LONGEST, PAD, REWARDS, VOCABULARY, WRITTEN, prompts, tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
@@ -118,22 +119,42 @@ def optimizer(net: nn.Module, rate: float, decay: float, prompts: float, *groups
 # Files
 
 
-def save(net: GPT2LMHeadModel, folder: Path, prompt: int = BEGIN) -> None:
-    """Weights in half precision, computed with in single; a tokenizer; how ``generate`` samples."""
+def save(net: GPT2LMHeadModel, folder: Path, name: str) -> None:
+    """Weights in half precision, computed with in single; a tokenizer; how ``generate`` samples; and what sculpt is told.
+
+    Args:
+        net: the network.
+        folder: where the files go.
+        name: a reward, or that of a prior. A policy's ``generate`` begins with the exponent 16 unless it is told another one.
+    """
+    begin = prompts(name)[BETAS.index(16) if name in REWARDS else 0]
     net.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32", "pad_token_id": PAD}, indent=2) + "\n")
-    GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        top_p=1.0,
-        temperature=1.0,
-        max_length=LONGEST + 1,
-        bos_token_id=prompt,
-        eos_token_id=END,
-        pad_token_id=PAD,
-    ).save_pretrained(folder)
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "max_length": LONGEST + 1}
+    GenerationConfig(**how, bos_token_id=begin, eos_token_id=END, pad_token_id=PAD).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    (folder / "sculpt.json").write_text(json.dumps(told(name), indent=1) + "\n")
+
+
+def told(name: str) -> dict[str, Any]:
+    """What makes a folder a distribution over SMILES: its prompts by exponent, the tokens that never come, the kind of samples."""
+    never = [i for i in range(len(VOCABULARY)) if i not in WRITTEN and i != END]
+    sampling = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_length": 0, "suppress": never}
+    begin = (
+        {"prompts": {f"beta={beta}": [token] for beta, token in zip(BETAS, prompts(name), strict=True)}}
+        if name in REWARDS
+        else {"prompt": prompts(name)}
+    )
+    return {
+        "kind": "tokens",
+        **begin,
+        "end": [END],
+        "max_length": LONGEST,
+        "stop": [],
+        "sampling": sampling,
+        "samples": "Smiles",
+    }
 
 
 def load(folder: Path, device: torch.device | str = "cpu") -> GPT2LMHeadModel:

@@ -28,7 +28,7 @@ from moses import quality, strings
 from network import SIZE, draw, likelihood, log_p, network, optimizer, save
 from policy import Policy
 from scores import Workers
-from tokens import BEGIN, BETAS, PAD, prompts
+from tokens import BEGIN, BETAS, PAD
 
 from sculpt.files import replacing
 from sculpt.training import Row, Training, cosine, read_state
@@ -90,9 +90,9 @@ class Prior:
 
 
 def finish(name: str, state: Path, device: str) -> None:
-    """The averaged weights as they were saved last. A policy's ``generate`` begins with the exponent 16 unless it is told another one."""
+    """The averaged weights as they were saved last."""
     note, parts = read_state(state / name)
-    net, identity, levels = network(), note["identity"], prompts(name)
+    net, identity = network(), note["identity"]
     net.load_state_dict(parts["average"])
     run = {"name": name, "steps": note["step"], "seconds": round(note["seconds"]), "batch": identity["batch"], "device": device}
     if name != "prior":
@@ -100,7 +100,7 @@ def finish(name: str, state: Path, device: str) -> None:
         run |= {"molecules": identity["molecules"], "log_Z": log_Z}
     past = recipes.read_runs(HERE / name)[: identity.get("past", 0)] if (HERE / name).is_dir() else []
     with replacing(HERE / name) as new:
-        save(net, new, levels[BETAS.index(16) if name != "prior" else 0])
+        save(net, new, name)
         recipes.write_runs(new, [*past, run | {"curve": note["curve"]}])
 
 

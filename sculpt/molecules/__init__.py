@@ -1,4 +1,4 @@
-"""Molecules as trees of fragments: the environment, what a molecule is worth, the policy network."""
+"""Molecules as trees of fragments or as SMILES: the environment, the policy network, results, what a molecule is worth and what it is like."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sculpt.molecules.chemistry import Vocabulary
-    from sculpt.molecules.druglike import Patterns, alerts, passes, profile, properties, within
+    from sculpt.molecules.druglike import Patterns, alerts, passes, profile, properties, valid, within
     from sculpt.molecules.network import FragmentNetwork
     from sculpt.molecules.results import Molecules
     from sculpt.molecules.rewards import QED, SA
     from sculpt.molecules.seh import SEH
+    from sculpt.molecules.smiles import Smiles
     from sculpt.molecules.trees import FragmentTrees
 
 _CONTENTS = {
@@ -22,7 +23,8 @@ _CONTENTS = {
     "QED": "rewards",
     "FragmentNetwork": "network",
     "Molecules": "results",
-    **dict.fromkeys(("Patterns", "alerts", "passes", "profile", "properties", "within"), "druglike"),
+    "Smiles": "smiles",
+    **dict.fromkeys(("Patterns", "alerts", "passes", "profile", "properties", "valid", "within"), "druglike"),
 }
 
 __all__ = [
@@ -33,11 +35,13 @@ __all__ = [
     "QED",
     "SA",
     "SEH",
+    "Smiles",
     "Vocabulary",
     "alerts",
     "passes",
     "profile",
     "properties",
+    "valid",
     "within",
 ]
 

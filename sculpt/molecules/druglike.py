@@ -20,9 +20,10 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from sculpt.checks import number
 from sculpt.factor import Factor
 from sculpt.molecules.rewards import QED, MoleculesLike, parse
+from sculpt.molecules.unstable import UNSTABLE
 from sculpt.tables import Table
 
-__all__ = ["Patterns", "Profile", "alerts", "passes", "profile", "properties", "within"]
+__all__ = ["Patterns", "Profile", "alerts", "passes", "profile", "properties", "valid", "within"]
 
 PROPERTIES: dict[str, Callable[[Chem.Mol], float]] = {
     "mw": Descriptors.MolWt,
@@ -41,6 +42,8 @@ SOFT = {"mw": 25.0, "logp": 0.5, "tpsa": 10.0, "fsp3": 0.1}
 """How far outside of a range costs half a nat; of counts it is one."""
 CATALOGUES = ("pains", "brenk", "nih")
 """Of RDKit's alerts."""
+OWN = {"unstable": UNSTABLE}
+"""Catalogues of sculpt's, which are asked for by name."""
 
 
 def properties(molecules: MoleculesLike) -> dict[str, np.ndarray]:
@@ -62,10 +65,12 @@ def _of(function: Callable[[Chem.Mol], float], molecule: Chem.Mol | None) -> flo
 
 
 @functools.cache
-def _catalogue(name: str) -> FilterCatalog:
+def _catalogue(name: str) -> FilterCatalog | Patterns:
+    if name in OWN:
+        return Patterns(OWN[name].values(), name)
     if name not in CATALOGUES:
         raise ValueError(
-            f"{name!r:.60} is no catalogue of alerts; expected {', '.join(CATALOGUES)}, or sculpt.molecules.Patterns."
+            f"{name!r:.60} is no catalogue of alerts; expected {', '.join([*CATALOGUES, *OWN])}, or sculpt.molecules.Patterns."
         )
     params = FilterCatalogParams()
     params.AddCatalog(getattr(FilterCatalogParams.FilterCatalogs, name.upper()))
@@ -120,7 +125,8 @@ def alerts(molecules: MoleculesLike, *catalogues: str | Patterns) -> dict[str, n
 
     Args:
         molecules: SMILES or RDKit molecules.
-        catalogues: among pains, brenk and nih (all three by default), and :class:`Patterns`.
+        catalogues: among pains, brenk and nih (these three by default), ``unstable`` (groups that no chemist accepts), and
+            :class:`Patterns`.
 
     Example:
         >>> [bool(found) for found in sculpt.molecules.alerts(["O=C1C=CC(=O)C=C1", "CCO"], "pains")["pains"]]
@@ -181,6 +187,20 @@ def within(*, softness: float = 1.0, name: str | None = None, **ranges: tuple[fl
 
     said = ", ".join(f"{what} {low:g} to {high:g}" for what, (low, high) in bounds.items())
     return Factor(log_f, bound=0.0, name=name or (said if softness == 1 else f"{said} (softness {softness:g})"))
+
+
+def valid(name: str = "valid") -> Factor:
+    """Strings that are molecules, as a factor: one for these, zero for others. For language models of SMILES.
+
+    Args:
+        name: of the factor.
+    """
+
+    def log_f(smiles: Sequence[str]) -> torch.Tensor:
+        there = [molecule is not None and molecule.GetNumAtoms() > 0 for molecule in parse(smiles)]
+        return torch.where(torch.tensor(there, dtype=torch.bool), 0.0, -math.inf).double()
+
+    return Factor(log_f, bound=0.0, name=name)
 
 
 def passes(*catalogues: str | Patterns, penalty: float = math.inf, name: str | None = None) -> Factor:

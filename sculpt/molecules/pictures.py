@@ -13,7 +13,7 @@ from rdkit.Chem.Draw import rdMolDraw2D
 
 from sculpt.files import replace_file
 
-__all__ = ["Picture", "flat"]
+__all__ = ["Picture", "flat", "without_gaps"]
 
 
 class Picture:
@@ -27,7 +27,7 @@ class Picture:
     """
 
     def __init__(self, molecules: Sequence[Chem.Mol], legends: Sequence[str], columns: int, side: tuple[int, int] = (300, 230)):
-        self.molecules, self.legends, self.columns, self.side = list(molecules), list(legends), columns, side
+        self.molecules, self.legends, self.columns, self.side = list(molecules), list(legends), max(columns, 1), side
 
     @property
     def svg(self) -> str:
@@ -51,7 +51,7 @@ class Picture:
 
     def _drawn(self, canvas: type, scale: int) -> Any:
         width, height = (scale * side for side in self.side)
-        rows = math.ceil(len(self.molecules) / self.columns)
+        rows = max(math.ceil(len(self.molecules) / self.columns), 1)
         drawing = canvas(width * self.columns, height * rows, width, height)
         options = drawing.drawOptions()
         options.bondLineWidth, options.fixedBondLength, options.padding = 1.4 * scale, 24.0 * scale, 0.06
@@ -62,6 +62,12 @@ class Picture:
         drawing.DrawMolecules(self.molecules, legends=self.legends)
         drawing.FinishDrawing()
         return drawing.GetDrawingText()
+
+
+def without_gaps(n: int) -> int:
+    """How many of n molecules stand in a row: somewhat more than in a column, and such that the last row has the fewest gaps."""
+    wide = math.sqrt(1.4 * max(n, 1))
+    return min(range(math.ceil(0.7 * wide), math.ceil(1.4 * wide) + 1), key=lambda k: (-n % k, abs(k - wide)))
 
 
 def flat(smiles: str) -> Chem.Mol:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from rdkit import Chem
+from torch import Tensor
 
 from sculpt.diagnostics import printable
 from sculpt.files import replace_file
-from sculpt.molecules.pictures import Picture, flat
-from sculpt.molecules.scores import Rewards, Scorer, Summary, at_hand, reward_functions, score, title
+from sculpt.molecules.pictures import Picture, flat, without_gaps
+from sculpt.molecules.scores import HIGH, Rewards, Scorer, Summary, at_hand, named, reward_functions, score, title
 from sculpt.samples import Samples, check_name
 from sculpt.tables import Table, needs, write_parquet
 
@@ -43,20 +43,28 @@ class Molecules(Samples):
         ['smiles', 'count', 'weight', 'sa']
     """
 
-    columns = ("smiles",)
+    columns: ClassVar[tuple[str, ...]] = ("smiles",)
     keeps_x = False
+    high: ClassVar[Mapping[str, float]] = HIGH
+    """From where on a reward is called high."""
 
     @functools.cached_property
     def smiles(self) -> list[str]:
         """Canonical SMILES, one for each sample."""
         return list(super().decode())
 
+    @property
+    def valid(self) -> Tensor:
+        """Which samples are molecules, as a mask: ``samples[samples.valid]``."""
+        return torch.tensor([bool(smiles) for smiles in self.smiles], dtype=torch.bool)
+
     def decode(self) -> list[str]:
         """The same as :attr:`smiles`."""
         return self.smiles
 
     def table(self, rewards: Rewards = None, *, progress: bool = True) -> Table:
-        """Columns by name: ``smiles``, ``count``, ``weight`` (the weights sum to one), and the rewards. Each different molecule is a row.
+        """Columns by name: ``smiles``, ``count``, ``weight`` (of all samples, these sum to one), and the rewards. Each different molecule is
+        a row; samples that are no molecule are in none.
 
         Args:
             rewards: which scores to add.
@@ -84,9 +92,9 @@ class Molecules(Samples):
         log_w = torch.zeros(n) if self.log_weights is None else self.log_weights.cpu()
         w = torch.softmax(log_w.double(), dim=0)
         rows: dict[str, int] = {}
-        index = np.array([rows.setdefault(smiles, len(rows)) for smiles in self.smiles], dtype=np.int64)
+        index = np.array([rows.setdefault(smiles, len(rows)) for smiles in self.smiles if smiles], dtype=np.int64)
         count = np.bincount(index, minlength=len(rows))
-        weight = np.bincount(index, w.numpy(), minlength=len(rows))
+        weight = np.bincount(index, w[self.valid].numpy(), minlength=len(rows))
         return {"smiles": np.array(list(rows), dtype=object), "count": count, "weight": weight}
 
     @functools.cached_property
@@ -98,21 +106,25 @@ class Molecules(Samples):
         return name in self._scores and self._scores[name][0] is function
 
     def summary(self, rewards: Rewards = None) -> Summary:
-        """Means, shares of high scores, and how many molecules are different; ``print`` it.
+        """What the molecules are worth and what they are like, as a medicinal chemist looks at them; ``print`` it.
 
         Args:
-            rewards: which scores to sum up.
+            rewards: which scores to sum up; by default those that the formula names, or all.
         """
-        summary = Summary()
-        summary.add(self.table(rewards))
+        summary = Summary(len(self), self.high)
+        summary.add(self.table(self._asked(rewards)))
         return summary
 
+    def _asked(self, rewards: Rewards) -> Rewards:
+        return named(self.diagnostics.formula) or None if rewards is None else rewards
+
     @classmethod
-    def summed(cls, tables: Iterable[Table], n: int) -> Summary:
-        summary = Summary()
+    def summed(cls, tables: Iterable[Table], n: int, formula: str = "") -> Summary:
+        summary = Summary(n, cls.high, named(formula))
         for table in tables:
-            own = {name: values for name, values in table.items() if name not in ("log_weight", "log_z", "shard", "seed")}
-            summary.add(own | {"weight": table["weight"] * n / table["count"].sum()})
+            summary.add(
+                {name: values for name, values in table.items() if name not in ("log_weight", "log_z", "shard", "seed")}
+            )
         return summary
 
     # Tables and files
@@ -150,7 +162,7 @@ class Molecules(Samples):
                 writer.writerows(zip(*(values.tolist() for values in table.values()), strict=True))
                 replace_file(path, text.getvalue().encode())
             case ".smi":
-                replace_file(path, "".join(f"{smiles}\n" for smiles in self.smiles).encode())
+                replace_file(path, "".join(f"{smiles}\n" for smiles in self.smiles if smiles).encode())
             case ".png" | ".svg":
                 self.draw(24, rewards=rewards).save(path)
             case _:
@@ -191,13 +203,15 @@ class Molecules(Samples):
 
         Args:
             n: how many.
-            columns: molecules in a row.
+            columns: molecules in a row; by default as many as leave no gaps.
             by: the reward whose best molecules are shown; by default those are that were drawn first.
-            rewards: which scores to show; by default ``by``, or all.
+            rewards: which scores to show; by default ``by`` and those that the formula names, or all.
         """
         if n < 1:
             raise ValueError(f"Got n={n}: a picture shows at least 1 molecule.")
-        functions = reward_functions([by] if by is not None and rewards is None else rewards)
+        functions = reward_functions(self._asked(rewards))
+        if rewards is None and by is not None and by not in functions:
+            functions |= reward_functions(by)
         if by is not None and by not in functions:
             raise ValueError(f"by={by!r}: the rewards are {', '.join(functions)}.")
         known = all(self._has(name, function) for name, function in functions.items())
@@ -210,10 +224,12 @@ class Molecules(Samples):
             smiles = table["smiles"][shown].tolist()
             scores = {name: table[name][shown] for name in functions}
         legends = ["   ".join(f"{title(name)} {values[k]:.2f}" for name, values in scores.items()) for k in range(len(smiles))]
-        return Picture([flat(x) for x in smiles], legends, columns or min(len(smiles), math.ceil(math.sqrt(1.4 * n))))
+        return Picture([flat(x) for x in smiles], legends, columns or without_gaps(len(smiles)))
 
     def picture(self, most: int = 6) -> tuple[Literal["png", "svg+xml", "text"], bytes]:
         """Some molecules with the scores that are known already, or else with those that need no download."""
+        if not self.valid.any():
+            return "text", b"no molecules"
         known = {name: function for name, (function, _) in self._scores.items()}
         return "svg+xml", self.draw(most, columns=2, rewards=known or at_hand()).svg.encode()
 

@@ -57,6 +57,7 @@ class Tokens(ActionModel):
         sampling: temperature, top-k, top-p and the like: they are a part of the model's distribution.
         name: how formulas and messages call it; by default the prompt.
         cache: whether to keep what the network has read, so that a step costs one token; without it a step reads all tokens again.
+        samples: what its samples are: texts, or a kind of texts that knows more of them.
 
     Example:
         >>> fair = lambda tokens, cache: (torch.zeros(*tokens.shape, 3), cache)  # logits of heads, tails and the end
@@ -64,7 +65,6 @@ class Tokens(ActionModel):
         4
     """
 
-    samples_class = Texts
     learns = False
     """Whether its log-probabilities have gradients."""
 
@@ -81,11 +81,12 @@ class Tokens(ActionModel):
         sampling: Sampling | None = None,
         name: str | None = None,
         cache: bool = True,
+        samples: type[Texts] = Texts,
     ):
         told = transformers.facts(model)
         if tokenizer is None and vocabulary is None and told.width is None:
             raise ValueError("How many tokens are there? Pass tokenizer=, or vocabulary=, their number or their words.")
-        self.model, self.tokenizer, self.cache = model, tokenizer, cache
+        self.model, self.tokenizer, self.cache, self.samples_class = model, tokenizer, cache, samples
         self.network: Network = transformers.CausalNetwork(model) if told.width else FunctionNetwork(model, name)
         self.vocabulary = Vocabulary(tokenizer if tokenizer is not None else told.width if vocabulary is None else vocabulary)
         self.n_actions, self._name, self._told = self.vocabulary.size + 1, name, told
@@ -210,7 +211,7 @@ class Tokens(ActionModel):
         name: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **sampling: Any,
+        **options: Any,
     ) -> Tokens:
         """Read a folder of transformers, a causal language model as safetensors and its tokenizer; or of :meth:`save_pretrained`, which
         knows prompt, lengths and sampling itself.
@@ -220,22 +221,16 @@ class Tokens(ActionModel):
             prompt: before every sequence.
             max_length: of a sequence.
             stop: texts that end one.
-            name: how it is called; by default as the folder, with the prompt.
+            name: how it is called; by default as the folder, with the prompt or the condition.
             device: where the network goes.
             dtype: of its numbers.
-            sampling: options of :class:`~sculpt.tokens.sampling.Sampling`.
+            options: of :class:`~sculpt.tokens.sampling.Sampling`; and conditions such as ``beta=32``, where the folder has a prompt for each.
         """
-        options, told = Sampling(**sampling), learning.read_told(Path(folder))
-        model, tokenizer = transformers.read_folder(Path(folder), device, dtype)
-        name = name or Path(folder).resolve().name + (f"[{prompt}]" if isinstance(prompt, str) and prompt else "")
-        given = {
-            "name": name,
-            "prompt": prompt,
-            "max_length": max_length,
-            "stop": stop,
-            "sampling": options if sampling else None,
-        }
-        return cls(model, tokenizer, **{"sampling": options} | told | {key: value for key, value in given.items() if value})
+        folder = Path(folder)
+        name = name or learning.title(folder.resolve().name, {"prompt": prompt, **options})
+        given = {"prompt": prompt, "max_length": max_length, "stop": stop, "name": name}
+        told = learning.read(folder, given, options)
+        return cls(*transformers.read_folder(folder, device, dtype), **told)
 
     # Distillation
 

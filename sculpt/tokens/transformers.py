@@ -238,15 +238,28 @@ def read_folder(folder: Path, device: Any = None, dtype: torch.dtype | None = No
     with clear(f"{folder} does not hold the {cls.__name__} that its config.json describes"):
         tensors = {name: tensor for path in files for name, tensor in load_file(path).items()}
         told = TYPES.get(str(config.get("dtype") or config.get("torch_dtype")), "auto")
-        model, info = cls.from_pretrained(
-            None, config=described, state_dict=tensors, dtype=dtype or told, output_loading_info=True
-        )
+        with _silent(library.utils.logging):
+            model, info = cls.from_pretrained(
+                None, config=described, state_dict=tensors, dtype=dtype or told, output_loading_info=True
+            )
     if missing := info["missing_keys"]:
         raise _misfit(folder, cls, f"{len(missing)} are missing, {min(missing)} among them")
     if wrong := next((name for name, value in model.named_parameters() if not value.isfinite().all()), None):
         raise _misfit(folder, cls, f"{wrong} holds numbers that are not finite")
     model.generation_config = generation or model.generation_config
     return model.to(device=device).eval().requires_grad_(False), tokenizer
+
+
+@contextlib.contextmanager
+def _silent(log: Any) -> Iterator[None]:
+    """Without a bar for what takes a moment."""
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def _described(library: Any, config: Entries) -> tuple[Any, Any]:

@@ -373,9 +373,16 @@ def training() -> None:
             row(name, f"{rate(functools.partial(next, steps), 1, 10):.1f} steps/s", "2 steps/s on two threads", "0.48")
 
 
+def druglike() -> None:
+    """The SMILES policies, in a file of their own."""
+    import druglike
+
+    druglike.druglike()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    steps = (rewards, environment, policies, training, composed, roads, protocol, emd)
+    steps = (rewards, environment, policies, training, composed, roads, protocol, emd, druglike)
     parts = {part.__name__: part for part in steps}
     if unknown := set(sys.argv[1:]) - set(parts):
         sys.exit(f"No part {', '.join(sorted(unknown))}; there are {', '.join(parts)}.")

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
+POLICIES = {"smiles": "smiles", "fragments": "molecules"}
+"""What molecules are made of, and the folder of ``pretrained`` whose models make them so."""
+
 _HELP = """\
 formulas
   seh                           what one policy makes, in proportion to its reward to the power beta
@@ -35,10 +38,15 @@ formulas
   seh - sa                      high under seh and not under sa
   (seh & sa) - qed              nested; see sculpt sample --help for all that a formula can be
 
+policies
+  smiles (the default) write drug-like molecules as SMILES: the prior is a language model of MOSES, and seh, sa and qed are that prior
+  times a reward to the power beta. A few strings are no molecules; tables leave them out. fragments assemble trees of fragments, heavier
+  molecules of higher rewards; their models are in pretrained/molecules.
+
 the exponent beta
-  Policies know every beta from 0 (any molecule that the fragments make) to 96 (the best only, and less varied); 32 is a good start.
-  --beta 32 is for all models, --beta seh=96 for one. One folder at two exponents is two models:
-    sculpt molecules "hot - seh" --model hot=pretrained/molecules/seh --beta hot=96 --beta seh=32 -o hot.csv
+  --beta 32 is for all models, --beta seh=64 for one. SMILES policies know some exponents from 0 to 64, fragments all from 0 to 96. The
+  higher, the better the best and the less varied all are; 32 is a good start. One folder at two exponents is two models:
+    sculpt molecules "hot - seh" --model hot=pretrained/smiles/seh --beta hot=64 --beta seh=32 -o hot.csv
 
 roads
   A classifier fitted for the formula's models is taken by itself where the models' folder has one; --correct makes it exact for its
@@ -48,7 +56,7 @@ roads
 what is written, by the name of -o
   .parquet .csv                 each different molecule once, with count, weight and rewards
   .sdf                          the same as structures in the plane
-  .smi                          all samples, one SMILES a line
+  .smi                          all molecules, one SMILES a line
   .png .svg                     the first 24 molecules with their scores
   .safetensors                  all samples, weights and diagnostics: sculpt.Samples.load reads them back
   folder/                       shards of parquet, for any number of molecules: a killed run continues when it is started again,
@@ -57,7 +65,7 @@ what is written, by the name of -o
 examples
   sculpt molecules "seh & sa" -n 1000 --beta 32 -o both.parquet
   sculpt molecules "seh & sa & qed" -n 24 --beta 64 -o best.png
-  sculpt molecules "seh & sa" -n 1000000 --beta 32 -o library/
+  sculpt molecules "seh & sa" -n 1000 --beta 32 --policies fragments -o heavy.sdf
   accelerate launch --num_processes 8 -m sculpt molecules "seh & sa" -n 1000000 --beta 32 -o library/
 """
 
@@ -74,17 +82,21 @@ def add(commands: Any) -> None:
     parser.add_argument("formula", help='over policies by name, e.g. "seh & sa"')
     parser.add_argument("-n", type=count, default=1000, help="how many molecules (default: 1000)")
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="a file, or a folder for shards: see below")
+    parser.add_argument("--policies", choices=[*POLICIES], default="smiles", help="how molecules are made (default: smiles)")
     parser.add_argument(
         "--beta", action="append", default=[], metavar="[NAME=]NUMBER",
-        help="the exponent of the rewards, 0 to 96: of all models or of one; repeat",
+        help="the exponent of the rewards: of all models or of one; repeat",
     )  # fmt: skip
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=FOLDER",
-        help="where a model is; by default pretrained/molecules/NAME; repeat",
+        help="where a model is; by default among the policies; repeat",
     )  # fmt: skip
     add_classifier(parser, "molecules", " (default: the shipped one that fits, if any)")
     parser.add_argument("--no-classifier", action="store_true", help="track densities even where a classifier fits")
-    parser.add_argument("--rewards", default="seh,sa,qed", metavar="NAMES", help="the scores to write (default: seh,sa,qed)")
+    parser.add_argument(
+        "--rewards", metavar="NAMES",
+        help="the scores to write and to sum up (default: seh,sa,qed are written, those that the formula names summed up)",
+    )  # fmt: skip
     add_shards(parser, "molecules")
     add_device(parser, "molecules")
     parser.set_defaults(run=_run)
@@ -93,14 +105,14 @@ def add(commands: Any) -> None:
 def _run(options: argparse.Namespace) -> None:
     # What is quickly checked comes first: nothing is loaded, sampled or made for a slip of the pen.
     formula = TextFormula(options.formula)
-    rewards = [name.strip() for name in options.rewards.split(",") if name.strip()]
+    rewards = None if options.rewards is None else [name.strip() for name in options.rewards.split(",") if name.strip()]
     if options.no_classifier and (options.classifier or options.correct):
         raise ValueError("--classifier and --correct need a classifier: leave --no-classifier out.")
     if formula.is_one_model and options.correct:
         raise ValueError(f"--correct needs a classifier, and none was found for {formula.text}: it is one model. Leave it out.")
     if formula.is_one_model and (options.classifier or options.particles):
         raise ValueError(f"{formula.text} is one model: --classifier and --particles belong to compositions. Leave them out.")
-    folders = _folders(formula.names, options.model)
+    folders = _folders(formula.names, options.model, POLICIES[options.policies])
     conditions = _conditions(options.beta, folders)
 
     from sculpt.molecules.results import check_output
@@ -111,10 +123,10 @@ def _run(options: argparse.Namespace) -> None:
         needs("pyarrow", "A folder of shards")
     else:
         check_output(Path(options.output))
-    reward_functions(rewards)
     given = classifier_folder(options.classifier) if options.classifier else None
 
     composition = formula.compose(_models(options, folders, conditions))
+    reward_functions(rewards)  # may fetch weights, or warn that it cannot
     road, whence = None, ""
     if not formula.is_one_model:
         classifier, whence = _classifier(options, composition, given, list(folders.values()))
@@ -145,7 +157,7 @@ def _road(options: argparse.Namespace, composition: Composition, classifier: Gui
     return make_road(options, classifier)
 
 
-def _write(options: argparse.Namespace, model: BaseModel, road: Road | None, rewards: list[str], whence: str) -> None:
+def _write(options: argparse.Namespace, model: BaseModel, road: Road | None, rewards: list[str] | None, whence: str) -> None:
     """Sample into one file or into shards, and tell how good it is."""
     if sharded(options):
         write_shards(options, model, road, whence, rewards=rewards)
@@ -173,22 +185,22 @@ def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dic
             target["beta"] = float(number)
         except ValueError:
             raise ValueError(f"--beta {text}: expected a number, or NAME=NUMBER, e.g. --beta 32 --beta seh=96.") from None
-    from sculpt.entries import read_json
+    from sculpt.hub import asks
 
-    takes = {
-        name: "beta" in read_json(folder / "config.json", "policy").get("condition", ()) for name, folder in folders.items()
-    }
+    takes = {name: "beta" in asks(folder) for name, folder in folders.items()}
     if bare := [name for name in folders if takes[name] and not (own[name] or common)]:
         raise ValueError(f"Say how peaked {', '.join(bare)} should be: --beta 32 for all models, or --beta {bare[0]}=32.")
+    if idle := [name for name in own if own[name] and not takes[name]]:
+        raise ValueError(f"--beta {idle[0]}={own[idle[0]]['beta']:g}: {folders[idle[0]]} takes no exponent. Leave it out.")
     return {name: own[name] or (common if takes[name] else {}) for name in folders}
 
 
-def _shelves() -> list[Path]:
+def _shelves(part: str) -> list[Path]:
     """Where shipped models are: below the working directory, and beside the package."""
-    return [Path("pretrained/molecules"), PRETRAINED / "molecules"]
+    return [Path("pretrained") / part, PRETRAINED / part]
 
 
-def _folders(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
+def _folders(names: Sequence[str], given: Sequence[str], part: str) -> dict[str, Path]:
     from sculpt.hub import kind_of, locate
 
     paths = named_paths(given)
@@ -196,12 +208,13 @@ def _folders(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
         raise ValueError(f"--model {unused[0]}: the formula names {', '.join(names)} only.")
     folders = {}
     for name in names:
-        shipped = [shelf / name for shelf in _shelves() if (shelf / name / "config.json").is_file()]
+        shipped = [shelf / name for shelf in _shelves(part) if (shelf / name / "config.json").is_file()]
         if name not in paths and not shipped:
-            known = sorted({path.parent.name for shelf in _shelves() for path in shelf.glob("*/config.json")})
+            found = {path.parent for shelf in _shelves(part) for path in shelf.glob("*/config.json")}
+            known = sorted({folder.name for folder in found if kind_of(folder) != "classifier"})
             where = f"there are {', '.join(known)}" if known else "there is none"
             raise ValueError(
-                f"There is no model {name!r} in pretrained/molecules ({where}). Say where it is: --model {name}=FOLDER."
+                f"There is no model {name!r} in pretrained/{part} ({where}). Say where it is: --model {name}=FOLDER."
             )
         folders[name] = locate(paths[name]) if name in paths else shipped[0]
         if kind_of(folders[name]) == "classifier":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from sculpt.checks import each, number, real, several, whole
 from sculpt.classifier.guide import Guide
 from sculpt.factor import Factor
 from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product, Tilted
+from sculpt.looks import target
 from sculpt.model import BaseModel, Steered, check_composable, check_model, operand_names, same_model
 from sculpt.roads import Guided, as_road
 
@@ -66,8 +68,10 @@ class Composition(BaseModel):
     def __str__(self) -> str:
         return self.name
 
-    def __repr__(self) -> str:
-        return self.name
+    def outline(self) -> str:
+        names = [*operand_names(self.models), *map(str, self.own)]
+        parts = [*(model.outline() for model in self.models), *(html.escape(repr(factor)) for factor in self.own)]
+        return f"{super().outline()} &prop; {target(self.formula, names)}<ul><li>{'</li><li>'.join(parts)}</li></ul>"
 
     @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:

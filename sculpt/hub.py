@@ -18,6 +18,7 @@ from sculpt.classifier.heads import Classifier
 from sculpt.diffusion.diffusers.parts import NETWORKS, read_pipeline
 from sculpt.entries import read_json
 from sculpt.files import settled
+from sculpt.habits import refuse_words
 from sculpt.model import BaseModel
 from sculpt.weights import check_weights
 
@@ -66,6 +67,9 @@ def load(
             Language models: ``prompt``, ``max_length``, ``stop``, ``name``, and what changes their distribution: ``temperature``, ``top_k``,
             ``top_p``, ``min_length`` and ``suppress``.
     """
+    refuse_words(condition, ("device", "dtype"), "sculpt.load")
+    if "seed" in condition:
+        raise TypeError("seed: loading draws nothing. Pass sample(n, generator=torch.Generator().manual_seed(0)).")
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)
     # A snapshot's folder is named by its hash.

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from sculpt import preview
 from sculpt.chain import check_count, check_whole
 from sculpt.classifier.guide import Guide
 from sculpt.contents import find
-from sculpt.diagnostics import LEVELS
+from sculpt.diagnostics import LEVELS, printable
 from sculpt.entries import Entries, parse_json, read_json
 from sculpt.files import create_file, remove_debris
 from sculpt.identity import digest
@@ -320,6 +321,16 @@ class Library:
     def __repr__(self) -> str:
         there = f"{self.shards - len(self.missing)} of {self.shards} shards"
         return f"Library({str(self.folder)!r}: {len(self):,} samples of {self.settings['formula']}, {there})"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "folder": str(self.folder),
+            "formula": self.settings["formula"],
+            "samples": f"{len(self):,} of {self.settings['n']:,}",
+        }
+        rows |= {"shards": f"{self.shards - len(self.missing)} of {self.shards}", "verdicts": self.verdict}
+        rows |= {} if self.log_z is None else {"log Z": f"{self.log_z:.4f}"}
+        return preview.table([(name, printable(value)) for name, value in rows.items()])
 
 
 def _same(name: str, a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.store import Draw, Store
@@ -59,8 +60,9 @@ def fit_field(
     """
     if not isinstance(classifier, Classifier):
         raise TypeError(f"A field is fitted to a classifier of sculpt.fit, got {classifier!r:.200}.")
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    whole("steps", steps)
+    check_whole("batch_size", batch_size)
+    models = each("models", models, "base models")
     given = [model.key for model in models]
     _, models = classifier.align(Posterior(len(models), (0,)), models)
     if store_options.get("data") is not None:  # in the order of the models, as they were given

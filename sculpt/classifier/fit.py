@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.field import RATE, train_field
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.plan import Plan
@@ -63,6 +64,11 @@ def fit(
 ) -> Classifier:
     r"""Train a classifier for a set of base models: once, for all label sets, odds (``odds=True``) and compositions of them.
 
+    .. code-block:: python
+
+        classifier = sculpt.fit([p, q], steps=2000, checkpoint="p-q")
+        samples = (p & q).sample(64, classifier)
+
     It trains where the models are. Few samples are not learned by heart: labels teach p(y|x) only while that helps on held-out samples.
 
     Args:
@@ -86,7 +92,11 @@ def fit(
 
     Returns the averaged weights with the best held-out loss (or the last); ``classifier.history`` is the training curve.
     """
-    models, descent, field = list(models), descent or Descent(), bool(store_options.pop("field", False))
+    models, descent, field = (
+        each("models", models, "base models"),
+        descent or Descent(),
+        bool(store_options.pop("field", False)),
+    )
     _check(models, observations, steps, batch_size, store_options)
     plan = Plan(len(models), observations, _width(network), bool(odds)).check(descent.memory)  # before samples are drawn
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
@@ -120,10 +130,9 @@ def _check(
     for p, q in itertools.combinations(models, 2):
         if p.key == q.key:
             raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
-    if observations < 2:
-        raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    whole("observations", observations, least=2)
+    whole("steps", steps)
+    check_whole("batch_size", batch_size)
     if misplaced := [field.name for field in fields(Descent) if field.name in store_options]:
         told = ", ".join(f"{name}={store_options[name]!r}" for name in misplaced)
         raise TypeError(f"{', '.join(misplaced)} belong to the descent: sculpt.fit(models, descent=sculpt.Descent({told})).")

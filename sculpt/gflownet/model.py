@@ -27,7 +27,7 @@ from sculpt.actions.reading import Carry, Memory
 from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, one_parent, rules, states_of, title
+from sculpt.gflownet.environments import describe, on_device, one_parent, rules, states_of, title
 from sculpt.gflownet.estimators import (
     ComposedEstimator,
     LogProbPolicy,
@@ -126,11 +126,18 @@ class GFlowNet(ActionModel):
     def rules(self) -> str:
         return rules(self.env)
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return (self.policy,) if self.backward is None else (self.policy, self.backward)
+
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        if device is not None and device != self.device:
+            self.env = on_device(self.env, device)
+        super().place(device, None if isinstance(self.policy, LogProbPolicy) else dtype)  # what is computed stays in float64
+
     def check_composable(self, other: BaseModel) -> None:
         if not isinstance(other, GFlowNet | GuidedGFlowNet):
-            raise ValueError(
-                f"{self.name} is a GFlowNet and {other.name} a {type(other).__name__}: they have no common states."
-            )
+            raise ValueError(f"{self.name} is a GFlowNet, {other.name} a {type(other).__name__}: they have no common states.")
         mine, its = self.env, other.env
         sides = [("environment", title(mine), title(its))] if describe(mine) != describe(its) else []
         sides += [("number of actions", mine.n_actions, its.n_actions), ("state shape", mine.state_shape, its.state_shape)]
@@ -173,7 +180,7 @@ class GFlowNet(ActionModel):
         assert self._carry is not None
         wrapped = states_of(self.env, states)
         with torch.no_grad(), evaluating(self.policy):
-            out, carry = self.policy(wrapped, self._carry.given(kept, len(states)))
+            out, carry = self.policy(wrapped, self._carry.given(kept, states))
         return self._masked(states, wrapped, out), self._carry.kept(carry)
 
     def _replayed(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:

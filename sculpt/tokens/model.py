@@ -111,6 +111,10 @@ class Tokens(ActionModel):
         return self.network.device
 
     @property
+    def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return (self.model,) if isinstance(self.model, nn.Module) else ()
+
+    @property
     def max_length(self) -> int:
         """Tokens of a sequence at most."""
         return self.shape[0]

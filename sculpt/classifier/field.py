@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.bars import bar
 from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
@@ -98,17 +99,15 @@ def train_field(
         checkpoint: a folder.
         progress: show a bar.
     """
-    from tqdm.auto import tqdm
-
     classifier = copy.deepcopy(classifier)
     classifier.vector_field = None
     fitting = _Fitting(classifier, store, settings, network, checkpoint)
     training, steps = fitting.training, settings["steps"]
     rows = training.run(fitting.loss, steps)
-    bar = tqdm(rows, "fitting the field", steps, initial=training.step, disable=not progress, delay=2, mininterval=1)
-    for _ in bar:
+    looked = bar(rows, "fitting the field", steps, initial=training.step, show=progress, mininterval=1)
+    for _ in looked:
         if training.step % fitting.every == 0 or training.step == steps:
-            bar.set_postfix(held_out=f"{fitting.evaluate():.4f}", best=f"{fitting.least:.4f}")
+            looked.set_postfix(held_out=f"{fitting.evaluate():.4f}", best=f"{fitting.least:.4f}")
     if not math.isfinite(fitting.least):
         raise FloatingPointError("The held-out loss of the field was never a number. Take a smaller learning_rate.")
     # What is kept is what is saved.

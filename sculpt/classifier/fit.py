@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.bars import bar
 from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.field import RATE, train_field
 from sculpt.classifier.heads import Classifier
@@ -183,24 +184,19 @@ class _Fit:
 
     def run(self, progress: bool) -> Classifier:
         """Train to the end, or until nothing gets better any more."""
-        from tqdm.auto import tqdm
-
         training, steps, seed = self.training, self.settings["steps"], self.settings["seed"]
         rows = training.run(self.loss, steps)
-        bar = tqdm(
-            total=steps, initial=training.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1
-        )
-        with bar:
+        with bar(title="fitting the classifier", total=steps, initial=training.step, show=progress, mininterval=1) as done:
             while training.step < steps and not self.impatient:
                 # States are saved at these steps, so a resumed training begins with one of them.
                 if training.step % self.every == 0:
                     generator = torch.Generator().manual_seed(seed_of_step(seed + 1, training.step))
                     self.store.refresh(self.teacher, generator)
                 row = next(rows)
-                bar.update()
+                done.update()
                 if training.step % self.every == 0 or training.step == steps:
                     self.record({name: float(row[name]) for name in row if name not in ("loss", "norm")} | self.evaluate())
-                    bar.set_postfix(held_out=f"{self.judge.last:.4f}", best=f"{self.judge.best:.4f}")
+                    done.set_postfix(held_out=f"{self.judge.last:.4f}", best=f"{self.judge.best:.4f}")
         if not math.isfinite(self.judge.best):
             raise FloatingPointError(
                 f"The losses of the classifier's best weights come to {self.judge.best}: nothing was learned. Check the samples for numbers "

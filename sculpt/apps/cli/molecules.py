@@ -15,8 +15,11 @@ from sculpt.apps.cli.options import (
     count,
     make_road,
     named_paths,
+    near,
+    new_folder,
 )
 from sculpt.apps.cli.shards import add_shards, own_device, row, sharded, write_shards
+from sculpt.apps.cli.words import said
 from sculpt.apps.demos.common import PRETRAINED
 from sculpt.apps.formulas import TextFormula
 
@@ -111,10 +114,13 @@ def _run(options: argparse.Namespace) -> None:
         needs("pyarrow", "A folder of shards")
     else:
         check_output(Path(options.output))
-    reward_functions(rewards)
+    reward_functions(
+        [name for name in rewards if name != "seh"]
+    )  # whose weights may be missing: that is told when all else is right
     given = classifier_folder(options.classifier) if options.classifier else None
 
     composition = formula.compose(_models(options, folders, conditions))
+    reward_functions(rewards)
     road, whence = None, ""
     if not formula.is_one_model:
         classifier, whence = _classifier(options, composition, given, list(folders.values()))
@@ -154,8 +160,10 @@ def _write(options: argparse.Namespace, model: BaseModel, road: Road | None, rew
 
     generator = torch.Generator().manual_seed(options.seed)
     samples: Any = model.sample(options.n, road, batch_size=options.batch_size, generator=generator)
+    made = new_folder(Path(options.output))
     samples.save(options.output, rewards)
-    print(f"{samples.diagnostics}\n{row('classifier', whence)}{samples.summary(rewards)}\nwrote {options.output}")
+    told = f"{samples.diagnostics}\n{row('classifier', whence)}{samples.summary(rewards)}"
+    print(f"{said(told)}\nwrote {options.output}{made}")
 
 
 def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -188,6 +196,12 @@ def _shelves() -> list[Path]:
     return [Path("pretrained/molecules"), PRETRAINED / "molecules"]
 
 
+def _is_policy(config: Path) -> bool:
+    from sculpt.entries import read_json
+
+    return read_json(config, "checkpoint").get("kind") == "gflownet"
+
+
 def _folders(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     from sculpt.hub import kind_of, locate
 
@@ -198,10 +212,11 @@ def _folders(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
     for name in names:
         shipped = [shelf / name for shelf in _shelves() if (shelf / name / "config.json").is_file()]
         if name not in paths and not shipped:
-            known = sorted({path.parent.name for shelf in _shelves() for path in shelf.glob("*/config.json")})
-            where = f"there are {', '.join(known)}" if known else "there is none"
+            known = sorted(
+                {path.parent.name for shelf in _shelves() for path in shelf.glob("*/config.json") if _is_policy(path)}
+            )
             raise ValueError(
-                f"There is no model {name!r} in pretrained/molecules ({where}). Say where it is: --model {name}=FOLDER."
+                f"There is no model {name!r} in pretrained/molecules: {near(name, known)} For one that is elsewhere: --model {name}=FOLDER."
             )
         folders[name] = locate(paths[name]) if name in paths else shipped[0]
         if kind_of(folders[name]) == "classifier":

@@ -20,8 +20,9 @@ from sculpt.apps.cli.options import (
 )
 from sculpt.apps.cli.shards import add_shards, own_device, row, sharded, write_shards
 from sculpt.apps.cli.words import said
-from sculpt.apps.demos.common import PRETRAINED
 from sculpt.apps.formulas import TextFormula
+from sculpt.shipped import CLONE
+from sculpt.shipped import shelf as fetched
 
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
@@ -192,8 +193,9 @@ def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dic
 
 
 def _shelves() -> list[Path]:
-    """Where shipped models are: below the working directory, and beside the package."""
-    return [Path("pretrained/molecules"), PRETRAINED / "molecules"]
+    """Where shipped models are: below the working directory and beside the package, or else fetched."""
+    here = [path for path in (Path("pretrained/molecules"), CLONE / "molecules") if path.is_dir()]
+    return here or [fetched("molecules")]
 
 
 def _is_policy(config: Path) -> bool:
@@ -210,11 +212,10 @@ def _folders(names: Sequence[str], given: Sequence[str]) -> dict[str, Path]:
         raise ValueError(f"--model {unused[0]}: the formula names {', '.join(names)} only.")
     folders = {}
     for name in names:
-        shipped = [shelf / name for shelf in _shelves() if (shelf / name / "config.json").is_file()]
+        around = [] if name in paths else _shelves()
+        shipped = [shelf / name for shelf in around if (shelf / name / "config.json").is_file()]
         if name not in paths and not shipped:
-            known = sorted(
-                {path.parent.name for shelf in _shelves() for path in shelf.glob("*/config.json") if _is_policy(path)}
-            )
+            known = sorted({path.parent.name for shelf in around for path in shelf.glob("*/config.json") if _is_policy(path)})
             raise ValueError(
                 f"There is no model {name!r} in pretrained/molecules: {near(name, known)} For one that is elsewhere: --model {name}=FOLDER."
             )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sculpt.chain import Progress, Settings
-from sculpt.checks import each, number, real, several, whole
+from sculpt.checks import each, number, real, several, two_odds, whole
 from sculpt.classifier.guide import Guide
 from sculpt.factor import Factor
 from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product, Tilted
@@ -67,6 +67,16 @@ class Composition(BaseModel):
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def written(self) -> str:
+        """As operators write it in Python: ``p - q`` for what is printed as ``p ◑ q``. What a function made has its printed name."""
+        parts = [f"({part.written})" if isinstance(part, Composition) else str(part) for part in self.chain]
+        return f" {self.operator} ".join(parts) if parts else self.name
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return ({"written": self.written} if self.chain else {}) | super().facts
 
     def outline(self) -> str:
         names = [*operand_names(self.models), *map(str, self.own)]
@@ -206,7 +216,7 @@ def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | 
             f"Got the model {odds} where odds belong. More than two models: p & q & r, or sculpt.posterior(models, labels)."
         )
     models = each("models", models, "base models")
-    models, given = _one_each(models, odds if odds is None or several(odds) else _alpha(odds, len(models)), "odds")
+    models, given = _one_each(models, odds if odds is None or several(odds) else two_odds(odds, len(models)), "odds")
     labels = Posterior(len(models), labels, given).labels  # checked against what was given, not against what is left
     distinct, index = _distinct(models)
     merged = None if given is None and len(distinct) == len(models) else _gather(given or [1.0] * len(models), index)
@@ -326,15 +336,6 @@ def _gather(numbers: Sequence[float], index: Sequence[int]) -> list[float]:
     for value, i in zip(numbers, index, strict=True):
         total[i] += value
     return total
-
-
-def _alpha(alpha: Any, m: int) -> tuple[float, float]:
-    alpha = number("odds", alpha)
-    if m != 2:
-        raise ValueError(f"One number is the odds of two models, got odds={alpha} for {m}. Pass {m} positive numbers.")
-    if not 0 < alpha < 1:
-        raise ValueError(f"odds is a number alpha between 0 and 1 for two models, got {alpha}.")
-    return alpha, 1 - alpha
 
 
 def _one_each(models: Any, numbers: Any, what: str) -> tuple[list[BaseModel], list[float] | None]:

@@ -146,8 +146,9 @@ def test_models_are_one_line_with_what_counts(folders):
     p, q = (sculpt.load(folders / name) for name in "pq")
     size = sum(weight.numel() for weight in p.model.parameters())
     assert repr(p) == f"Diffusion('p', shape=(1, 8, 8), parameters={size:,}, device=cpu, dtype=float32, s=0.01 to 157)"
-    assert repr(p - q) == f"DiffusionComposition('p ◑ q', shape=(1, 8, 8), parameters={2 * size:,}, device=cpu)"
+    assert repr(p - q) == f"DiffusionComposition('p ◑ q', written=p - q, shape=(1, 8, 8), parameters={2 * size:,}, device=cpu)"
     assert f"parameters={2 * size:,}" in repr((p & q) | p)  # a model that is there twice counts once
+    assert ((p & q) - p).written == "(p & q) - p" and sculpt.product([p], [2]).written == "p^2"
     for model in recurrent_models(1):
         assert repr(model).startswith("Tokens('r0', shape=(4,), parameters=")
 

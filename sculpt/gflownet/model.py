@@ -128,6 +128,7 @@ class GFlowNet(ActionModel):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The forward estimator, and the backward one if there is one."""
         return (self.policy,) if self.backward is None else (self.policy, self.backward)
 
     def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -145,8 +146,7 @@ class GFlowNet(ActionModel):
         for what, p, q in sides:
             if p != q:
                 raise ValueError(
-                    f"{self.name} and {other.name} cannot be composed: {what} {p} on one side, {q} on the other. "
-                    "Base models need one environment with the same actions in the same order."
+                    f"{self.name} and {other.name} cannot be composed: {what} {p} on one side, {q} on the other. Base models need one environment with the same actions in the same order."
                 )
         if self.device != other.device:
             raise ValueError(f"{self.name} is on {self.device} and {other.name} on {other.device}. Load both on one device.")

@@ -112,6 +112,7 @@ class Tokens(ActionModel):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The language model; a function has none."""
         return (self.model,) if isinstance(self.model, nn.Module) else ()
 
     @property
@@ -326,8 +327,7 @@ class Tokens(ActionModel):
         length = check_whole("max_length", max_length) or max(1, min(usual - len(self.prompt), room or 256))
         if room is not None and length > room:
             raise ValueError(
-                f"The prompt has {len(self.prompt)} tokens and the model reads {self.network.positions}, so a sequence may have {max(room, 0)}; "
-                f"max_length={length} are more. Shorten the prompt, or pass a smaller max_length."
+                f"The prompt has {len(self.prompt)} tokens and the model reads {self.network.positions}, so a sequence may have {max(room, 0)}; max_length={length} are more. Shorten the prompt, or pass a smaller max_length."
             )
         self.shape = (length,)
         if self.sampling.min_length > length:

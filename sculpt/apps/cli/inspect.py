@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         description="Tell what a checkpoint holds: kind, key, shape, noise levels, size.",
         epilog="example\n  sculpt inspect pretrained/grid/circle1",
     )
-    parser.add_argument("path", help="a folder, or a Hub id (owner/name)")
+    parser.add_argument("path", help="a folder, a Hub id (owner/name), or what is shipped (sculpt/digits-cyan)")
     parser.add_argument(
         "--with", dest="condition", action="append", default=[], metavar="KEY=VALUE",
         help="a condition that loading needs, e.g. beta=32",

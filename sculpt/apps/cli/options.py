@@ -74,7 +74,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`load_models` reads."""
     parser.add_argument(
         "--model", action="append", required=True, metavar="NAME=PATH",
-        help="a base model: a folder, or a Hub id (owner/name); repeat",
+        help="a base model: a folder, a Hub id (owner/name), or what is shipped (sculpt/digits-cyan); repeat",
     )  # fmt: skip
     parser.add_argument(
         "--with", dest="condition", action="append", default=[], metavar="[NAME.]KEY=VALUE",

@@ -205,6 +205,27 @@ def test_a_condition_that_is_missing_is_asked_for_as_an_option(tmp_path, capsys)
     assert "Pass --with beta=NUMBER" in error and "load(" not in error
 
 
+def test_no_warning_precedes_a_plain_mistake(tmp_path, capsys, monkeypatch):
+    """The weights of a reward are not here, and cannot be fetched: that is told after what is wrong with the options."""
+    from sculpt.molecules import scores, seh
+
+    def offline(*_):
+        raise seh.Offline("no network.")
+
+    monkeypatch.setattr(seh, "kept_weights", lambda: None)
+    monkeypatch.setattr(seh, "download", offline)
+    scores._reward.cache_clear()
+    arguments = ["molecules", "seh", "--model", f"seh={PRETRAINED / 'molecules' / 'seh'}", "-n", "2"]
+    try:
+        assert cli.main([*arguments, "--beta", "1000", "-o", str(tmp_path / "x.smi")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sculpt: error: --beta 1000.0 for ") and error.count("\n") == 1
+        assert cli.main([*arguments, "--beta", "32", "-o", str(tmp_path / "x.smi")]) == 0
+        assert "sculpt: warning: no network." in capsys.readouterr().err
+    finally:
+        scores._reward.cache_clear()
+
+
 def test_a_name_that_is_almost_right_gets_near_ones_and_no_classifiers(tmp_path, capsys):
     assert cli.main(["molecules", "seh & sah", "--beta", "32", "-o", str(tmp_path / "x.csv")]) == 2
     error = capsys.readouterr().err

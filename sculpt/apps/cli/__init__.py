@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     _quiet()
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"sculpt: warning: {said(str(message))}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"sculpt: warning: {said(str(message), options.words)}", file=sys.stderr
+        )
         try:
             options.run(options)
             sys.stdout.flush()
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if options.traceback:
                 raise
-            why = said(" ".join(str(error).split())) or type(error).__name__
+            why = said(" ".join(str(error).split()), options.words) or type(error).__name__
             if isinstance(error, MemoryError) or "allocate memory" in why or "out of memory" in why:
                 why = f"there is not enough memory; ask for fewer samples or particles, or a smaller --batch-size ({why})"
             if isinstance(error, EXPECTED):
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="start with\n  sculpt demo\nand go on with\n  sculpt inspect FOLDER\n  sculpt sample --help",
     )
     parser.add_argument("--version", action="version", version=f"sculpt {VERSION}")
-    parser.set_defaults(run=None, stopped=lambda _: "Nothing was written.")
+    parser.set_defaults(run=None, words={}, stopped=lambda _: "Nothing was written.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (demo, sample, fit, distill, molecules, inspect):
         command.add(commands)

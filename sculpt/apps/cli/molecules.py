@@ -91,7 +91,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--rewards", default="seh,sa,qed", metavar="NAMES", help="the scores to write (default: seh,sa,qed)")
     add_shards(parser, "molecules")
     add_device(parser, "molecules")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, words={"beta": "--beta"})
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 __all__ = ["said"]
 
@@ -41,18 +42,20 @@ CALLS = {
 }
 """What is more than one argument, or none with a value."""
 
-_NAMES = "|".join(OPTIONS)
-_VALUE = re.compile(rf"(?<![\w./\\'\"-])({_NAMES})=(\.\.\.|…|[^\s,;:)(]*[^\s,;:.)(])?")
-_REFUSED = re.compile(rf"^((?:(?:{_NAMES})(?:, )?)+): not an option")
 
-
-def said(text: str) -> str:
+def said(text: str, more: Mapping[str, str] | None = None) -> str:
     """The message as the command says it.
 
     Args:
         text: of an error, a warning or a verdict.
+        more: options of one command alone, by what Python calls them.
     """
+    options = OPTIONS | dict(more or {})
+    name = "|".join(options)
     for call, option in CALLS.items():
         text = re.sub(call, option, text)
-    text = _REFUSED.sub(lambda found: f"{', '.join(OPTIONS[name] for name in found[1].split(', '))}: not an option", text)
-    return _VALUE.sub(lambda found: f"{OPTIONS[found[1]]} {found[2] or ''}".rstrip(), text)
+    refused = re.match(rf"((?:{name})(?:, (?:{name}))*): not an option", text)
+    if refused:
+        text = ", ".join(options[one] for one in refused[1].split(", ")) + text[refused.end(1) :]
+    value = rf"(?<![\w./\\'\"-])({name})=(\.\.\.|…|[^\s,;:)(]*[^\s,;:.)(])?"
+    return re.sub(value, lambda found: f"{options[found[1]]} {found[2] or ''}".rstrip(), text)

@@ -66,14 +66,15 @@ bench-verdicts: $(READY)  ## whether error bars of log Z cover and verdicts tell
 bench-overhead: $(READY)  ## the time outside networks of composed runs; DEVICE=cuda for one of the size of Stable Diffusion 3
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/bench/overhead.py --device $(or $(DEVICE),cpu)
 
-docs: $(READY)  ## the API pages, from the docstrings, into docs-html/
-	@$(BIN)/python -c 'import furo, importlib; importlib.import_module("sphinx-mathjax-offline")' 2>/dev/null || \
+docs: $(READY)  ## the site: guides, notebooks as they ran, reference; into docs-html/
+	@$(BIN)/python -c 'import furo, importlib, myst_parser; importlib.import_module("sphinx-mathjax-offline")' 2>/dev/null || \
 	    $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
-	@$(BIN)/python -m sphinx -q -d docs-html/.doctrees .docs docs-html
+	@$(BIN)/python -m sphinx -q -W --keep-going -d docs-html/.doctrees .docs docs-html
+	@$(BIN)/python .docs/check.py docs-html
 	@echo "docs-html/index.html"
 
 clean:  ## remove the environment and everything made by the other targets
-	rm -rf .venv build demo docs-html .docs/api *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build demo docs-html .docs/api .docs/gallery *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pyproject.toml and constraints.txt decide what is installed; an installation that was cut short is done again.

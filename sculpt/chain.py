@@ -20,7 +20,7 @@ from sculpt.bars import bar
 from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
 from sculpt.generators import Generators
-from sculpt.particles import Population, systematic
+from sculpt.particles import Population
 from sculpt.samples import Samples
 from sculpt.state import State, finite, in_parts
 
@@ -122,6 +122,8 @@ class Chain(abc.ABC):
     """The effective share under which particles are selected, unless the caller says otherwise."""
     log_scale: float | None = None
     """Log Z of the target as written, minus log Z for the anchor's samples. Only chains that are steered from an anchor have it."""
+    likelihood: Callable[[Tensor], Tensor] | None = None
+    """What multiplies the chain's distribution in the end, in nats."""
     doubt: str = ""
     """A known error that the weights do not show. The verdict says it."""
     apart: float = 0.0
@@ -205,8 +207,7 @@ def run(
         result: makes what the caller gets of samples, log-weights and diagnostics.
         selection: of a population with weights. Without one every particle is a sample, and weights are there to look at.
     """
-    generator = settings.generator
-    N = n if selection is None else selection.size(chain, n)
+    generator, N = settings.generator, n if selection is None else selection.size(chain, n)
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
     population = Population(N, threshold=threshold, generator=generator, device=chain.device, of=formula)
     diagnostics = Diagnostics(chain.road, formula, samples=n, seed=settings.seed)
@@ -220,7 +221,7 @@ def run(
             population.reweight(flock.spread(increment))
             if chosen := selection is not None and selection.resample and chain.settled(flock.state):
                 _look(diagnostics, chain, population, flock.state)
-                flock.select(_survivors(population, n))
+                flock.select(population.survivors(n))
             elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
@@ -228,9 +229,7 @@ def run(
         if not left:
             break
         with torch.no_grad():
-            increment = flock.advance(
-                chain, torch.zeros(flock.n, device=flock.device) if chosen else population.log_w, generator
-            )
+            increment = flock.advance(chain, None if chosen else population.log_w, generator)
     with torch.no_grad():
         state = flock.everyone()
         x, increment = chain.end(state, population.log_w, generator)
@@ -240,6 +239,9 @@ def run(
             x, increment = _without_lost(x, increment)
         if increment is not None:
             population.reweight(increment)
+        if chain.likelihood is not None:
+            population.settle()
+            population.reweight(chain.likelihood(x))
         _look(diagnostics, chain, population, state, selected=selection is not None)
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
@@ -262,7 +264,8 @@ def _look(diagnostics: Diagnostics, chain: Chain, population: Population, state:
         diagnostics.notes.append(f"{population.lost} particles were lost to numbers that are not finite")
     if population.ess and not chain.alone:
         diagnostics.slip = chain.slip(state, population)
-        kept = None if chain.log_scale is None else math.exp(min(0.0, population.log_z - chain.log_scale))
+        anchored = chain.log_scale is not None and chain.likelihood is None
+        kept = math.exp(min(0.0, population.log_z - chain.log_scale)) if anchored else None
         diagnostics.observe(population, kept, selected=selected)
     diagnostics.steered, diagnostics.apart, diagnostics.doubt = chain.alone, chain.apart, chain.doubt
 
@@ -295,8 +298,9 @@ class _Flock:
             self.rows, self.state = self.rows[go], self.state[go]
         return len(go)
 
-    def advance(self, chain: Chain, log_w: Float[Tensor, "n"], generator: torch.Generator | None) -> Tensor | None:
-        """One step of those that go on, in parts; what is added to their log-weights."""
+    def advance(self, chain: Chain, log_w: Float[Tensor, "n"] | None, generator: torch.Generator | None) -> Tensor | None:
+        """One step of those that go on, in parts; what is added to their log-weights, which are equal where there are none."""
+        log_w = torch.zeros(self.n, device=self.device) if log_w is None else log_w
         size, log_w = self.n if chain.whole else chain.batch_size, log_w[self.rows] if self.ended else log_w
         self.state, increment = in_parts(lambda state, log_w: chain.step(state, log_w, generator), size, self.state, log_w)
         return increment
@@ -312,15 +316,7 @@ def _kept(population: Population, x: Tensor, n: int, selection: Selection | None
     """n equally weighted survivors, or all with their weights; without a selection all, which have none."""
     if selection is None:
         return x, None
-    return (x[_survivors(population, n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
-
-
-def _survivors(population: Population, n: int) -> Int[Tensor, "n"]:
-    """n of the particles, each as often as its weight says, in random order."""
-    generator = population.generator
-    index = systematic(population.log_w, n, generator)
-    device = "cpu" if generator is None else generator.device
-    return index[torch.randperm(n, generator=generator, device=device).to(index.device)]
+    return (x[population.survivors(n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
 
 
 def watch(progress: Iterator[Progress], show: bool = True, callback: Callable[[Progress], Any] | None = None) -> Samples:

@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["check_count", "check_whole", "each", "number", "real", "several", "two_odds", "whole"]
+__all__ = ["check_count", "check_whole", "each", "number", "real", "several", "whole"]
 
 LARGEST = 2**63 - 1
 """What an entry of a tensor can count."""
@@ -77,13 +77,3 @@ def normalised(weights: Sequence[float], what: str) -> tuple[float, ...]:
     if not given or not 0 < total < math.inf or not all(w / total > 0 for w in given):
         raise ValueError(f"{what} have to be positive numbers, one per base model; got {given}.")
     return tuple(w / total for w in given)
-
-
-def two_odds(alpha: Any, m: int) -> tuple[float, float]:
-    """The odds of two models from the share of the first; raise where it is none, or where there are not two."""
-    alpha = number("odds", alpha)
-    if m != 2:
-        raise ValueError(f"One number is the odds of two models, got odds={alpha} for {m}. Pass {m} positive numbers.")
-    if not 0 < alpha < 1:
-        raise ValueError(f"odds is a number alpha between 0 and 1 for two models, got {alpha}.")
-    return alpha, 1 - alpha

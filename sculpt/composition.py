@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from sculpt.chain import Progress, Settings
-from sculpt.checks import each, number, real, several, two_odds, whole
+from sculpt.checks import each, real, several, whole
 from sculpt.classifier.guide import Guide
 from sculpt.factor import Factor
 from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product, Tilted
 from sculpt.looks import target
 from sculpt.model import BaseModel, Steered, check_composable, check_model, operand_names, same_model
+from sculpt.operands import alpha, distinct_models, gather, one_each
 from sculpt.roads import Guided, as_road
 
 __all__ = ["Composition", "mixture", "harmonic_mean", "contrast", "posterior", "product", "power_mean"]
@@ -45,6 +46,11 @@ class Composition(BaseModel):
         operator: what it was written with, if it was.
         chain: the operands as they were written, which a longer chain of the operator continues.
         own: the factors that multiply its one operand, whose formula is a ``Tilted``.
+
+    Example:
+        >>> both = one & two
+        >>> both, both.formula.labels, both.sample(3, generator=seed).x.shape
+        (circle1 ⊗ circle2, (0, 1), torch.Size([3, 2]))
     """
 
     def __init__(
@@ -86,7 +92,7 @@ class Composition(BaseModel):
     @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:
         """The pretrained models underneath, each once."""
-        return tuple(_distinct([leaf for model in self.models for leaf in model.leaves])[0])
+        return tuple(distinct_models([leaf for model in self.models for leaf in model.leaves])[0])
 
     @functools.cached_property
     def factors(self) -> tuple[Factor, ...]:
@@ -196,11 +202,15 @@ def mixture(*models: BaseModel, weights: Sequence[float] | None = None) -> Compo
     Args:
         models: two or more.
         weights: one number per model, of which only the ratios matter; equal by default.
+
+    Example:
+        >>> len(sculpt.mixture(one, two, weights=[2, 1]).sample(30))  # two of three from circle1
+        30
     """
-    models, given = _one_each(models, weights, "weights")
+    models, given = one_each(models, weights, "weights")
     weights = Mixture(given or [1.0] * len(models)).weights  # checked as given, before those of equal models add up
-    distinct, index = _distinct(models)
-    return _composed(Mixture(_gather(weights, index)), distinct)
+    distinct, index = distinct_models(models)
+    return _composed(Mixture(gather(weights, index)), distinct)
 
 
 def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | Sequence[float] | None = None) -> Composition:
@@ -210,16 +220,20 @@ def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | 
         models: the base models; labels are their indices.
         labels: the observed ones, :math:`(i_1, \dots, i_n)`; the first is the anchor unless a road says otherwise.
         odds: one number v per model, of which only the ratios matter; for two models the share of the first. Equal by default.
+
+    Example:
+        >>> sculpt.posterior([one, two], labels=(0, 0, 1))
+        p(x | y1=circle1, y2=circle1, y3=circle2; circle1, circle2)
     """
     if isinstance(odds, BaseModel):
         raise TypeError(
             f"Got the model {odds} where odds belong. More than two models: p & q & r, or sculpt.posterior(models, labels)."
         )
     models = each("models", models, "base models")
-    models, given = _one_each(models, odds if odds is None or several(odds) else two_odds(odds, len(models)), "odds")
+    models, given = one_each(models, odds if odds is None or several(odds) else alpha(odds, len(models)), "odds")
     labels = Posterior(len(models), labels, given).labels  # checked against what was given, not against what is left
-    distinct, index = _distinct(models)
-    merged = None if given is None and len(distinct) == len(models) else _gather(given or [1.0] * len(models), index)
+    distinct, index = distinct_models(models)
+    merged = None if given is None and len(distinct) == len(models) else gather(given or [1.0] * len(models), index)
     return _composed(Posterior(len(distinct), [index[i] for i in labels], merged), distinct)
 
 
@@ -230,6 +244,10 @@ def harmonic_mean(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | No
         p: a base model.
         q: another.
         odds: :math:`\alpha`, between 0 and 1, or two numbers of which only the ratio matters; equal by default.
+
+    Example:
+        >>> sculpt.harmonic_mean(one, two)  # one & two
+        circle1 ⊗ circle2
     """
     return posterior([p, q], (0, 1), odds)
 
@@ -241,6 +259,10 @@ def contrast(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | None = 
         p: a base model.
         q: another.
         odds: as for :func:`harmonic_mean`.
+
+    Example:
+        >>> sculpt.contrast(one, two)  # one - two
+        circle1 ◑ circle2
     """
     return posterior([p, q], (0, 0), odds)
 
@@ -251,10 +273,14 @@ def product(models: Sequence[BaseModel], powers: Sequence[float]) -> Composition
     Args:
         models: one or more.
         powers: one number :math:`\gamma` per model; their sum has to be positive.
+
+    Example:
+        >>> sculpt.product([one, two], [1.5, -0.5])
+        circle1^1.5 · circle2^-0.5
     """
-    models, given = _one_each(models, each("powers", powers), "powers")
-    distinct, index = _distinct(models)
-    formula = Product(_gather([real("a power", g) for g in given], index))
+    models, given = one_each(models, each("powers", powers), "powers")
+    distinct, index = distinct_models(models)
+    formula = Product(gather([real("a power", g) for g in given], index))
     if not all(g == 0 or LEAST <= abs(g) <= MOST for g in (*formula.powers, formula.degree)):
         raise ValueError(
             f"Powers and their sum lie between {LEAST:g} and {MOST:g} in size, got {formula.powers} with the sum {formula.degree:g}. "
@@ -270,11 +296,15 @@ def power_mean(models: Sequence[BaseModel], exponent: float, weights: Sequence[f
         models: one or more.
         exponent: r.
         weights: one number :math:`\omega` per model, of which only the ratios matter; equal by default.
+
+    Example:
+        >>> sculpt.power_mean([one, two], 0).sample(3, generator=seed).x.shape  # the geometric mean
+        torch.Size([3, 2])
     """
-    models, given = _one_each(models, weights, "weights")
+    models, given = one_each(models, weights, "weights")
     weights = PowerMean(exponent, given or [1.0] * len(models)).weights  # checked as given
-    distinct, index = _distinct(models)
-    return _composed(PowerMean(exponent, _gather(weights, index)), distinct)
+    distinct, index = distinct_models(models)
+    return _composed(PowerMean(exponent, gather(weights, index)), distinct)
 
 
 def tilted(model: BaseModel, factor: Factor) -> Composition:
@@ -300,7 +330,7 @@ def operate(operator: str, p: BaseModel, q: BaseModel) -> Composition:
 
     # p - (q - r) takes less away than p - q - r: only the left operand of a difference continues the chain.
     chain = operands(p) + (operands(q) if operator != "-" else (q,))
-    distinct, index = _distinct(chain)
+    distinct, index = distinct_models(chain)
     formula = {
         "|": lambda: Mixture([1.0] * len(distinct)),
         "&": lambda: Posterior(len(distinct), index),
@@ -314,35 +344,3 @@ def _composed(
 ) -> Composition:
     """A composition of the class that the models' family has for it."""
     return models[0].leaves[0].compose(formula, models, operator, chain)
-
-
-def _distinct(models: Sequence[BaseModel]) -> tuple[list[BaseModel], list[int]]:
-    """The different models, and for each of the given ones its index among them."""
-    for model in models:
-        check_model(model)
-    distinct: list[BaseModel] = []
-    index = []
-    for model in models:
-        known = next((i for i, other in enumerate(distinct) if same_model(model, other)), None)
-        index.append(len(distinct) if known is None else known)
-        if known is None:
-            distinct.append(model)
-    return distinct, index
-
-
-def _gather(numbers: Sequence[float], index: Sequence[int]) -> list[float]:
-    """Weights, odds or powers of equal models add up: the target stays what was written."""
-    total = [0.0] * (1 + max(index))
-    for value, i in zip(numbers, index, strict=True):
-        total[i] += value
-    return total
-
-
-def _one_each(models: Any, numbers: Any, what: str) -> tuple[list[BaseModel], list[float] | None]:
-    """The models, and a number for each where there are any."""
-    models, given = each("models", models, "base models"), None if numbers is None else each(what, numbers)
-    if not models:
-        raise ValueError("A composition needs at least one base model, got none.")
-    if given is not None and len(given) != len(models):
-        raise ValueError(f"Got {len(given)} {what} for {len(models)} base models. Pass one number per model.")
-    return models, None if given is None else [number(f"one of the {what}", value) for value in given]

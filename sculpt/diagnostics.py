@@ -47,6 +47,11 @@ class Verdict:
     Args:
         level: a word, from exact and sound to collapsed and uncovered.
         reason: why.
+
+    Example:
+        >>> verdict = (one & two).sample(100, generator=seed).verdict
+        >>> verdict.level, verdict.trust
+        ('sound', 'good')
     """
 
     level: Level
@@ -90,6 +95,12 @@ class Diagnostics:
         seed: of the generator, where the run was the first to use it: the same seed gives the same samples.
         notes: what else there is to know.
         parts: the diagnostics of the runs that these samples come from, where there are several.
+
+    Example:
+        >>> print((one & two).sample(100, generator=seed).diagnostics)
+                    road  tracked densities
+                 formula  circle1 ⊗ circle2
+        ...
     """
 
     road: str

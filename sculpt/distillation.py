@@ -64,6 +64,14 @@ class Student(abc.ABC):
     def save(self, model: BaseModel, folder: Path) -> None:
         """Write the model as a checkpoint that ``sculpt.load`` reads. The card is written beside it."""
 
+    def usage(self, name: str) -> str:
+        """Lines for the card: how the folder of this name is read.
+
+        Args:
+            name: of the folder.
+        """
+        return f"model = sculpt.load({name!r})\nsamples = model.sample(100)"
+
 
 @torch.random.fork_rng(devices=[])
 def distill(
@@ -90,6 +98,11 @@ def distill(
         seed: of everything that is drawn.
         progress: show bars.
         options: of the family.
+
+    Example:
+        >>> copy = sculpt.distill(one - two, steps=20)  # more in earnest
+        >>> copy.sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
     check_model(composition)
     check_whole("steps", steps)
@@ -126,16 +139,16 @@ def distill(
         with replacing(checkpoint) as new:
             student.save(model, new)
             (new / "distillation.json").write_text(json.dumps(about, indent=1) + "\n")
-            (new / "README.md").write_text(_card(Path(checkpoint).resolve().name, about))
+            (new / "README.md").write_text(_card(name := Path(checkpoint).resolve().name, student.usage(name), about))
     return model
 
 
-def _card(name: str, about: Row) -> str:
+def _card(name: str, usage: str, about: Row) -> str:
     """What a model is a copy of, and how far it is from it."""
     rows = "".join(f"| {what} | {_said(value)} |\n" for what, value in about["measured"].items())
     return (
         f"# {name}\n\n`{about['composition']}` as a base model of its own, by `sculpt.distill`: {about['steps']:,} steps, "
-        f"{about['seconds'] / 60:.3g} minutes of training.\n\n```python\nmodel = sculpt.load({name!r})\nsamples = model.sample(100)\n```\n\n"
+        f"{about['seconds'] / 60:.3g} minutes of training.\n\n```python\n{usage}\n```\n\n"
         f"Measured on fresh draws:\n\n| | |\n|---|---|\n{rows}"
     )
 

@@ -40,6 +40,12 @@ class Factor:
         bound: the most that log_f can be, the least where the power is negative. Rejection needs it.
         value: from unfinished samples to what log f will probably be (models that write action by action); ``True`` takes log_f itself.
         name: how formulas call it. Factors of one name are one factor; it also lets large jobs go on in another process.
+
+    Example:
+        >>> near = sculpt.Factor(lambda cells: -cells[:, 0].double(), name="left")
+        >>> samples = (one * near).sample(100, generator=seed)
+        >>> bool(samples.x[:, 0].double().mean() < one.sample(100, generator=seed).x[:, 0].double().mean())
+        True
     """
 
     def __init__(

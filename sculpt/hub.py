@@ -73,6 +73,11 @@ def load(
             and ``shape``; both a ``name``. GFlowNets: the values it was trained to be conditioned on, e.g. ``beta=32``.
             Language models: ``prompt``, ``max_length``, ``stop``, ``name``, and what changes their distribution: ``temperature``, ``top_k``,
             ``top_p``, ``min_length`` and ``suppress``.
+
+    Example:
+        >>> circle1 = sculpt.load("pretrained/grid/circle1")  # a folder, or an id of the Hub
+        >>> print(circle1.name, circle1.shape)
+        circle1 (2,)
     """
     refuse_words(condition, ("device", "dtype"), "sculpt.load")
     if "seed" in condition:
@@ -144,6 +149,11 @@ def kind_of(folder: Path) -> str:
             return "diffusion"
         if (folder / "config.json").exists():
             return _kind_of_config(folder)
+        if (folder / "pytorch_lora_weights.safetensors").exists():
+            raise ValueError(
+                f"{folder} holds a LoRA, which belongs into its pipeline: pipe.load_lora_weights({str(folder)!r}, adapter_name='name'), and "
+                "then with_adapters({'name': 1.0}) of the pipeline's model."
+            )
         if (folder / "training").is_dir():
             raise ValueError(
                 f"What is trained in {folder} is not finished. Call sculpt.fit or sculpt.distill with the same arguments and "

@@ -76,6 +76,11 @@ def generate(
         share: ``(rank, world)``, the number of this process and how many there are.
         progress: show a bar.
         rows: what a row is to have, for samples that offer a choice: ``rewards`` of molecules.
+
+    Example:
+        >>> library = sculpt.generate(one & two, 200, "cells", shard=100)
+        >>> library.shards, sum(len(samples) for samples in library)
+        (2, 200)
     """
     shard = _shard(model) if shard is None else shard
     check_count(n)
@@ -132,6 +137,11 @@ class Library:
 
     Args:
         folder: where the shards are.
+
+    Example:
+        >>> library = sculpt.generate(one & two, 200, "cells", shard=100)
+        >>> [len(samples) for samples in sculpt.Library("cells")]  # one shard in memory at a time
+        [100, 100]
     """
 
     def __init__(self, folder: str | Path):
@@ -324,14 +334,8 @@ class Library:
         return f"Library({str(self.folder)!r}: {len(self):,} samples of {self.settings['formula']}, {there})"
 
     def _repr_html_(self) -> str:
-        rows = {
-            "folder": str(self.folder),
-            "formula": self.settings["formula"],
-            "samples": f"{len(self):,} of {self.settings['n']:,}",
-        }
-        rows |= {"shards": f"{self.shards - len(self.missing)} of {self.shards}", "verdicts": self.verdict}
-        rows |= {} if self.log_z is None else {"log Z": f"{self.log_z:.4f}"}
-        return preview.table([(name, printable(value)) for name, value in rows.items()])
+        rows = {"library": repr(self), "verdicts": self.verdict, "log Z": "" if self.log_z is None else f"{self.log_z:.4f}"}
+        return preview.table([(name, printable(value)) for name, value in rows.items() if value])
 
 
 def _same(name: str, a: Any, b: Any) -> bool:

@@ -37,7 +37,12 @@ LONGEST = 200
 
 
 class BaseModel(Habits, abc.ABC):
-    """A pretrained sampler. Union ``|``, intersection ``&`` and difference ``-`` compose base models."""
+    """A pretrained sampler. Union ``|``, intersection ``&`` and difference ``-`` compose base models.
+
+    Example:
+        >>> isinstance(one, sculpt.BaseModel), (one | two).sample(3, generator=seed).x.shape
+        (True, torch.Size([3, 2]))
+    """
 
     name: str
     """How the model is called in formulas and messages."""
@@ -239,7 +244,12 @@ class BaseModel(Habits, abc.ABC):
 
 
 class Steppable(BaseModel):
-    """A base model whose way to a sample can be followed and steered: it offers a chain for every road."""
+    """A base model whose way to a sample can be followed and steered: it offers a chain for every road.
+
+    Example:
+        >>> isinstance(left, sculpt.Steppable), max(progress.step for progress in left.run(3, steps=4))
+        (True, 4)
+    """
 
     @abc.abstractmethod
     def chain(self, settings: Settings) -> Chain:

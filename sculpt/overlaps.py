@@ -202,6 +202,11 @@ def overlap(
         data: samples to use instead, one tensor per model. A classifier's own training samples flatter it.
         generator: source of randomness.
         options: of the base models' ``sample``, such as ``steps``.
+
+    Example:
+        >>> report = sculpt.overlap([one, two], n=200, generator=seed)
+        >>> report.predict(one & two).verdict.level
+        'sound'
     """
     if isinstance(models, Guide):
         return _from_curve(models)

@@ -59,6 +59,7 @@ class Population:
         self.ess: list[float] = []
         self.lost = 0
         self._log_z = 0.0
+        self._known: tuple[float, Tensor] | None = None
 
     def reweight(self, increment: Float[Tensor, "n"]) -> None:
         """Multiply the weights. A particle whose weight is not a finite number gets weight zero, for good, and is counted once."""
@@ -75,6 +76,10 @@ class Population:
                 "sculpt.overlap(models). Where all were not finite, look at its networks and powers."
             )
 
+    def settle(self) -> None:
+        """What the weights stand for is a distribution from here on: log Z and its error count what it is multiplied with."""
+        self._known = self.log_z, self._shares()
+
     def resample(self) -> Int[Tensor, "n"] | None:
         if self.ess[-1] >= self.threshold * self.n:
             return None
@@ -85,6 +90,12 @@ class Population:
         self.resamplings += 1
         return index
 
+    def survivors(self, n: int) -> Int[Tensor, "n"]:
+        """n of the particles, each as often as its weight says, in random order."""
+        index = systematic(self.log_w, n, self.generator)
+        device = "cpu" if self.generator is None else self.generator.device
+        return index[torch.randperm(n, generator=self.generator, device=device).to(index.device)]
+
     @property
     def effective(self) -> float | None:
         """The effective share of the particles, once they have weights."""
@@ -92,7 +103,8 @@ class Population:
 
     @property
     def log_z(self) -> float:
-        return self._log_z + float(self.log_w.logsumexp(0)) - math.log(self.n)
+        known = 0.0 if self._known is None else self._known[0]
+        return self._log_z + float(self.log_w.logsumexp(0)) - math.log(self.n) - known
 
     @property
     def log_z_error(self) -> float:
@@ -101,6 +113,8 @@ class Population:
         Theirs takes off what multinomial resampling adds at every resampling; the systematic one adds next to nothing, so
         only the 1/N of the start is taken off. A little wide after many resamplings. The steps' discretisation is not in it.
         """
+        if self._known is not None:
+            return float((self._shares() - self._known[1]).norm())
         square = 1 / self.families
         variance = 1 - self.n / max(self.n - 1, 1) * (1 - square)
         # With few surviving roots the estimator saturates at one: it then means "at least".
@@ -112,9 +126,12 @@ class Population:
 
         Most ancestors can have descendants while the weight is with those of a few.
         """
+        return 1 / float((self._shares() ** 2).sum())
+
+    def _shares(self) -> Float[Tensor, "n"]:
+        """Of the weight, by the particle of the start that it comes from."""
         share = torch.zeros(self.n, dtype=torch.float64, device=self.log_w.device)
-        share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
-        return 1 / float((share**2).sum())
+        return share.index_add_(0, self.roots, torch.softmax(self.log_w, 0))
 
     @property
     def ancestors(self) -> int:

@@ -63,6 +63,12 @@ class Samples:
         log_weights: ``None`` for equally weighted samples (the default everywhere), or the particles' normalised log-weights.
         diagnostics: of the run.
         decoder: from x to what a person looks at; ``None`` where that is x.
+
+    Example:
+        >>> samples = (one & two).sample(100, generator=seed)
+        >>> samples.save("cells.safetensors")
+        >>> len(sculpt.Samples.cat([sculpt.Samples.load("cells.safetensors"), samples[:10]]))
+        110
     """
 
     x: Tensor

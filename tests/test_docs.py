@@ -2,13 +2,15 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import pages
 import pytest
 
 import sculpt
@@ -39,6 +41,14 @@ MORE = [
     UNetEncoder,
 ]
 MORE += [getattr(formula, name) for name in formula.__all__]
+
+
+def script(name: str):
+    """A module of .docs, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / ".docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def resolve(name: str):
@@ -113,7 +123,7 @@ def test_the_reader_of_arguments_reads_them():
 
 
 def test_there_is_a_page_for_every_public_name():
-    listed = set(re.findall(r"^   (sculpt\.[\w.]+)$", (ROOT / ".docs/index.rst").read_text(), re.MULTILINE))
+    listed = set(re.findall(r"^   ~?(sculpt\.[\w.]+)$", (ROOT / ".docs/reference.rst").read_text(), re.MULTILINE))
     assert set(NAMES) - {"sculpt.exact"} <= listed  # exact is a module, and has a page written by hand
     for name, module in {"exact": exact, "plots": plots}.items():
         assert f"automodule:: {module.__name__}\n" in (ROOT / f".docs/{name}.rst").read_text()
@@ -122,11 +132,23 @@ def test_there_is_a_page_for_every_public_name():
 
 
 @pytest.mark.slow
-def test_the_pages_are_built(tmp_path):
-    pytest.importorskip("sphinx", reason="make docs installs it")
-    subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-d", tmp_path / "trees", ROOT / ".docs", tmp_path / "html"], check=True
-    )
+def test_the_pages_are_built_without_a_warning_and_every_link_leads_somewhere(tmp_path):
+    for module in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(module, reason="make docs installs it")
+    build = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-d",
+        tmp_path / "trees",
+        ROOT / ".docs",
+        tmp_path / "html",
+    ]
+    subprocess.run(build, check=True)
+    subprocess.run([sys.executable, ROOT / ".docs" / "check.py", tmp_path / "html"], check=True)
     for name in set(NAMES) - {"sculpt.exact"}:
         assert (tmp_path / "html" / "api" / f"{name}.html").is_file(), name
     page = (tmp_path / "html" / "api" / "sculpt.harmonic_mean.html").read_text()
@@ -134,24 +156,66 @@ def test_the_pages_are_built(tmp_path):
     assert "mathjax" in page.lower()
 
 
+def test_the_check_of_the_site_finds_what_is_wrong(tmp_path):
+    check = script("check")
+    good = '<html lang="en"><title>t</title><a class="skip" href="#here">s</a><h1 id="here">a</h1><h2>b</h2><img src="good.html" alt="words">'
+    (tmp_path / "good.html").write_text(good)
+    (tmp_path / "bad.html").write_text(
+        '<h1>a</h1><h3>b</h3><img src="lost.png"><a href="good.html#lost">c</a><a href="https://e.org">d</a>'
+    )
+    assert list(check.Site(tmp_path).faults()) == [
+        "bad.html: no title",
+        "bad.html: no language",
+        "bad.html: no link that skips to the content",
+        "bad.html: a picture without words: lost.png",
+        "bad.html: a heading of level 3 below one of level 1",
+        "bad.html: a link to lost.png, where nothing is",
+        "bad.html: a link to good.html#lost, a page without this anchor",
+    ]
+
+
+def test_every_notebook_is_a_page_with_its_words_code_and_pictures(tmp_path):
+    script("gallery").write_pages(ROOT / "notebooks", tmp_path / "gallery")
+    index = (tmp_path / "gallery/index.md").read_text()
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        page, cells = (tmp_path / f"gallery/{path.stem}.md").read_text(), json.loads(path.read_text())["cells"]
+        assert f"]({path.stem}.md)" in index
+        assert page.count("```python") >= sum(cell["cell_type"] == "code" for cell in cells)
+        shown = re.findall(r"^!\[.+\]\((.+\.png)\)$", page, re.MULTILINE)
+        drawn = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+        assert len(shown) == drawn > 0
+        assert all((tmp_path / "gallery" / name).read_bytes().startswith(b"\x89PNG") for name in shown)
+
+
+def test_links_of_pages_lead_to_files_of_the_repository():
+    for page in (ROOT / "README.md", *pages.GUIDES):
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()) if page.suffix == ".md" else ():
+            made = "gallery/" in link  # from the notebooks, when the site is built
+            assert link.startswith("http") or made or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
 def test_contributing_runs_as_it_is_written():
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / ".github/CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 11
-    # A module of its own: classes in it are looked up by name.
-    scope: dict = {"__name__": "contributing"}
-    for block in blocks:
-        exec(compile(block, "CONTRIBUTING.md", "exec"), scope)
+    assert len(pages.blocks(ROOT / ".github/CONTRIBUTING.md")) == 11
+    pages.run(ROOT / ".github/CONTRIBUTING.md")
 
 
-def test_the_page_on_policies_of_other_libraries_runs_and_its_samples_are_right():
-    page = (ROOT / ".docs/policies.rst").read_text()
-    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page, re.MULTILINE)
-    assert len(blocks) == 2
-    scope: dict = {"__name__": "policies"}
-    for block in blocks:
-        exec(compile(textwrap.dedent(block), "policies.rst", "exec"), scope)
-    p, x = scope["p"], scope["sets"].x
-    assert x.sum(-1).max() <= 3 and len(p.sample(50)) == 50
-    between = scope["between"].x
-    # The harmonic mean of N(-1, 2) and N(1, 2) is symmetric, and narrower than both.
-    assert abs(float(between.mean())) < 0.35 and float(between.var()) < 2.0
+def test_every_guide_has_code_that_is_run():
+    without = {path.stem for path in pages.GUIDES if not pages.blocks(path)}
+    assert without == {"changelog", "contributing", "faq", "limits", "measured", "words"}
+
+
+@pytest.mark.parametrize("path", [path for path in pages.GUIDES if pages.blocks(path)], ids=lambda path: path.stem)
+def test_a_guide_runs_as_it_is_written(path, tmp_path, monkeypatch):
+    pages.at_hand(tmp_path, monkeypatch)
+    scope = pages.run(path)
+    if path.stem == "policies":
+        p, x = scope["p"], scope["sets"].x
+        assert x.sum(-1).max() <= 3 and len(p.sample(50)) == 50
+    if path.stem in ("policies", "compose"):
+        # The harmonic mean of N(-1, 2) and N(1, 2), or of N(-1, 1) and N(1, 1), is symmetric, and narrower than both.
+        between = scope["between"].x
+        assert between.mean(0).abs().max() < 0.35 and between.var(0).max() < 2.0
+    if path.stem == "large":
+        assert len(scope["library"]) == len(scope["frame"]) == 20
+    if path.stem == "gflownets":
+        assert abs(float(scope["guided"].sum()) - 1) < 1e-6

@@ -174,6 +174,12 @@ def test_a_guided_chain_is_weighed_by_factors_too():
     check("(p & q) line", (P & Q) * LINE[True], ExactGuide(RINGS[:2], [P.key, Q.key]), steps=32, seeds=2)
 
 
+@pytest.mark.slow
+def test_a_corrected_chain_is_weighed_in_the_end():
+    guide = sculpt.Guided(ExactGuide(RINGS[:2], [P.key, Q.key]), correct=True, particles=20_000)
+    check("(p & q) line", (P & Q) * LINE[True], guide, steps=32, seeds=2)
+
+
 # Inpainting a Gaussian field, against its posterior ---------------------------------------------------------------------------------
 
 
@@ -320,6 +326,21 @@ def test_words_times_a_factor_are_the_counted_target(name, way):
     assert sum(z > 2 for _, z in runs) <= 1, runs
 
 
+def test_a_poor_classifier_corrected_by_densities_is_weighed_in_the_end():
+    classifier = sculpt.fit([WORD_P, WORD_Q], steps=20, samples=200, progress=False)
+    _, log = WRITTEN["(p & q) f"]
+    road = sculpt.Guided(classifier, correct="densities", particles=30_000)
+    got = ((WORD_P & WORD_Q) * Factor(letters)).sample(4000, road, generator=generator(), progress=False)
+    exact = torch.multinomial(log.softmax(0), 4000, True, generator=generator(9))
+    index = torch.tensor([PLACE[tuple(x)] for x in got.x.tolist()])
+    off, floor = (
+        float((torch.bincount(rows, minlength=len(WORDS)) / 4000 - log.softmax(0)).abs().sum()) for rows in (index, exact)
+    )
+    assert off < 1.3 * floor
+    assert abs(got.log_z - float(log.logsumexp(0))) < 3 * got.diagnostics.log_z_error
+    assert "weighed in the end by letters" in got.diagnostics.road and got.diagnostics.acceptance is None
+
+
 def test_factors_of_texts_are_given_texts():
     (model,) = recurrent_models(1)
     seen = []
@@ -384,8 +405,6 @@ def test_what_a_factor_gives_is_checked(message):
 def test_roads_that_cannot_take_a_factor_say_so():
     guide = ExactGuide(RINGS[:2], [P.key, Q.key])
     both = (P & Q) * LINE[True]
-    with pytest.raises(ValueError, match=r"weighs by the classifier, and \(p ⊗ q\) · line-True by line-True too"):
-        both.sample(5, sculpt.Guided(guide, correct=True))
     with pytest.raises(ValueError, match="p is one model, which no classifier steers"):
         (P * LINE[True]).sample(5, guide)
     with pytest.raises(ValueError, match="whoever steps from outside does not show them"):

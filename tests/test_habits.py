@@ -189,7 +189,7 @@ def test_a_library_is_shown_with_its_verdicts(folders, tmp_path):
     p, q = (sculpt.load(folders / f"grid-{name}") for name in "pq")
     library = sculpt.generate(p & q, 20, tmp_path / "cells", shard=10, progress=False)
     page = library._repr_html_()
-    assert "p ⊗ q" in page and "20 of 20" in page and "2 of 2 shards" in page
+    assert "p ⊗ q" in page and "20 samples" in page and "2 of 2 shards" in page
 
 
 def test_the_package_lists_its_public_names_only_and_help_begins_with_a_use():

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import itertools
+import json
 import os
 import re
 import types
@@ -145,14 +146,26 @@ def take(made, steps):
     return made
 
 
-@pytest.mark.parametrize("name", ["prior", "seh"])
-def test_a_killed_training_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
+def begun(monkeypatch, name, state, past=()):
+    """A small training."""
     for module in (recipe, policy):
         monkeypatch.setattr(module, "strings", lambda split: encode(SOME * 8))
+    options = argparse.Namespace(device="cpu", batch=4, minutes=None, steps=12, rows=32, state=state)
+    return recipe.Prior(options) if name == "prior" else policy.Policy(name, options, Lengths(), past)
 
+
+def test_a_further_training_begins_as_the_saved_policy(tmp_path, monkeypatch):
+    past = json.loads((SMILES / "qed" / "training.json").read_text())["runs"]
+    made, saved = begun(monkeypatch, "qed", tmp_path, past), network.load(SMILES / "qed").state_dict()
+    assert all(torch.equal(value, saved[entry]) for entry, value in made.training.network.state_dict().items())
+    assert made.log_Z.values.tolist() == pytest.approx([past[-1]["log_Z"][str(beta)] for beta in tokens.BETAS])
+    assert made.training.identity["past"] == len(past)  # a second further training has a state of its own
+
+
+@pytest.mark.parametrize("name", ["prior", "seh"])
+def test_a_killed_training_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     def make(state):
-        options = argparse.Namespace(device="cpu", batch=4, minutes=None, steps=12, rows=32, state=tmp_path / state)
-        return recipe.Prior(options) if name == "prior" else policy.Policy(name, options, Lengths())
+        return begun(monkeypatch, name, tmp_path / state)
 
     # A policy draws new strings every eight steps.
     through, first = take(make("a"), 12), take(make("b"), 6)

@@ -29,15 +29,18 @@ def percent(share: float) -> str:
 
 
 def size_and_cost(net: nn.Module, folder: Path) -> dict[str, str]:
-    run = recipes.read_runs(folder)[-1]
+    runs = recipes.read_runs(folder)
     size, config = sum(p.numel() for p in net.parameters()), net.config
     layers = (
         f"`GPT2LMHeadModel`, {config.n_layer} layers of width {config.n_embd}, {size:,} parameters, saved in half precision"
     )
-    recipe = f"`python pretrained/smiles/recipe.py {run['name']}`: {run['steps']:,} steps of {run['batch']:,} strings, averaged weights"
-    name = "CPU" if run["device"] == "cpu" else "GPU"
-    cost = f"{run['seconds'] / 60:.1f} {name} minutes by the clock; the device had other work, too"
-    return {"network": layers, "recipe": recipe, "cost": cost}
+    more, steps = ", `--more`" * (len(runs) > 1), " and ".join(f"{run['steps']:,}" for run in runs)
+    recipe = f"`python pretrained/smiles/recipe.py {runs[0]['name']}`{more}: {steps} steps of {runs[0]['batch']:,} strings, averaged weights"
+    return {
+        "network": layers,
+        "recipe": recipe,
+        "cost": f"{recipes.written_cost(runs)} by the clock; the device had other work, too",
+    }
 
 
 def code(name: str, prompt: str) -> str:

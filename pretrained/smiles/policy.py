@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pace
@@ -58,7 +59,7 @@ class Policy:
     rate, warm_up, every = 1.5e-4, 50, 8
     delta, depth = 5.0, 10.0
 
-    def __init__(self, name: str, options: argparse.Namespace, workers: Workers):
+    def __init__(self, name: str, options: argparse.Namespace, workers: Workers, past: Sequence[dict] = ()):
         self.pace = pace.Pace(options.minutes, options.steps)
         self.name, self.workers, self.device, self.batch = name, workers, torch.device(options.device), options.batch or 1024
         torch.set_float32_matmul_precision("high")  # bfloat16 would be too coarse for sums of log-probabilities
@@ -67,18 +68,17 @@ class Policy:
         self.prompts, self.betas = (torch.tensor(v, device=self.device) for v in (prompts(name), BETAS))
         self.begun = None
         data = self.molecules(options)
-        net = copy.deepcopy(self.prior).requires_grad_(True)
-        with torch.no_grad():
-            net.transformer.wte.weight[self.prompts] = net.transformer.wte.weight[BEGIN].clone()
+        net, values = self.saved(past[-1]) if past else self.beginning(data)
+        net.requires_grad_(True)
         # Of the tokens only the prompts learn, and they learn fast: they are all alike at first.
         learns = torch.zeros_like(net.transformer.wte.weight[:, :1]).index_fill(0, self.prompts, 1.0)
         net.transformer.wte.weight.register_hook(lambda gradient: gradient * learns)
-        self.log_Z = Levels([log_mean_power(data.log_R, beta) for beta in BETAS]).to(self.device)
-        self.least = self.log_Z.values.detach() - self.depth
+        self.log_Z = Levels(values).to(self.device)
+        self.least = torch.tensor([log_mean_power(data.log_R, beta) for beta in BETAS], device=self.device) - self.depth
         self.data, self.own, self.fresh, self.pending = data, Strings(2**17), Strings(self.new), Strings(self.new)
         kept = {name: getattr(self, name).to(self.device) for name in ("own", "fresh", "pending", "log_Z")}
         fall = lambda step: cosine(self.pace.steps, self.warm_up, 0.02, hold=0.3)(step)  # noqa: E731
-        identity = {"name": name, "batch": self.batch, "steps": options.steps, "molecules": len(data)}
+        identity = {"name": name, "batch": self.batch, "steps": options.steps, "molecules": len(data), "past": len(past)}
         self.training = Training(
             net,
             optimizer(net, self.rate, 0.0, 20 * self.rate, {"params": self.log_Z.parameters(), "lr": 0.02}),
@@ -89,6 +89,17 @@ class Policy:
         )
         if self.training.resume(pace=self.pace, **kept) and len(self.pending):
             self.begun = self.workers.begin(self.pending.x)
+
+    @torch.no_grad()
+    def beginning(self, data: Strings) -> tuple[nn.Module, list[float]]:
+        """The prior, which reads each exponent as its own beginning; and log Z(β) by what is known of MOSES."""
+        net = copy.deepcopy(self.prior)
+        net.transformer.wte.weight[self.prompts] = net.transformer.wte.weight[BEGIN].clone()
+        return net, [log_mean_power(data.log_R, beta) for beta in BETAS]
+
+    def saved(self, run: dict) -> tuple[nn.Module, list[float]]:
+        """The policy as it is, and the log Z(β) that it has learned in its last training."""
+        return load(Path(__file__).parent / self.name, self.device), [run["log_Z"][str(beta)] for beta in BETAS]
 
     @torch.no_grad()
     def molecules(self, options: argparse.Namespace) -> Strings:

@@ -1,4 +1,4 @@
-r"""The SMILES models: ``python pretrained/smiles/recipe.py {prior,scores,seh,sa,qed} [--minutes m | --steps n] [--device cuda] [--card n]``.
+r"""The SMILES models: ``python pretrained/smiles/recipe.py {prior,scores,seh,sa,qed} [--minutes m | --steps n] [--more] [--device cuda] [--card n]``.
 
 ``prior`` is a language model of MOSES. ``scores`` computes the rewards of MOSES, for the policies to learn from. A policy starts as the
 prior, whose ``<begin>`` it reads as ``<seh:β>`` for every exponent, and learns by trajectory balance relative to the prior,
@@ -7,7 +7,8 @@ prior, whose ``<begin>`` it reads as ``<seh:β>`` for every exponent, and learns
 
 so it samples strings x in proportion to prior(x) R(x)^β, up to a share of e^{-10}. Half of each batch are its own new strings, an
 eighth of them drawn at a higher temperature; the others are older ones and strings of MOSES, the better ones more often the larger the
-exponent is, because a string is worth learning from under any exponent. A killed run goes on where it stopped, bit for bit on a CPU.
+exponent is, because a string is worth learning from under any exponent. ``--more`` trains a saved policy further. A killed run goes on
+where it stopped, bit for bit on a CPU.
 """
 
 import argparse
@@ -97,9 +98,10 @@ def finish(name: str, state: Path, device: str) -> None:
     if name != "prior":
         log_Z = dict(zip(map(str, BETAS), parts["log_Z"]["values"].tolist(), strict=True))
         run |= {"molecules": identity["molecules"], "log_Z": log_Z}
+    past = recipes.read_runs(HERE / name)[: identity.get("past", 0)] if (HERE / name).is_dir() else []
     with replacing(HERE / name) as new:
         save(net, new, levels[BETAS.index(16) if name != "prior" else 0])
-        recipes.write_runs(new, [run | {"curve": note["curve"]}])
+        recipes.write_runs(new, [*past, run | {"curve": note["curve"]}])
 
 
 def write_card(options: argparse.Namespace) -> None:
@@ -116,6 +118,7 @@ def main() -> None:
     parser.add_argument("name", choices=("prior", "scores", *scores.REWARDS))
     parser.add_argument("--minutes", type=float, help="by the clock; the speed of the first steps says how many there are")
     parser.add_argument("--steps", type=int, help="instead")
+    parser.add_argument("--more", action="store_true", help="begin as the saved policy")
     parser.add_argument("--batch", type=int, help="strings a step; by default 1,024")
     parser.add_argument("--state", type=Path, default=Path("train_state/smiles"), help="where a killed run continues from")
     parser.add_argument("--device", default="cpu")
@@ -135,7 +138,8 @@ def main() -> None:
         pace.train(Prior(options), recipes.say)
     elif not options.stop:
         with Workers(options.name, count=options.workers) as workers:
-            pace.train(Policy(options.name, options, workers), recipes.say)
+            past = recipes.read_runs(HERE / options.name) if options.more else ()
+            pace.train(Policy(options.name, options, workers, past), recipes.say)
     finish(options.name, options.state, torch.device(options.device).type)
 
 

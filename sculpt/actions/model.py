@@ -42,6 +42,11 @@ class ActionModel(Steppable):
 
     A family fills ``name``, ``key``, ``device``, ``shape``, ``n_actions``, ``start``, ``log_pf`` and ``step``; where several states lead to
     one, ``log_pb`` and ``backward_key`` too.
+
+    Example:
+        >>> cell = one.start(1)
+        >>> one.step(cell, one.log_pf(cell).argmax(-1)).shape  # the most likely action
+        torch.Size([1, 2])
     """
 
     n_actions: int

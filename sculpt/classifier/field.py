@@ -58,6 +58,12 @@ def fit_field(
         seed: of everything that is drawn.
         progress: show a bar.
         store_options: of the family's store of samples, as for ``sculpt.fit``.
+
+    Example:
+        >>> short = {"steps": 5, "samples": 100, "sample_steps": 8, "batch_size": 32}  # more in earnest
+        >>> classifier = sculpt.fit_field(sculpt.fit([left, right], **short), [left, right], **short)
+        >>> (left & right).sample(10, classifier).x.shape
+        torch.Size([10, 2])
     """
     if not isinstance(classifier, Classifier):
         raise TypeError(f"A field is fitted to a classifier of sculpt.fit, got {classifier!r:.200}.")

@@ -40,6 +40,10 @@ class Descent:
         mixed_precision: bfloat16 autocast; by default on a GPU only.
         memory: gigabytes for the weights of the label sets, their optimiser and the tables of a step. What takes more is refused before
             it is made.
+
+    Example:
+        >>> slower = sculpt.Descent(learning_rate=1e-4, patience=None)
+        >>> classifier = sculpt.fit([left, right], steps=5, samples=100, sample_steps=8, batch_size=32, descent=slower)
     """
 
     learning_rate: float = 2e-3
@@ -92,6 +96,11 @@ def fit(
             ``field`` whether a guidance field is fitted afterwards, see :func:`sculpt.fit_field` (diffusion).
 
     Returns the averaged weights with the best held-out loss (or the last); ``classifier.history`` is the training curve.
+
+    Example:
+        >>> classifier = sculpt.fit([left, right], steps=20, samples=200, sample_steps=8, batch_size=64)  # more in earnest
+        >>> (left - right).sample(100, classifier).x.shape
+        torch.Size([100, 2])
     """
     models, descent, field = (
         each("models", models, "base models"),

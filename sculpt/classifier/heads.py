@@ -138,6 +138,11 @@ class Classifier(Guide, nn.Module):
         children: how many children of a state are scored in one pass; 1 for the state itself.
         names: of the base models.
         field: a network that gives guidance itself, see ``sculpt.fit_field``.
+
+    Example:
+        >>> classifier = sculpt.load("pretrained/grid/pair")
+        >>> classifier.m, classifier.observations, classifier.names
+        (2, 2, ('symmetric_shubert', 'diag_sigmoid'))
     """
 
     def __init__(

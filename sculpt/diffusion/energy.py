@@ -29,6 +29,11 @@ class EnergyModel(Denoiser):
         s_max: the widest.
         name: how formulas and messages call it.
         device: of an energy that has no weights to tell.
+
+    Example:
+        >>> bowl = sculpt.EnergyModel(lambda z, s: (z**2).sum(1) / (1 + s**2) / 2, shape=(2,), name="bowl")  # N(0, 1)
+        >>> bowl.sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
 
     has_energy = True

@@ -33,7 +33,13 @@ LIMIT = 200_000
 
 @dataclass(frozen=True, eq=False)
 class DAG:
-    """All states and edges of an environment. Layer k: the states whose longest path from s₀ has k steps, and the edges they send."""
+    """All states and edges of an environment. Layer k: the states whose longest path from s₀ has k steps, and the edges they send.
+
+    Example:
+        >>> graph = sculpt.exact.dag(one)
+        >>> graph.states.shape, len(graph.source)
+        (torch.Size([1024, 2]), 1984)
+    """
 
     states: Shaped[Tensor, "S *s"]
     keys: Int[Tensor, "S"]
@@ -59,7 +65,13 @@ _DAGS: weakref.WeakKeyDictionary[DiscreteEnv, DAG] = weakref.WeakKeyDictionary()
 
 
 def dag(of: GFlowNet | GuidedGFlowNet | DiscreteEnv, limit: int = LIMIT) -> DAG:
-    """Enumerate an environment from its initial state, by its own masks and steps."""
+    """Enumerate an environment from its initial state, by its own masks and steps.
+
+    Example:
+        >>> sculpt.exact.dag(one).states[:2]
+        tensor([[0, 0],
+                [0, 1]])
+    """
     env = of if isinstance(of, DiscreteEnv) else of.env
     if env not in _DAGS:
         _DAGS[env] = _enumerate(env, limit)
@@ -131,12 +143,23 @@ def _topological(source: Tensor, target: Tensor, n: int, env: DiscreteEnv) -> tu
 
 
 def marginals(model: GFlowNet | GuidedGFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
-    """u(s): mass one poured in at s₀ and pushed along the policy."""
+    """u(s): mass one poured in at s₀ and pushed along the policy.
+
+    Example:
+        >>> float(sculpt.exact.marginals(one)[0])  # every trajectory passes the start
+        1.0
+    """
     return _push(model, dag(model, limit))[0]
 
 
 def terminal_distribution(model: GFlowNet | GuidedGFlowNet, limit: int = LIMIT) -> Float[Tensor, "S"]:
-    """p(x): where the mass leaves. Sums to one; zero for states that are no sample."""
+    """p(x): where the mass leaves. Sums to one; zero for states that are no sample.
+
+    Example:
+        >>> p = sculpt.exact.terminal_distribution(one)
+        >>> round(float(p.sum()), 6)
+        1.0
+    """
     u, P = _push(model, dag(model, limit))
     return u * P[:, -1]
 
@@ -157,14 +180,27 @@ def _push(model: GFlowNet | GuidedGFlowNet, graph: DAG) -> tuple[Float[Tensor, "
 
 
 def target(formula: Formula, distributions: Sequence[Float[Tensor, "S"]]) -> Float[Tensor, "S"]:
-    r""":math:`\exp \Phi(\log p_1, \dots, \log p_m)`, normalised"""
+    r""":math:`\exp \Phi(\log p_1, \dots, \log p_m)`, normalised
+
+    Example:
+        >>> p, q = (sculpt.exact.terminal_distribution(model) for model in (one, two))
+        >>> target = sculpt.exact.target((one & two).formula, [p, q])
+        >>> torch.allclose(target, p * q / (p + q) / (p * q / (p + q)).sum())
+        True
+    """
     return torch.softmax(formula.value(torch.stack(list(distributions), dim=-1).log()), dim=0)
 
 
 def histogram(
     of: GFlowNet | GuidedGFlowNet | DiscreteEnv, x: Shaped[Tensor, "n *s"], log_weights: Tensor | None = None
 ) -> Float[Tensor, "S"]:
-    """The samples' distribution, over the same states."""
+    """The samples' distribution, over the same states.
+
+    Example:
+        >>> shares = sculpt.exact.histogram(one, one.sample(500, generator=seed).x)
+        >>> shares.shape, round(float(shares.sum()), 6)
+        (torch.Size([1024]), 1.0)
+    """
     graph = dag(of)
     w = (
         torch.full((len(x),), 1 / len(x), dtype=torch.float64)
@@ -175,12 +211,24 @@ def histogram(
 
 
 def l1(p: Float[Tensor, "S"], q: Float[Tensor, "S"]) -> float:
-    r""":math:`\sum_x |p(x) - q(x)|`, between 0 and 2"""
+    r""":math:`\sum_x |p(x) - q(x)|`, between 0 and 2
+
+    Example:
+        >>> p, q = (sculpt.exact.terminal_distribution(model) for model in (one, two))
+        >>> 0 == sculpt.exact.l1(p, p) < sculpt.exact.l1(p, q) < 2
+        True
+    """
     return (p - q).abs().sum().item()
 
 
 def js(p: Float[Tensor, "S"], q: Float[Tensor, "S"]) -> float:
-    """Jensen–Shannon divergence in nats, between 0 and log 2."""
+    """Jensen–Shannon divergence in nats, between 0 and log 2.
+
+    Example:
+        >>> p, q = (sculpt.exact.terminal_distribution(model) for model in (one, two))
+        >>> 0 < sculpt.exact.js(p, q) < 0.6932  # log 2
+        True
+    """
     mean = (p + q) / 2
     return float(sum(torch.special.xlogy(r, r / mean).nan_to_num(0.0).sum() for r in (p, q)) / 2)
 
@@ -189,6 +237,12 @@ class ExactClassifier(Guide):
     r"""The classifier that training is to approximate, by a backward recursion from the end.
 
     .. math:: h_i(s) = P_i(\text{exit}|s) \prod_{k \ge 2} p_v(y_k|s) + \sum_{s'} P_i(s'|s) \, h_i(s')
+
+    Example:
+        >>> guided = sculpt.exact.terminal_distribution((one & two).guided(sculpt.exact.ExactClassifier([one, two])))
+        >>> p, q = (sculpt.exact.terminal_distribution(model) for model in (one, two))
+        >>> sculpt.exact.l1(guided, sculpt.exact.target((one & two).formula, [p, q])) < 1e-3
+        True
     """
 
     def __init__(self, models: Sequence[GFlowNet | GuidedGFlowNet], observations: int = 2, limit: int = LIMIT):
@@ -241,6 +295,11 @@ def solve(
     r"""The GFlowNet that perfect training would give: :math:`P(s'|s) = F(s \to s') / F(s)`, flows summed backwards from the rewards.
 
     .. math:: F(s) = R(s) + \sum_{s'} F(s') \, P_B(s|s')
+
+    Example:
+        >>> uniform = sculpt.exact.solve(one.env, lambda x: torch.zeros(len(x)), name="uniform")
+        >>> torch.allclose(sculpt.exact.terminal_distribution(uniform), torch.full((1024,), 1 / 1024).double())
+        True
     """
     graph = dag(env, limit)
     log_R = log_reward(graph.states) if callable(log_reward) else log_reward

@@ -64,6 +64,10 @@ class GFlowNet(ActionModel):
         fixed: whether the condition is a part of the model, so that its checkpoint has the values and nobody is asked for them.
         name: how formulas and messages call it.
         key: replaces the hash of weights and configuration where there is nothing to hash.
+
+    Example:
+        >>> sculpt.GFlowNet(one.env, one.policy, name="mine").sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
 
     def __init__(
@@ -226,11 +230,8 @@ class GFlowNet(ActionModel):
 
     def _logits(self, estimator: DiscretePolicyEstimator, wrapped: DiscreteStates) -> Tensor:
         with evaluating(estimator):
-            if self.condition:
-                values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
-                out = estimator(wrapped, values.expand(len(wrapped), -1))
-            else:
-                out = estimator(wrapped)
+            values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
+            out = estimator(wrapped, values.expand(len(wrapped), -1)) if self.condition else estimator(wrapped)
             if type(estimator).to_probability_distribution is not DiscretePolicyEstimator.to_probability_distribution:
                 return estimator.to_probability_distribution(wrapped, out).logits
         return out
@@ -261,9 +262,7 @@ class GFlowNet(ActionModel):
 
     def default_network(self) -> nn.Module:
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, one for grids, or one for vectors."""
-        if hasattr(self.env, "classifier_network"):
-            return self.env.classifier_network()
-        return network_for(self.env)
+        return self.env.classifier_network() if hasattr(self.env, "classifier_network") else network_for(self.env)
 
     # Distillation
 

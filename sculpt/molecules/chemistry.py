@@ -33,6 +33,10 @@ class Vocabulary(tuple[tuple[str, tuple[int, ...]], ...]):
 
     Args:
         fragments: ``[[smiles, [atom, …]], …]``.
+
+    Example:
+        >>> len(sculpt.molecules.Vocabulary([["c1ccccc1", [0, 3]], ["CO", [0]]]))
+        2
     """
 
     def __new__(cls, fragments: Iterable[Sequence[Any]]) -> Vocabulary:

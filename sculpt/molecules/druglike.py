@@ -48,6 +48,10 @@ def properties(molecules: MoleculesLike) -> dict[str, np.ndarray]:
 
     Args:
         molecules: SMILES or RDKit molecules.
+
+    Example:
+        >>> float(sculpt.molecules.properties(["CCO"])["mw"][0].round(1))
+        46.1
     """
     known = parse(molecules)
     return {name: np.array([_of(function, x) for x in known]) for name, function in PROPERTIES.items()}
@@ -74,6 +78,11 @@ class Patterns:
     Args:
         smarts: these.
         name: of the list.
+
+    Example:
+        >>> halogens = sculpt.molecules.Patterns(["[F,Cl,Br,I]"], name="halogens")
+        >>> [bool(found) for found in sculpt.molecules.alerts(["CCl", "CCO"], halogens)["halogens"]]
+        [True, False]
     """
 
     def __init__(self, smarts: Iterable[str], name: str = "patterns"):
@@ -112,6 +121,10 @@ def alerts(molecules: MoleculesLike, *catalogues: str | Patterns) -> dict[str, n
     Args:
         molecules: SMILES or RDKit molecules.
         catalogues: among pains, brenk and nih (all three by default), and :class:`Patterns`.
+
+    Example:
+        >>> [bool(found) for found in sculpt.molecules.alerts(["O=C1C=CC(=O)C=C1", "CCO"], "pains")["pains"]]
+        [True, False]
     """
     asked = {
         c if isinstance(c, str) else c.name: c if isinstance(c, Patterns) else _catalogue(c) for c in catalogues or CATALOGUES
@@ -132,6 +145,10 @@ def within(*, softness: float = 1.0, name: str | None = None, **ranges: tuple[fl
         softness: what the widths (25 Da, .5 of logP, 10 Å², .1 of Fsp3, one of a count) are multiplied with.
         name: of the factor; by default what it says.
         ranges: of properties by name: mw, logp, tpsa, donors, acceptors, rotatable, rings, aromatic, fsp3, atoms. ``None`` is no bound.
+
+    Example:
+        >>> sculpt.molecules.within(mw=(250, 450), logp=(None, 4)).log_f(["CCO"]) < 0
+        tensor([True])
     """
     if not ranges or (unknown := sorted(set(ranges) - set(PROPERTIES))):
         raise ValueError(
@@ -173,6 +190,10 @@ def passes(*catalogues: str | Patterns, penalty: float = math.inf, name: str | N
         catalogues: as for :func:`alerts`.
         penalty: nats.
         name: of the factor; by default the catalogues'.
+
+    Example:
+        >>> sculpt.molecules.passes("pains", penalty=3).log_f(["O=C1C=CC(=O)C=C1", "CCO"]).tolist()
+        [-3.0, 0.0]
     """
     if not number("penalty", penalty) > 0:
         raise ValueError(f"penalty is a number of nats over 0, got {penalty}.")
@@ -250,6 +271,11 @@ def profile(
         catalogues: of alerts, as for :func:`alerts`.
         reference: canonical SMILES of molecules that are known.
         most: how many molecules are compared with each other, and with so many of the reference, at most.
+
+    Example:
+        >>> print(sculpt.molecules.profile(["CCO", "CCN", "c1ccccc1"], "pains"))
+                           5 %    median      95 %
+        ...
     """
     known = [x for x in parse(molecules) if x is not None]
     smiles = [Chem.MolToSmiles(x) for x in known]

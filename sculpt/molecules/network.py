@@ -47,6 +47,11 @@ class FragmentNetwork(FragmentTransformer):
         width: numbers a token.
         depth: how many blocks the transformer has.
         heads: of its attention.
+
+    Example:
+        >>> network = sculpt.molecules.FragmentNetwork([["c1ccccc1", [0, 3]], ["CO", [0]]], slots=3, width=16, depth=1)
+        >>> network(torch.full((1, 6), -1), torch.tensor([[32.0]])).shape[0]
+        1
     """
 
     ranges = {"beta": (0.0, BETA_MAX)}

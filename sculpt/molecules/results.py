@@ -35,6 +35,12 @@ class Molecules(Samples):
 
     ``rewards`` of its methods are names among seh, sa and qed (by default all three), or functions by name from RDKit molecules to
     numbers. Each is computed once. A result that was saved or pickled keeps its SMILES, so whoever reads it needs no model.
+
+    Example:
+        >>> seh = sculpt.load("pretrained/molecules/seh", beta=32)
+        >>> molecules = seh.sample(8, generator=seed)
+        >>> list(molecules.to_frame(["sa"]).columns)
+        ['smiles', 'count', 'weight', 'sa']
     """
 
     columns = ("smiles",)

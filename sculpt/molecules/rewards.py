@@ -126,6 +126,10 @@ class SA(Reward):
 
     Args:
         strict: raise where a molecule has no value.
+
+    Example:
+        >>> float(sculpt.molecules.SA()(["CCO"])[0]) > 0.8  # ethanol is easy to make
+        True
     """
 
     def __init__(self, *, strict: bool = False) -> None:
@@ -144,6 +148,10 @@ class QED(Reward):
 
     Args:
         strict: raise where a molecule has no value.
+
+    Example:
+        >>> 0 < float(sculpt.molecules.QED()(["CC(=O)Oc1ccccc1C(=O)O"])[0]) < 1
+        True
     """
 
     def __init__(self, *, strict: bool = False) -> None:

@@ -42,6 +42,10 @@ class SEH(Reward):
         root: ``"published"`` applies ``conv.root`` as every published GFlowNet result does, ``"trained"`` as the network was trained.
         device: where the network runs.
         strict: raise where a molecule has no value, as one with another bond or element than the network was made for.
+
+    Example:
+        >>> float(sculpt.molecules.SEH()(["CC(=O)Oc1ccccc1C(=O)O"])[0]) > 0
+        True
     """
 
     def __init__(

@@ -48,6 +48,12 @@ class FragmentTrees(DiscreteEnv):
         reward: a function from molecules to rewards, to train through torchgfn.
         beta: the exponent of the reward.
         device: where states live.
+
+    Example:
+        >>> env = sculpt.molecules.FragmentTrees([["c1ccccc1", [0, 3]], ["CO", [0]]], slots=3)
+        >>> model = sculpt.exact.solve(env, lambda x: torch.zeros(len(x)), name="any tree")
+        >>> len(model.sample(5, generator=seed).smiles)
+        5
     """
 
     known_as = "sculpt.molecules.fragments:FragmentTrees"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
 
 from sculpt.chain import Progress, Selection, Settings, run
 from sculpt.checks import number, whole
@@ -36,6 +40,13 @@ class Guided(Road):
         particles: the size of the population, at least as many as samples.
         threshold: select when the effective sample size falls under this share of the particles.
         resample: ``False`` returns all particles with their weights. These three go with ``correct``.
+
+    Example:
+        >>> shubert = sculpt.load("pretrained/grid/symmetric_shubert")
+        >>> sigmoid = sculpt.load("pretrained/grid/diag_sigmoid")
+        >>> road = sculpt.Guided(sculpt.load("pretrained/grid/pair"), correct=True)
+        >>> (shubert - sigmoid).sample(100, road, generator=seed).verdict.level
+        'sound'
     """
 
     def __init__(
@@ -108,10 +119,6 @@ class Guided(Road):
         """What the classifier steers: the composition, or what its factors multiply."""
         if not composition.own:
             return composition
-        if self.correct:
-            raise ValueError(
-                f"{self} weighs by the classifier, and {composition} by {composition.own[0]} too. Leave correct out, or take sculpt.Tracked."
-            )
         (operand,) = composition.models
         if not operand.models:
             raise ValueError(
@@ -131,12 +138,22 @@ class Guided(Road):
             yield progress
 
     def stream(self, composition: Composition, n: int, settings: Settings) -> Iterator[Progress]:
-        guided = self.bind(self._steered(composition))
-        if composition.own:
+        steered = self._steered(composition)
+        guided = self.bind(steered)
+        if composition.own and not self.correct:
             return self._weighed(guided, composition, n, settings)
         if self.correct:
             settings.refuse_each("here particles are selected")
         chain = guided.corrected(settings, self.correct == "densities") if self.correct else guided.chain(settings)
         if chain.log_scale is not None:
-            chain.log_scale = composition.log_scale(composition.anchored(self.anchor).labels[0])
+            chain.log_scale = steered.log_scale(steered.anchored(self.anchor).labels[0])
+        if composition.own:
+            chain.likelihood = functools.partial(_log_f, composition, guided)
+            chain.road += f", weighed in the end by {', '.join(map(str, composition.own))}"
         return run(chain, n, str(composition), settings, composition.result, self.selection)
+
+
+def _log_f(composition: Composition, guided: Steered, x: Tensor) -> Tensor:
+    """What a composition's own factors say of finished samples of what they multiply."""
+    said = [factor(guided.told(x), len(x)).to(x.device) for factor in composition.own]
+    return composition.formula.value(torch.stack([torch.zeros_like(said[0]), *said], dim=1))

@@ -49,6 +49,10 @@ class Rejection(Road):
         max_draws: how many samples of the anchor to draw at most.
         detail: the noise level through which samples are looked at where there is no classifier (diffusion); as for ``Tracked``.
         paths: how many to average over where there is no classifier (GFlowNets); by default as many as their spread asks for.
+
+    Example:
+        >>> (one & two).sample(100, sculpt.Rejection(), generator=seed).verdict.level
+        'exact'
     """
 
     def __init__(

@@ -22,7 +22,12 @@ __all__ = ["Road"]
 
 
 class Road(abc.ABC):
-    """A way to sample compositions, with its own options. One outside of this package is a subclass like those in it."""
+    """A way to sample compositions, with its own options. One outside of this package is a subclass like those in it.
+
+    Example:
+        >>> [isinstance(road, sculpt.Road) for road in (sculpt.Tracked(), sculpt.Rejection())]
+        [True, True]
+    """
 
     selection: Selection | None = None
     """The population whose weights select the samples; ``None`` where samples have no weights."""

@@ -39,6 +39,10 @@ class Tracked(Road):
         threshold: select when the effective sample size falls under this share of the particles.
         corrector: an MCMC kernel run at every noise level (diffusion): ``sculpt.MALA()`` and its kind.
         resample: ``False`` returns all particles with their weights.
+
+    Example:
+        >>> (one & two).sample(100, sculpt.Tracked(particles=4000), generator=seed).verdict.level
+        'sound'
     """
 
     def __init__(

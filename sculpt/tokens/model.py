@@ -47,8 +47,7 @@ class Tokens(ActionModel):
             ``(b, t, v)`` and whatever it wants to be given back with the next tokens: a tensor or a tuple of tensors, rows first, ``None``
             at first.
         tokenizer: of transformers.
-        prompt: what stands before every sequence and is no part of it: a text, or tokens. By default the token that begins texts, or, where
-            there is none, the one that ends them.
+        prompt: what stands before every sequence and is no part of it, a text or tokens; by default the token that begins (or ends) texts.
         vocabulary: where there is no tokenizer: how many tokens there are, or the words that they stand for.
         end: the token that ends a sequence, or several, as numbers or words; by default the model's own. ``()`` says that there is none,
             and that all sequences have ``max_length`` tokens.
@@ -57,8 +56,12 @@ class Tokens(ActionModel):
         stop: texts after which a sequence ends; they are a part of it.
         sampling: temperature, top-k, top-p and the like: they are a part of the model's distribution.
         name: how formulas and messages call it; by default the prompt.
-        cache: whether to keep what the network has read of every sequence, which makes a step cost one token. Without it a step reads all
-            tokens again, and takes no memory.
+        cache: whether to keep what the network has read, so that a step costs one token; without it a step reads all tokens again.
+
+    Example:
+        >>> fair = lambda tokens, cache: (torch.zeros(*tokens.shape, 3), cache)  # logits of heads, tails and the end
+        >>> sculpt.Tokens(fair, vocabulary=3, end=2, max_length=6, prompt=[0], name="coins").sample(4).x.shape[0]
+        4
     """
 
     samples_class = Texts
@@ -148,8 +151,7 @@ class Tokens(ActionModel):
         if self.vocabulary.identity != its.vocabulary.identity:
             raise ValueError(
                 f"{self} and {other} cannot be composed: their tokens differ, {self.vocabulary} and {its.vocabulary}: "
-                f"{self.vocabulary.difference(its.vocabulary)}. What helps: models fine-tuned from one share its tokenizer; or train one of "
-                "these on with the other's."
+                f"{self.vocabulary.difference(its.vocabulary)}. What helps: models fine-tuned from one share its tokenizer; or train one of these on with the other's."
             )
         for what in ("end", "max_length", "stop", "device"):
             if (p := getattr(self, what)) != (q := getattr(its, what)):
@@ -293,9 +295,8 @@ class Tokens(ActionModel):
     # What it is given
 
     def _ends(self, end: Any) -> tuple[int, ...]:
-        given = self._told.end if end is None else end
-        if given is None:
-            given = getattr(self.tokenizer, "eos_token_id", None)
+        told = getattr(self.tokenizer, "eos_token_id", None) if self._told.end is None else self._told.end
+        given = told if end is None else end
         if given is None:
             raise ValueError(
                 "Which token ends a sequence? Pass end=, one or several; or end=() for sequences that all have max_length tokens."
@@ -314,8 +315,7 @@ class Tokens(ActionModel):
 
     def _prompt(self, prompt: str | Sequence[int] | None, max_length: int | None) -> None:
         begin = [i for i in (self._told.begin, getattr(self.tokenizer, "bos_token_id", None), *self.end) if i is not None][:1]
-        self.prompt = self.vocabulary.encode(prompt) if prompt else ()
-        self.prompt = self.prompt or tuple(begin)
+        self.prompt = (self.vocabulary.encode(prompt) if prompt else ()) or tuple(begin)
         if not self.prompt:
             raise ValueError("A network begins from a token. Pass prompt=, the token that begins a sequence, [number].")
         if self._told.width is not None and max(self.prompt) >= self._told.width:

@@ -28,10 +28,10 @@ from sculpt.diffusion.diffusers.direct import (
     probed_time,
     splits,
 )
+from sculpt.diffusion.diffusers.distilling import student_of
 from sculpt.diffusion.diffusers.learning import Learned, learn
 from sculpt.diffusion.diffusers.pipeline import PipelineCall, joined
 from sculpt.diffusion.diffusers.schedules import schedule_of
-from sculpt.diffusion.diffusers.students import student_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
 from sculpt.distillation import Student
@@ -44,23 +44,23 @@ __all__ = ["Diffusion"]
 class Diffusion(Denoiser):
     """A diffusion network with the diffusers scheduler that it was trained with.
 
-    The key hashes weights, configuration, path and condition. A model without weights is known by its ``name``, and without a
-    name by a random key: a classifier saved for it will not be matched later. Modules that are not from diffusers count their
-    ``name`` in as well, because Python attributes are not hashed. Adapters (LoRAs) are those that were active when the model was
-    made, whatever is active later; see :meth:`with_adapters`.
+    The key hashes weights, configuration, path and condition; a model without weights is known by its ``name``, or by a random key that
+    no saved classifier matches. Adapters (LoRAs) are those that were active when the model was made; see :meth:`with_adapters`.
 
     Args:
-        model: any diffusers model, or any module or callable ``(x, t) -> output`` (a tensor, or an object with ``.sample``). It is put into
-            evaluation mode. A network that is not from diffusers is called once, to see whether it wants t as ``(b,)`` or 0-dim; one
-            that takes integer times only gets them rounded, which is an approximation between the training times.
+        model: any diffusers model, or any module or callable ``(x, t) -> output`` (a tensor, or an object with ``.sample``), put into
+            evaluation mode. Others' are called once, to see how they want t; integer times are rounded between those of the training.
         scheduler: the one of the training: it says the path and what the network predicts.
         shape: of one sample; by default read off the network's configuration.
-        name: how formulas and messages call it.
-        condition: keyword arguments of the model, tensors with a batch axis of one (dicts and lists may nest).
-        null_condition: the same for no condition.
+        name: how formulas and messages call it; of modules that are not from diffusers it counts in the key.
+        condition, null_condition: keyword arguments of the model, tensors with a batch axis of one; the latter for no condition.
         guidance_scale: w of classifier-free guidance, F(null) + w (F(condition) - F(null)); 1 leaves the condition as it is.
         autoencoder: a diffusers autoencoder where samples are latents.
         device: of a model that has no weights to tell.
+
+    Example:
+        >>> sculpt.Diffusion(gaussian(2.0), scheduler, shape=(2,), name="two").sample(3, generator=seed).x.shape
+        torch.Size([3, 2])
     """
 
     def __init__(

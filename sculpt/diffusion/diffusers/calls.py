@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,9 +110,9 @@ class Strand:
             [[(p, s.described) for p, s in sorted(c.sources.items(), key=lambda own: str(own[0]))] for c in self.calls],
         )
 
-    def with_adapters(self, adapters: Mapping[str, float]) -> Strand:
-        """The same with these adapters in its networks."""
-        calls = [dataclasses.replace(c, switches=c.switches.with_adapters(c.network, adapters)) for c in self.calls]
+    def switched(self, change: Callable[[Switches, Any], Switches]) -> Strand:
+        """The same with other switches in its networks."""
+        calls = [dataclasses.replace(call, switches=change(call.switches, call.network)) for call in self.calls]
         return dataclasses.replace(self, calls=tuple(calls))
 
     def weighed(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
@@ -159,9 +159,13 @@ class Stage:
         # The weight has the output's sign, which c has too.
         return self.rescale(F, parts[k] / abs(self.strands[k].weights[0]))
 
+    def switched(self, change: Callable[[Switches, Any], Switches]) -> Stage:
+        """The same with other switches in its networks: what ``change`` makes of those there are, and the network."""
+        return dataclasses.replace(self, strands=tuple(strand.switched(change) for strand in self.strands))
+
     def with_adapters(self, adapters: Mapping[str, float]) -> Stage:
         """The same with these adapters in its networks."""
-        return dataclasses.replace(self, strands=tuple(strand.with_adapters(adapters) for strand in self.strands))
+        return self.switched(lambda switches, network: switches.with_adapters(network, adapters))
 
     @property
     def guided(self) -> bool:

@@ -30,7 +30,6 @@ from sculpt.diffusion.networks import is_a, unwrapped
 from sculpt.diffusion.regression import stratified
 from sculpt.diffusion.twosample import two_sample_test
 from sculpt.distillation import Student
-from sculpt.formula import Posterior
 from sculpt.identity import digest
 from sculpt.model import BaseModel, randn
 from sculpt.roads import as_road
@@ -40,7 +39,7 @@ from sculpt.training import Kept, Row, halved
 if TYPE_CHECKING:
     from sculpt.diffusion.diffusers.adapter import Diffusion
 
-__all__ = ["DenoisingStudent", "Drawn"]
+__all__ = ["DenoisingStudent", "Drawn", "renewed"]
 
 SMALL = 64
 """Numbers of a sample, up to which samples are cheap, kept in single precision and compared as they are."""
@@ -113,9 +112,13 @@ class DenoisingStudent(Student):
             self.road.check(composition)  # type: ignore[arg-type]
         else:
             self._take(data)
-        network = copy.deepcopy(unwrapped(anchor.model)).float().requires_grad_(True)
-        self.network = network if lora is None else with_lora(network, lora)
-        self.student = renewed(anchor, self.network, str(composition))
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the network that learns, and the model that it is."""
+        network = copy.deepcopy(unwrapped(self.anchor.model)).float().requires_grad_(True)
+        self.network = network if self.lora is None else with_lora(network, self.lora)
+        self.student = renewed(self.anchor, self.network, str(self.composition))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -228,26 +231,6 @@ class DenoisingStudent(Student):
         scheduler.save_pretrained(folder / "scheduler")
         if autoencoder is not None:
             autoencoder.save_pretrained(folder / "vae")
-
-
-def student_of(leaf: Diffusion, composition: BaseModel, road: Any, options: Mapping[str, Any]) -> DenoisingStudent:
-    """The student of a composition, from its anchor's network."""
-    anchor: Any = leaf
-    if composition.models:
-        formula = composition.formula  # type: ignore[attr-defined]
-        if isinstance(formula, Posterior):
-            label = composition.anchored(getattr(road, "anchor", None)).labels[0]  # type: ignore[attr-defined]
-            anchor = composition.models[label].leaves[0]
-        else:
-            anchor = composition.models[0].leaves[0]
-    plain = is_a(anchor, "Diffusion") and isinstance(anchor.model, nn.Module) and any(True for _ in anchor.model.parameters())
-    if not plain or anchor.pipeline is not None or anchor.extrapolated:
-        raise ValueError(
-            f"A student begins as the anchor's network, called with a sample, a time and a condition; {anchor} is not such a model "
-            "(models of pipelines and with classifier-free guidance are none). Anchor on another model: "
-            "sculpt.Guided(classifier, anchor=...)."
-        )
-    return DenoisingStudent(composition, anchor, road, **options)
 
 
 def renewed(model: Diffusion, network: nn.Module, name: str) -> Diffusion:

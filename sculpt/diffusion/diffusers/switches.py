@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,20 @@ class Switches:
             layers.append((name, tuple(sorted(on))))
         return Switches(tuple((name, on) for name, on in layers if on), self.images)
 
+    def also(self, network: Any, adapter: str) -> Switches:
+        """The same with one adapter more, at its own scale."""
+        layers = dict(self.layers)
+        for name, layer in _places(network).layers.items():
+            if adapter in layer.scaling:
+                layers[name] = tuple(sorted((*layers.get(name, ()), (adapter, float(layer.scaling[adapter])))))
+        return Switches(tuple(layers.items()), self.images)
+
+    def put(self, network: Any) -> None:
+        """Leave the network's adapters so."""
+        for name, layer in _places(network).layers.items():
+            if not layer.merged:
+                _switch(layer, dict(self.layers).get(name, ()))
+
     @contextlib.contextmanager
     def on(self, network: Any) -> Iterator[None]:
         """Switch the network, and back at the end, an error included."""
@@ -70,9 +84,7 @@ class Switches:
                 if layer.merged:  # a fused adapter is part of the weights
                     continue
                 kept.append((layer, {k: vars(layer).get(k) for k in _SWITCHED}, dict(layer.scaling)))
-                on = wanted.get(name, ())
-                vars(layer).update(zip(_SWITCHED, ([adapter for adapter, _ in on], not on), strict=True))
-                layer.scaling.update(on)
+                _switch(layer, wanted.get(name, ()))
             for processor, _, scale in scales:
                 processor.scale = _thawed(scale)
             yield
@@ -129,6 +141,11 @@ def adapters_of(network: Any) -> set[str]:
 
 
 _SWITCHED = ("_active_adapter", "_disable_adapters")
+
+
+def _switch(layer: Any, on: Sequence[tuple[str, float]]) -> None:
+    vars(layer).update(zip(_SWITCHED, ([adapter for adapter, _ in on], not on), strict=True))
+    layer.scaling.update(on)
 
 
 @dataclass

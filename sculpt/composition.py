@@ -49,8 +49,8 @@ class Composition(BaseModel):
 
     Example:
         >>> both = one & two
-        >>> both, both.formula.labels, both.sample(3, generator=seed).x.shape
-        (circle1 ⊗ circle2, (0, 1), torch.Size([3, 2]))
+        >>> str(both), both.formula.labels, both.sample(3, generator=seed).x.shape
+        ('circle1 ⊗ circle2', (0, 1), torch.Size([3, 2]))
     """
 
     def __init__(
@@ -222,7 +222,7 @@ def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | 
         odds: one number v per model, of which only the ratios matter; for two models the share of the first. Equal by default.
 
     Example:
-        >>> sculpt.posterior([one, two], labels=(0, 0, 1))
+        >>> print(sculpt.posterior([one, two], labels=(0, 0, 1)))
         p(x | y1=circle1, y2=circle1, y3=circle2; circle1, circle2)
     """
     if isinstance(odds, BaseModel):
@@ -246,7 +246,7 @@ def harmonic_mean(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | No
         odds: :math:`\alpha`, between 0 and 1, or two numbers of which only the ratio matters; equal by default.
 
     Example:
-        >>> sculpt.harmonic_mean(one, two)  # one & two
+        >>> print(sculpt.harmonic_mean(one, two))  # one & two
         circle1 ⊗ circle2
     """
     return posterior([p, q], (0, 1), odds)
@@ -261,7 +261,7 @@ def contrast(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | None = 
         odds: as for :func:`harmonic_mean`.
 
     Example:
-        >>> sculpt.contrast(one, two)  # one - two
+        >>> print(sculpt.contrast(one, two))  # one - two
         circle1 ◑ circle2
     """
     return posterior([p, q], (0, 0), odds)
@@ -275,7 +275,7 @@ def product(models: Sequence[BaseModel], powers: Sequence[float]) -> Composition
         powers: one number :math:`\gamma` per model; their sum has to be positive.
 
     Example:
-        >>> sculpt.product([one, two], [1.5, -0.5])
+        >>> print(sculpt.product([one, two], [1.5, -0.5]))
         circle1^1.5 · circle2^-0.5
     """
     models, given = one_each(models, each("powers", powers), "powers")

@@ -1,4 +1,19 @@
-"""sculpt: compose pretrained diffusion models, GFlowNets and other samplers when you sample from them."""
+"""sculpt: compose pretrained diffusion models, GFlowNets and other samplers when you sample from them.
+
+.. code-block:: python
+
+    import sculpt
+
+    p, q = sculpt.load("pretrained/grid/circle1"), sculpt.load("pretrained/grid/circle2")
+    samples = (p & q).sample(1000)                   # likely under both, without any training; p | q: either; p - q: p and not q
+    print(samples.diagnostics)                       # the last line says how far to trust them
+
+    classifier = sculpt.fit([p, q])                  # once for a set of models; it guides all of their compositions
+    samples = (p - q).sample(1000, classifier)
+    samples.save("only-p.safetensors")
+
+The names below are all that there is: ``help(sculpt.fit)`` and the like tell of each.
+"""
 
 import ast
 import importlib
@@ -25,4 +40,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sculpt.bars import bar
 from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
 from sculpt.generators import Generators
@@ -93,7 +94,7 @@ class Selection:
         """Raise where so many samples cannot come out of the population."""
         if self.particles is not None and self.particles < n:
             raise ValueError(
-                f"A population of particles={self.particles} cannot give n={n} samples. Pass particles of at least n."
+                f"A population of particles={self.particles} cannot give n={n} samples. Pass particles={n} or more."
             )
 
     def size(self, chain: Chain, n: int) -> int:
@@ -320,26 +321,24 @@ def _kept(population: Population, x: Tensor, n: int, selection: Selection | None
 
 def watch(progress: Iterator[Progress], show: bool = True, callback: Callable[[Progress], Any] | None = None) -> Samples:
     """Run to the end, with a bar for what takes longer than two seconds, and return the samples. Whoever wants to look on is called after every step."""
-    from tqdm.auto import tqdm
-
-    bar, now, title = None, None, None
+    shown, now, title = None, None, None
     try:
         for now in progress:
-            if bar is None or now.title != title:
-                if bar is not None:
-                    bar.close()
+            if shown is None or now.title != title:
+                if shown is not None:
+                    shown.close()
                 title = now.title
                 # Most trajectories end in the last few steps: how many have ended tells nothing of the time that is left.
                 form = {} if now.steps else {"bar_format": "{desc}: {n_fmt} of {total_fmt} have ended{postfix} [{elapsed}]"}
-                bar = tqdm(total=now.steps or now.n, desc=now.title, disable=not show, delay=2, leave=False, **form)
+                shown = bar(title=now.title, total=now.steps or now.n, show=show, leave=False, **form)
             if now.step and not now.steps:
-                bar.set_postfix_str(f"step {now.step}", refresh=False)
+                shown.set_postfix_str(f"step {now.step}", refresh=False)
             if callback is not None:
                 callback(now)
-            bar.update((now.step if now.steps else now.ended) - bar.n)
+            shown.update((now.step if now.steps else now.ended) - shown.n)
     finally:
-        if bar is not None:
-            bar.close()
+        if shown is not None:
+            shown.close()
     if now is None or now.samples is None:
         raise RuntimeError("A run ended without samples: the last progress of a run has to carry them.")
     return now.samples

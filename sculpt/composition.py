@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from sculpt.checks import each, real, several, whole
 from sculpt.classifier.guide import Guide
 from sculpt.factor import Factor
 from sculpt.formula import Formula, Mixture, Posterior, PowerMean, Product, Tilted
+from sculpt.looks import target
 from sculpt.model import BaseModel, Steered, check_composable, check_model, operand_names, same_model
 from sculpt.operands import alpha, distinct_models, gather, one_each
 from sculpt.roads import Guided, as_road
@@ -47,8 +49,8 @@ class Composition(BaseModel):
 
     Example:
         >>> both = one & two
-        >>> both, both.formula.labels, both.sample(3, generator=seed).x.shape
-        (circle1 ⊗ circle2, (0, 1), torch.Size([3, 2]))
+        >>> str(both), both.formula.labels, both.sample(3, generator=seed).x.shape
+        ('circle1 ⊗ circle2', (0, 1), torch.Size([3, 2]))
     """
 
     def __init__(
@@ -72,8 +74,20 @@ class Composition(BaseModel):
     def __str__(self) -> str:
         return self.name
 
-    def __repr__(self) -> str:
-        return self.name
+    @property
+    def written(self) -> str:
+        """As operators write it in Python: ``p - q`` for what is printed as ``p ◑ q``. What a function made has its printed name."""
+        parts = [f"({part.written})" if isinstance(part, Composition) else str(part) for part in self.chain]
+        return f" {self.operator} ".join(parts) if parts else self.name
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return ({"written": self.written} if self.chain else {}) | super().facts
+
+    def outline(self) -> str:
+        names = [*operand_names(self.models), *map(str, self.own)]
+        parts = [*(model.outline() for model in self.models), *(html.escape(repr(factor)) for factor in self.own)]
+        return f"{super().outline()} &prop; {target(self.formula, names)}<ul><li>{'</li><li>'.join(parts)}</li></ul>"
 
     @functools.cached_property
     def leaves(self) -> tuple[BaseModel, ...]:
@@ -208,7 +222,7 @@ def posterior(models: Sequence[BaseModel], labels: Sequence[int], odds: float | 
         odds: one number v per model, of which only the ratios matter; for two models the share of the first. Equal by default.
 
     Example:
-        >>> sculpt.posterior([one, two], labels=(0, 0, 1))
+        >>> print(sculpt.posterior([one, two], labels=(0, 0, 1)))
         p(x | y1=circle1, y2=circle1, y3=circle2; circle1, circle2)
     """
     if isinstance(odds, BaseModel):
@@ -232,7 +246,7 @@ def harmonic_mean(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | No
         odds: :math:`\alpha`, between 0 and 1, or two numbers of which only the ratio matters; equal by default.
 
     Example:
-        >>> sculpt.harmonic_mean(one, two)  # one & two
+        >>> print(sculpt.harmonic_mean(one, two))  # one & two
         circle1 ⊗ circle2
     """
     return posterior([p, q], (0, 1), odds)
@@ -247,7 +261,7 @@ def contrast(p: BaseModel, q: BaseModel, odds: float | Sequence[float] | None = 
         odds: as for :func:`harmonic_mean`.
 
     Example:
-        >>> sculpt.contrast(one, two)  # one - two
+        >>> print(sculpt.contrast(one, two))  # one - two
         circle1 ◑ circle2
     """
     return posterior([p, q], (0, 0), odds)
@@ -261,7 +275,7 @@ def product(models: Sequence[BaseModel], powers: Sequence[float]) -> Composition
         powers: one number :math:`\gamma` per model; their sum has to be positive.
 
     Example:
-        >>> sculpt.product([one, two], [1.5, -0.5])
+        >>> print(sculpt.product([one, two], [1.5, -0.5]))
         circle1^1.5 · circle2^-0.5
     """
     models, given = one_each(models, each("powers", powers), "powers")

@@ -11,7 +11,7 @@ from sculpt.entries import Entries
 
 __all__ = ["CLASSES", "VERSION", "arguments", "find"]
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from sculpt import preview
 from sculpt.entries import Entries
 
 if TYPE_CHECKING:
@@ -62,11 +63,14 @@ class Verdict:
         rank = LEVELS.index(self.level)
         return "good" if rank < 2 else "careful" if rank < LEVELS.index("doubtful") else "bad"
 
+    def _repr_html_(self) -> str:
+        return preview.box(str(self), self.trust)
+
     def __str__(self) -> str:
         return f"{self.level.upper() if self.trust == 'bad' else self.level}: {self.reason}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Diagnostics:
     """What one run tells about itself. ``print`` it; the verdict is the last line.
 
@@ -229,6 +233,12 @@ class Diagnostics:
 
     def __str__(self) -> str:
         return "\n".join(f"{name:>16}  {value}" for name, value in [*self.rows(), ("verdict", printable(str(self.verdict)))])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({printable(f'{self.road} of {self.formula}')!r}, {self.verdict.level})"
+
+    def _repr_html_(self) -> str:
+        return f"{self.verdict._repr_html_()}{preview.table(self.rows())}"
 
     @classmethod
     def join(cls, parts: Sequence[Diagnostics]) -> Diagnostics:

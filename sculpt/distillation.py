@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sculpt.bars import bar
 from sculpt.checks import check_whole, real
 from sculpt.files import replacing
 from sculpt.model import BaseModel, check_model
@@ -103,8 +104,6 @@ def distill(
         >>> copy.sample(3, generator=seed).x.shape
         torch.Size([3, 2])
     """
-    from tqdm.auto import tqdm
-
     check_model(composition)
     check_whole("steps", steps)
     check_whole("batch_size", batch_size)
@@ -128,7 +127,7 @@ def distill(
     if not going_on:
         training.save()  # what was drawn may have taken long
     title, every = f"distilling {composition}", max(1, steps // 200)
-    for row in tqdm(training.run(student.loss, steps), title, steps, initial=training.step, disable=not progress, delay=2):
+    for row in bar(training.run(student.loss, steps), title, steps, initial=training.step, show=progress):
         if training.step % every == 0:
             training.curve.append({"step": training.step} | {name: float(value) for name, value in row.items()})
         training.save(every=30.0)

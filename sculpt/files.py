@@ -28,7 +28,17 @@ from torch import Tensor
 from sculpt.entries import Entries, read_json
 from sculpt.weights import Weights
 
-__all__ = ["create_file", "load_folder", "open_folder", "remove_debris", "replace_file", "replacing", "save_folder", "settled"]
+__all__ = [
+    "cache",
+    "create_file",
+    "load_folder",
+    "open_folder",
+    "remove_debris",
+    "replace_file",
+    "replacing",
+    "save_folder",
+    "settled",
+]
 
 FORMAT = 1
 SAVED = ".saved"
@@ -38,6 +48,12 @@ DAY = 86_400
 _HOST = re.sub(r"[^0-9A-Za-z-]", "-", socket.gethostname())[:40] or "host"
 _READING: ContextVar[frozenset[str]] = ContextVar("reading", default=frozenset())
 _TEMPORARY = re.compile(r"\..*\.(?P<host>[\w-]+)\.[0-9a-f]{12}\.part", re.DOTALL)
+
+
+def cache() -> Path:
+    """``$SCULPT_CACHE``, by default the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("SCULPT_CACHE") or Path(base) / "sculpt")
 
 
 def replace_file(path: Path, content: bytes) -> None:

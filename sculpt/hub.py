@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sculpt import shipped
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.diffusion.diffusers.parts import NETWORKS, read_pipeline
 from sculpt.entries import Entries, read_json
 from sculpt.files import settled
+from sculpt.habits import refuse_words
 from sculpt.model import BaseModel
 from sculpt.weights import check_weights
 
@@ -55,8 +57,14 @@ def load(
 ) -> Loaded:
     """Read a base model or a classifier from a folder, or from the Hub (``owner/name``).
 
+    .. code-block:: python
+
+        cyan = sculpt.load("sculpt/digits-cyan")                          # what sculpt ships, from the repository, the cache or the Hub
+        dog = sculpt.load("owner/name", prompt="a dog", device="cuda")    # a pipeline of diffusers under a prompt
+        seh = sculpt.load("pretrained/molecules/seh", beta=32)            # a GFlowNet under a condition
+
     Args:
-        path_or_hub_id: a diffusers pipeline, a folder with ``unet/`` (or ``transformer/``) and ``scheduler/``, a GFlowNet of
+        path_or_hub_id: a shipped checkpoint, ``sculpt/digits-cyan`` and the like; a diffusers pipeline, a folder with ``unet/`` (or ``transformer/``) and ``scheduler/``, a GFlowNet of
             sculpt, a causal language model of transformers, or a classifier of sculpt.
         device: where its networks go.
         dtype: of its networks.
@@ -71,10 +79,14 @@ def load(
         >>> print(circle1.name, circle1.shape)
         circle1 (2,)
     """
+    refuse_words(condition, ("device", "dtype"), "sculpt.load")
+    if "seed" in condition:
+        raise TypeError("seed: loading draws nothing. Pass sample(n, generator=torch.Generator().manual_seed(0)).")
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)
     # A snapshot's folder is named by its hash.
-    name = folder.resolve().name if Path(path_or_hub_id).expanduser().is_dir() else str(path_or_hub_id).rpartition("/")[2]
+    local = Path(path_or_hub_id).expanduser().is_dir() or shipped.folder_of(str(path_or_hub_id))
+    name = folder.resolve().name if local else str(path_or_hub_id).rpartition("/")[2]
     if kind == "diffusion":
         with settled(folder):
             return _diffusion(folder, name, device, dtype, condition)
@@ -95,6 +107,8 @@ def locate(path_or_hub_id: str | Path) -> Path:
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         return path
+    if not path.exists() and shipped.folder_of(str(path_or_hub_id)):
+        return shipped.find(str(path_or_hub_id))
     if path.exists():
         raise ValueError(f"{path} is a file; a checkpoint is a folder. Pass the folder around it: {str(path.parent)!r}.")
     # The Hub's own rule: words of letters and digits, joined by single signs, at most 96 characters.

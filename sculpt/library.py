@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from sculpt import preview
+from sculpt.bars import bar
 from sculpt.chain import check_count, check_whole
 from sculpt.classifier.guide import Guide
 from sculpt.contents import find
-from sculpt.diagnostics import LEVELS
+from sculpt.diagnostics import LEVELS, printable
 from sculpt.entries import Entries, parse_json, read_json
 from sculpt.files import create_file, remove_debris
 from sculpt.identity import digest
@@ -103,14 +104,15 @@ def generate(
     total, left = (sum(map(library.size, shards)) for shards in (mine, missing))
     title = str(model) if world == 1 else f"{model}, process {rank} of {world}"
     hidden = not progress or rank > 0
-    with tqdm(total=total, initial=total - left, desc=title, unit=" samples", unit_scale=True, disable=hidden) as bar:
+    form = {"unit": " samples", "unit_scale": True, "delay": 0}
+    with bar(title=title, total=total, initial=total - left, show=not hidden, **form) as done:
         for k in missing:
             if library.has(k):  # by now another process may have made it
                 continue
             generator = torch.Generator().manual_seed(library.seed(k))
             samples = model.sample(library.size(k), road, generator=generator, progress=not hidden and len(missing) == 1, **how)
             library.write(k, samples, **rows)
-            bar.update(library.size(k))
+            done.update(library.size(k))
     return library
 
 
@@ -330,6 +332,10 @@ class Library:
     def __repr__(self) -> str:
         there = f"{self.shards - len(self.missing)} of {self.shards} shards"
         return f"Library({str(self.folder)!r}: {len(self):,} samples of {self.settings['formula']}, {there})"
+
+    def _repr_html_(self) -> str:
+        rows = {"library": repr(self), "verdicts": self.verdict, "log Z": "" if self.log_z is None else f"{self.log_z:.4f}"}
+        return preview.table([(name, printable(value)) for name, value in rows.items() if value])
 
 
 def _same(name: str, a: Any, b: Any) -> bool:

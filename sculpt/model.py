@@ -7,11 +7,9 @@ be steered), or, for chains that write their samples action by action, :class:`s
 from __future__ import annotations
 
 import abc
-import functools
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from torch import Tensor
 from sculpt.chain import Chain, Progress, Settings, check_count, run, watch
 from sculpt.diagnostics import Diagnostics, printable
 from sculpt.generators import randn
+from sculpt.habits import Habits, checked
 from sculpt.samples import Samples
 from sculpt.state import finite
 
@@ -36,27 +35,8 @@ __all__ = ["BaseModel", "Steppable", "Steered", "check_composable", "check_model
 LONGEST = 200
 """Characters of a name in formulas and messages."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _named(sample: Callable[P, R]) -> Callable[P, R]:
-    """Say where an option belongs that is not among these."""
-    known = [name for name in inspect.signature(sample).parameters if name != "self"]
-
-    @functools.wraps(sample)
-    def call(*args: P.args, **options: P.kwargs) -> R:
-        if unknown := sorted(set(options) - set(known)):
-            raise TypeError(
-                f"{', '.join(unknown)}: not an option of {sample.__name__}, which takes {', '.join(known)}. What belongs to a road goes into "
-                f"the road: model.{sample.__name__}(n, sculpt.Guided(classifier, correct=True))."
-            )
-        return sample(*args, **options)
-
-    return call
-
-
-class BaseModel(abc.ABC):
+class BaseModel(Habits, abc.ABC):
     """A pretrained sampler. Union ``|``, intersection ``&`` and difference ``-`` compose base models.
 
     Example:
@@ -169,7 +149,7 @@ class BaseModel(abc.ABC):
 
     # Sampling
 
-    @_named
+    @checked
     def run(
         self,
         n: int,
@@ -197,7 +177,7 @@ class BaseModel(abc.ABC):
             settings.refuse_each("its chains are as long as they happen to be")
         return self.stream(n, road, settings)
 
-    @_named
+    @checked
     def sample(
         self,
         n: int,

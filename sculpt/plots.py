@@ -54,18 +54,19 @@ def density2d(values: Tensor, half_width: float, title: str = "") -> Figure:
 
 def points2d(x: Tensor, title: str = "") -> Figure:
     """Samples x in the plane, below a ``title``: a heat map where they are integers (the cells of a grid), else points."""
-    figure, axes = _figure(3.4, 3.6, title)
-    x = x.cpu()
+    (figure, axes), x = _figure(3.4, 3.6, title), x.cpu()
     if x.is_floating_point():
         half_width = 1.05 * float(x.abs().max().clamp(min=1e-6))
         size = min(9.0, max(0.5, 4000 / len(x)))
         axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=size, color="#5b2a86", alpha=0.5, linewidths=0)
         axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal")
-        _frame(axes)
     else:
         side = int(x.max()) + 1
         counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
-        _density(axes, counts.double(), side / 2)
+        axes.imshow(counts.T.numpy(), origin="lower", cmap=_cmap(), vmin=0, interpolation="nearest")
+        axes.set(xticks=range(0, side, -(-side // 8)), yticks=range(0, side, -(-side // 8)))
+    axes.set(xlabel="x0", ylabel="x1")
+    _frame(axes)
     return figure
 
 

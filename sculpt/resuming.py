@@ -16,7 +16,7 @@ from sculpt.blueprint import check, fill
 from sculpt.entries import Entries, parse_json
 from sculpt.weights import REAL, Shape, Weights
 
-__all__ = ["FORMAT", "Kept", "fit_in", "note_of", "read_state", "state_path"]
+__all__ = ["FORMAT", "Kept", "fit_in", "note_of", "read_state", "saved_step", "state_path"]
 
 FORMAT = 1
 SIDES = (2, 3, 5, 7, 11, 13)
@@ -46,6 +46,16 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, dict[str, 
     """
     weights = Weights(state_path(Path(folder)))
     return note_of(weights), _parts(weights.read())
+
+
+def saved_step(folder: str | Path) -> int | None:
+    """The step that a training would continue from; ``None`` where it has saved no state.
+
+    Args:
+        folder: of the training.
+    """
+    path = state_path(Path(folder))
+    return int(note_of(Weights(path))["step"]) if path.is_file() else None
 
 
 def note_of(weights: Weights) -> dict[str, Any]:

@@ -171,6 +171,10 @@ class Samples:
         new._keep(self._kept())
         return new
 
+    def half(self: S) -> S:
+        """:meth:`to` half precision; log-weights stay as they are."""
+        return self.to(torch.float16)
+
     def _kept(self) -> dict[str, list[Any]]:
         return {name: vars(self)[name] for name in self.columns if name in vars(self)}
 
@@ -287,7 +291,7 @@ class Samples:
             body = preview.embedded(*self.picture())
         except ValueError as error:
             body = f"<i>{html.escape(str(error))}</i>"
-        return f"{body}{preview.box(str(self.verdict), self.verdict.trust)}{preview.table(self.diagnostics.rows())}"
+        return f"{body}{self.diagnostics._repr_html_()}"
 
     def __repr__(self) -> str:
         weighted = "equally weighted" if self.log_weights is None else "weighted"

@@ -22,7 +22,7 @@ def needs(module: str, what: str, otherwise: str = "") -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
-        why = f"pip install {module}, or install sculpt as 'sculpt[tables]'."
+        why = f"pip install {module}, or pip install 'compositional-sculpting[tables]'."
     except ImportError as error:  # it is there, and does not go with the others
         why = f"the one that is installed does not work ({error})."
     raise ImportError(f"{what} needs {module}: {why} {otherwise}".strip())

@@ -1,6 +1,7 @@
 """The command: what it writes, what it refuses, and that it leaves nothing half done."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ from checkpoints import save_pipeline
 
 import sculpt
 from sculpt.apps import cli
+from sculpt.apps.cli.words import OPTIONS, said
 from sculpt.apps.formulas import TextFormula, compose
 from sculpt.model import BaseModel
+
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +180,58 @@ def test_models_that_know_their_densities_are_rejected_without_a_classifier(poli
     assert "the models' own densities" in capsys.readouterr().out
     assert np.load(tmp_path / "x.npz")["x"].shape == (50, 2)
     for arguments, message in (
-        (("--steps", "4"), "steps: not an option of p ⊗ q"),
-        (("--reject", "--steps", "4"), "steps: not an option of p ⊗ q"),
+        (("--steps", "4"), "error: --steps: not an option of p ⊗ q"),
+        (("--reject", "--steps", "4"), "error: --steps: not an option of p ⊗ q"),
     ):
         assert cli.main(["sample", "p & q", *policies, "-o", str(tmp_path / "y.npz"), *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["molecules/seh", "smiles/qed", "digits/judge", "grid/pair"])
+def test_inspect_needs_nothing_else_for_what_is_shipped(capsys, name):
+    assert cli.main(["inspect", str(PRETRAINED / name)]) == 0
+    out, said_beside = capsys.readouterr()
+    assert "sha256" in out and "sculpt:" not in said_beside
+    if name == "molecules/seh":
+        assert "beta, a number from 0 to 96: --with beta=NUMBER" in out and "one for each value of its condition" in out
+        assert cli.main(["inspect", str(PRETRAINED / name), "--with", "beta=32"]) == 0
+        assert "beta=32\n" in capsys.readouterr().out
+
+
+def test_a_condition_that_is_missing_is_asked_for_as_an_option(tmp_path, capsys):
+    arguments = ["sample", "a", "--model", f"a={PRETRAINED / 'molecules' / 'seh'}", "-o", str(tmp_path / "x.npz")]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "Pass --with beta=NUMBER" in error and "load(" not in error
+
+
+def test_no_warning_precedes_a_plain_mistake(tmp_path, capsys, monkeypatch):
+    """The weights of a reward are not here, and cannot be fetched: that is told after what is wrong with the options."""
+    from sculpt.molecules import scores, seh
+
+    def offline(*_):
+        raise seh.Offline("no network.")
+
+    monkeypatch.setattr(seh, "kept_weights", lambda: None)
+    monkeypatch.setattr(seh, "download", offline)
+    scores._reward.cache_clear()
+    arguments = ["molecules", "seh", "--model", f"seh={PRETRAINED / 'molecules' / 'seh'}", "-n", "2"]
+    try:
+        assert cli.main([*arguments, "--beta", "1000", "-o", str(tmp_path / "x.smi")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("sculpt: error: --beta 1000.0 for ") and error.count("\n") == 1
+        assert cli.main([*arguments, "--beta", "32", "-o", str(tmp_path / "x.smi")]) == 0
+        assert "sculpt: warning: no network." in capsys.readouterr().err
+    finally:
+        scores._reward.cache_clear()
+
+
+def test_a_name_that_is_almost_right_gets_near_ones_and_no_classifiers(tmp_path, capsys):
+    assert cli.main(["molecules", "seh & sah", "--beta", "32", "-o", str(tmp_path / "x.csv")]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean sa or seh? For one that is elsewhere: --model sah=FOLDER" in error
+    assert cli.main(["molecules", "xyz", "--beta", "32", "-o", str(tmp_path / "x.csv")]) == 2
+    assert "there are qed, sa, seh. For" in capsys.readouterr().err
 
 
 def test_inspect_tells_of_a_policy_too(policies, capsys):
@@ -290,9 +341,84 @@ def test_densities_are_refused_where_no_road_knows_them(sample, folders, capsys)
         sample("a & b", "--classifier", folders["classifier"], "--correct-densities", "--correct")
 
 
-def test_numbers_below_one_are_refused_by_the_parser(sample):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-n", "0"), "-n: '0' is not a whole number of at least 1, with 18 digits at most"),
+        (("--dtype", "int8"), "--dtype: invalid choice: 'int8'"),
+        (("--nonsense",), "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_too(sample, capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
-        sample("a & b", "-n", "0")
+        sample("a & b", *arguments)
+    error = capsys.readouterr().err
+    assert error.startswith(f"sculpt: error: {message}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("python", "command"),
+    [
+        ("steps, particles: not an option of a", "--steps, --particles: not an option of a"),
+        ("steps, solver: not an option of a", "steps, solver: not an option of a"),
+        ("A population of particles=20 cannot give n=300.", "A population of --particles 20 cannot give -n 300."),
+        ("Fit one with observations=3, or leave it.", "Fit one with --observations 3, or leave it."),
+        ("Sample with Guided(classifier, correct=True), or", "Sample with --classifier FOLDER --correct, or"),
+        ("Take Tracked(particles=64) or more.", "Take --particles 64 or more."),
+        ("needs odds: sculpt.fit(models, odds=True).", "needs odds: sculpt fit --odds."),
+        ("in runs/steps=4/b and in 'n=3'", "in runs/steps=4/b and in 'n=3'"),
+    ],
+)
+def test_messages_are_in_the_words_of_the_command(python, command):
+    assert said(python) == command
+
+
+def test_every_option_of_a_message_is_one_of_the_command(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["sample", "--help"])
+    known = capsys.readouterr().out
+    for command in ("fit", "distill", "molecules"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        known += capsys.readouterr().out
+    assert [option for option in OPTIONS.values() if option not in known] == []
+
+
+def test_a_device_that_is_not_there_is_one_line(sample, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert sample("a & b", "--device", "cuda:1")[0] == 2
+    assert "--device cuda:1: torch" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def test_a_folder_that_is_made_for_a_file_is_named(sample, capsys):
+    code, path = sample("a", output="new/deep/out.npz")
+    assert code == 0 and f"wrote {path} (and made the folder {path.parent})" in capsys.readouterr().out
+    assert sample("a", output="new/deep/out.npz")[0] == 0
+    assert "made the folder" not in capsys.readouterr().out
+
+
+def test_an_interrupted_fit_says_what_it_has_kept(folders, tmp_path, monkeypatch, capsys):
+    from sculpt.training import Training
+
+    arguments = ["fit", "--model", f"a={folders['a']}", "--model", f"b={folders['b']}", "-o", str(tmp_path / "ab")]
+    arguments += ["--steps", "80", "--batch-size", "4", "--samples", "20"]
+    update, save = Training._update, Training.save
+    monkeypatch.setattr(Training, "save", lambda self, every=0.0: save(self))
+    for at, said_then in (
+        (1, "No state was saved yet: the same command begins anew."),
+        (5, "The same command continues from step 4, "),
+    ):
+
+        def interrupted(self, gradients, at=at):
+            if self.step == at:
+                raise KeyboardInterrupt
+            return update(self, gradients)
+
+        monkeypatch.setattr(Training, "_update", interrupted)
+        assert cli.main(arguments) == 130
+        assert f"sculpt: stopped. {said_then}" in capsys.readouterr().err
+    monkeypatch.setattr(Training, "_update", update)
+    assert cli.main(arguments) == 0
 
 
 def test_an_interruption_leaves_the_old_file(sample, monkeypatch, capsys):

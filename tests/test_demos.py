@@ -7,6 +7,7 @@ import torch
 
 from sculpt.apps.demos.common import PRETRAINED, markdown, modules, pretrained
 from sculpt.apps.demos.discs import discs, run
+from sculpt.shipped import Missing
 
 
 def test_the_demo_of_discs_writes_its_picture_and_its_table(tmp_path, capsys):
@@ -51,9 +52,16 @@ def test_modules_of_a_folder_leave_the_interpreter_as_it_was(tmp_path, monkeypat
 
 def test_models_that_are_not_there_say_where_they_come_from(monkeypatch, tmp_path):
     assert (PRETRAINED.parent / "sculpt").is_dir()
-    monkeypatch.setattr("sculpt.apps.demos.common.PRETRAINED", tmp_path)
-    with pytest.raises(ValueError, match="no triple in .*digits: the demo runs in a clone of the repository"):
+    for place in ("sculpt.apps.demos.common.PRETRAINED", "sculpt.shipped.CLONE"):
+        monkeypatch.setattr(place, tmp_path)
+    monkeypatch.setenv("SCULPT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="sculpt/digits-cyan is not here: .* take pretrained/digits/cyan from the repository"):
         pretrained("digits", "triple")
+
+
+def test_code_is_never_fetched(tmp_path):
+    with pytest.raises(Missing, match="has no judge.py, which is code and not fetched: this part runs in a clone"):
+        modules(tmp_path, "judge")
 
 
 def test_a_table_reads_well_and_is_markdown():

@@ -312,7 +312,7 @@ def test_a_composition_that_does_not_fit_its_place_says_so():
         composition.as_unet(network=SD().network)
     with pytest.raises(ValueError, match="goes alone|go alone"):
         composition.as_unet(Tracked(particles=16))
-    with pytest.raises(ValueError, match="is not saved as a network: save its base models"):
+    with pytest.raises(ValueError, match="is no network with weights of its own.*Save the pipelines of the base models"):
         composition.as_unet().save_pretrained("nowhere")
     gaussian = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1) / 2, (2,), name="gaussian")
     other = sculpt.EnergyModel(lambda z, s: (z**2).flatten(1).sum(1), (2,), name="other")

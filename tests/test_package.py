@@ -80,3 +80,21 @@ def test_the_readme_names_only_what_exists():
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in set(re.findall(r"`?make ([a-z-]+)", text)) - {"and"}:
         assert target in targets, target
+
+
+def test_citation_changelog_and_package_are_of_one_version():
+    assert f"\nversion: {sculpt.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {sculpt.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_advice_to_install_names_the_distribution():
+    """Another package has the name sculpt on the index."""
+    import tomllib
+
+    from sculpt.tables import needs
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "compositional-sculpting" and project["scripts"] == {"sculpt": "sculpt.apps.cli:main"}
+    with pytest.raises(ImportError, match=r"pip install 'compositional-sculpting\[tables\]'"):
+        needs("no_such_module", "A test")
+    assert {"text", "tables", "notebook", "all"} <= set(project["optional-dependencies"])

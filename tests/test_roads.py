@@ -462,7 +462,7 @@ def test_printing_is_linear_in_the_depth(monkeypatch):
     def calls(depth):
         work.clear()
         composition = deep(depth)
-        assert str(composition).count("(") == depth - 1 and repr(composition) == str(composition)
+        assert str(composition).count("(") == depth - 1 and str(composition) in repr(composition)
         return len(work)
 
     four, eight, sixteen = calls(4), calls(8), calls(16)

@@ -261,6 +261,12 @@ class GuidedActions(ActionModel, Steered):
     def device(self) -> torch.device:
         return self.anchor.device
 
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        for model in self.guidance.models:
+            model.place(device, dtype)
+        if isinstance(self.guidance.classifier, nn.Module):
+            self.guidance.classifier.to(device)  # its heads keep their precision
+
     @property
     def rules(self) -> str:
         return self.anchor.rules

@@ -73,21 +73,21 @@ class Carry:
 
     Args:
         network: with ``init_carry(n, device)``.
-        device: where it is.
+        device: where it is now.
     """
 
     def __init__(self, network: Any, device: torch.device):
-        self.network, self.device = network, device
+        self.network = network
         two, three = (network.init_carry(n, device) for n in (2, 3))
         self.axes = {
             name: next(i for i, (a, b) in enumerate(zip(two[name].shape, three[name].shape, strict=True)) if a != b)
             for name in two
         }
 
-    def given(self, kept: tuple[Tensor, ...] | None, n: int) -> dict[str, Tensor]:
-        """What the network wants to be given for n particles."""
+    def given(self, kept: tuple[Tensor, ...] | None, like: Tensor) -> dict[str, Tensor]:
+        """What the network wants to be given for as many particles as these, where they are."""
         if kept is None:
-            return dict(self.network.init_carry(n, self.device))
+            return dict(self.network.init_carry(len(like), like.device))
         return {name: part.movedim(0, axis).contiguous() for (name, axis), part in zip(self.axes.items(), kept, strict=True)}
 
     def kept(self, carry: dict[str, Tensor]) -> tuple[Tensor, ...]:

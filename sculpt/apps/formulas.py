@@ -71,6 +71,8 @@ class TextFormula:
             return operator.itemgetter(node.id)
         if isinstance(node, ast.Call):
             return self._call(node)
+        if isinstance(node, ast.BoolOp):
+            raise self._wrong(node, "and, or compose nothing: write & (likely under both) or | (either).")
         raise self._wrong(node, "it is not a model.")
 
     def _call(self, node: ast.Call) -> Callable[[Models], Any]:

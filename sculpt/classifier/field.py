@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.bars import bar
+from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.store import Draw, Store
@@ -65,8 +67,9 @@ def fit_field(
     """
     if not isinstance(classifier, Classifier):
         raise TypeError(f"A field is fitted to a classifier of sculpt.fit, got {classifier!r:.200}.")
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    whole("steps", steps)
+    check_whole("batch_size", batch_size)
+    models = each("models", models, "base models")
     given = [model.key for model in models]
     _, models = classifier.align(Posterior(len(models), (0,)), models)
     if store_options.get("data") is not None:  # in the order of the models, as they were given
@@ -102,17 +105,15 @@ def train_field(
         checkpoint: a folder.
         progress: show a bar.
     """
-    from tqdm.auto import tqdm
-
     classifier = copy.deepcopy(classifier)
     classifier.vector_field = None
     fitting = _Fitting(classifier, store, settings, network, checkpoint)
     training, steps = fitting.training, settings["steps"]
     rows = training.run(fitting.loss, steps)
-    bar = tqdm(rows, "fitting the field", steps, initial=training.step, disable=not progress, delay=2, mininterval=1)
-    for _ in bar:
+    looked = bar(rows, "fitting the field", steps, initial=training.step, show=progress, mininterval=1)
+    for _ in looked:
         if training.step % fitting.every == 0 or training.step == steps:
-            bar.set_postfix(held_out=f"{fitting.evaluate():.4f}", best=f"{fitting.least:.4f}")
+            looked.set_postfix(held_out=f"{fitting.evaluate():.4f}", best=f"{fitting.least:.4f}")
     if not math.isfinite(fitting.least):
         raise FloatingPointError("The held-out loss of the field was never a number. Take a smaller learning_rate.")
     # What is kept is what is saved.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sculpt.bars import bar
+from sculpt.checks import check_whole, each, whole
 from sculpt.classifier.field import RATE, train_field
 from sculpt.classifier.heads import Classifier
 from sculpt.classifier.plan import Plan
@@ -67,6 +69,11 @@ def fit(
 ) -> Classifier:
     r"""Train a classifier for a set of base models: once, for all label sets, odds (``odds=True``) and compositions of them.
 
+    .. code-block:: python
+
+        classifier = sculpt.fit([p, q], steps=2000, checkpoint="p-q")
+        samples = (p & q).sample(64, classifier)
+
     It trains where the models are. Few samples are not learned by heart: labels teach p(y|x) only while that helps on held-out samples.
 
     Args:
@@ -95,7 +102,11 @@ def fit(
         >>> (left - right).sample(100, classifier).x.shape
         torch.Size([100, 2])
     """
-    models, descent, field = list(models), descent or Descent(), bool(store_options.pop("field", False))
+    models, descent, field = (
+        each("models", models, "base models"),
+        descent or Descent(),
+        bool(store_options.pop("field", False)),
+    )
     _check(models, observations, steps, batch_size, store_options)
     plan = Plan(len(models), observations, _width(network), bool(odds)).check(descent.memory)  # before samples are drawn
     store = models[0].store(models, seed=seed, progress=progress, checkpoint=checkpoint, **store_options)
@@ -129,10 +140,9 @@ def _check(
     for p, q in itertools.combinations(models, 2):
         if p.key == q.key:
             raise ValueError(f"{p} and {q} are the same base model (equal keys). Pass different ones.")
-    if observations < 2:
-        raise ValueError(f"A classifier observes at least two labels, got observations={observations}.")
-    if steps < 1 or (batch_size is not None and batch_size < 1):
-        raise ValueError(f"Training needs steps and a batch size of at least 1, got steps={steps} and batch_size={batch_size}.")
+    whole("observations", observations, least=2)
+    whole("steps", steps)
+    check_whole("batch_size", batch_size)
     if misplaced := [field.name for field in fields(Descent) if field.name in store_options]:
         told = ", ".join(f"{name}={store_options[name]!r}" for name in misplaced)
         raise TypeError(f"{', '.join(misplaced)} belong to the descent: sculpt.fit(models, descent=sculpt.Descent({told})).")
@@ -183,24 +193,19 @@ class _Fit:
 
     def run(self, progress: bool) -> Classifier:
         """Train to the end, or until nothing gets better any more."""
-        from tqdm.auto import tqdm
-
         training, steps, seed = self.training, self.settings["steps"], self.settings["seed"]
         rows = training.run(self.loss, steps)
-        bar = tqdm(
-            total=steps, initial=training.step, desc="fitting the classifier", disable=not progress, delay=2, mininterval=1
-        )
-        with bar:
+        with bar(title="fitting the classifier", total=steps, initial=training.step, show=progress, mininterval=1) as done:
             while training.step < steps and not self.impatient:
                 # States are saved at these steps, so a resumed training begins with one of them.
                 if training.step % self.every == 0:
                     generator = torch.Generator().manual_seed(seed_of_step(seed + 1, training.step))
                     self.store.refresh(self.teacher, generator)
                 row = next(rows)
-                bar.update()
+                done.update()
                 if training.step % self.every == 0 or training.step == steps:
                     self.record({name: float(row[name]) for name in row if name not in ("loss", "norm")} | self.evaluate())
-                    bar.set_postfix(held_out=f"{self.judge.last:.4f}", best=f"{self.judge.best:.4f}")
+                    done.set_postfix(held_out=f"{self.judge.last:.4f}", best=f"{self.judge.best:.4f}")
         if not math.isfinite(self.judge.best):
             raise FloatingPointError(
                 f"The losses of the classifier's best weights come to {self.judge.best}: nothing was learned. Check the samples for numbers "

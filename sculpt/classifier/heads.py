@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sculpt import preview
 from sculpt.blueprint import build, fill
 from sculpt.classifier.guide import Guide
 from sculpt.contents import arguments, find
@@ -257,6 +258,19 @@ class Classifier(Guide, nn.Module):
             fill(classifier, weights.read(), weights)
             classifier.history = _history(config)
         return classifier.eval().requires_grad_(False).to(device or "cpu")
+
+    def _repr_html_(self) -> str:
+        size, heads = (
+            sum(p.numel() for p in self.parameters()),
+            "set_head, terminal_head, marginal_head" + ", field" * (self.field is not None),
+        )
+        rows = {
+            "models": ", ".join(self.names),
+            "observations": str(self.observations),
+            "odds": "an input" if self.odds else "equal",
+        }
+        rows |= {"backbone": type(self.network).__name__, "heads": heads, "parameters": f"{size:,}"}
+        return f"<b>Classifier</b>{preview.table(list(rows.items()))}"
 
     def extra_repr(self) -> str:
         """What it was fitted for, in torch's printout."""

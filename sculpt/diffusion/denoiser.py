@@ -21,7 +21,7 @@ from sculpt.diffusion.composed import DiffusionComposition, in_place
 from sculpt.diffusion.correctors import Corrector
 from sculpt.diffusion.detail import DetailedChain, detail_level
 from sculpt.diffusion.guidance import Guidance
-from sculpt.diffusion.networks import device_of, dtype_of, state_of, unwrapped
+from sculpt.diffusion.networks import device_of, dtype_of, latents_of
 from sculpt.diffusion.ratios import PATH, path_ratios
 from sculpt.diffusion.referee import MOST, Referee
 from sculpt.diffusion.states import DiffusionStore
@@ -29,6 +29,7 @@ from sculpt.diffusion.together import at_once
 from sculpt.diffusion.tracked import TrackedChain
 from sculpt.diffusion.twist import TwistedChain
 from sculpt.formula import Tilted
+from sculpt.habits import move
 from sculpt.identity import digest, weights
 from sculpt.model import BaseModel, Steered, Steppable, operand_names, randn
 from sculpt.samples import pixels
@@ -94,6 +95,11 @@ class Denoiser(Steppable):
         """All that moves with it."""
         return (self.model,) if isinstance(self.model, nn.Module) else ()
 
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        move([*self.networks, *([] if self.autoencoder is None else [self.autoencoder])], device, dtype)
+        if device is not None:
+            self._device = device  # of a function, which has no weights to tell
+
     @property
     def together(self) -> Any:
         """Models for which this is the same are one call of a network; ``None`` for a model by itself."""
@@ -106,7 +112,7 @@ class Denoiser(Steppable):
     @property
     def space(self) -> tuple[Any, ...]:
         """What a sample is: its shape, and for latents the encoder that defines them."""
-        return self.shape, _latents(self.autoencoder)
+        return self.shape, latents_of(self.autoencoder)
 
     def check_composable(self, other: BaseModel) -> None:
         if not isinstance(other, Denoiser):
@@ -116,13 +122,11 @@ class Denoiser(Steppable):
             )
         if self.shape != other.shape:
             raise ValueError(
-                f"{self} makes samples of shape {self.shape}, {other} of shape {other.shape}. "
-                "Compose models of one shape; networks of any resolution take shape=."
+                f"{self} makes samples of shape {self.shape}, {other} of shape {other.shape}. Compose models of one shape; networks of any resolution take shape=."
             )
         if self.space != other.space:
             raise ValueError(
-                f"{self} and {other} live in different latent spaces: {self.space[1]} and {other.space[1]}. "
-                "Compose models that share their autoencoder, and pass autoencoder= to both."
+                f"{self} and {other} live in different latent spaces: {self.space[1]} and {other.space[1]}. Compose models that share their autoencoder, and pass autoencoder= to both."
             )
         common_start([self, other])
         if max(self.s_min, other.s_min) >= min(self.s_max, other.s_max):
@@ -245,8 +249,9 @@ class Denoiser(Steppable):
         images = [self.autoencoder.decode(part).sample for part in x.split(batch_size)]
         return pixels(torch.cat(images).float())
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, shape={self.shape}, s={self.s_min:.3g} to {self.s_max:.3g})"
+    @property
+    def facts(self) -> dict[str, str]:
+        return super().facts | {"dtype": str(self.dtype).removeprefix("torch."), "s": f"{self.s_min:.3g} to {self.s_max:.3g}"}
 
     if TYPE_CHECKING:
 
@@ -278,7 +283,7 @@ class GuidedDenoiser(Denoiser, Steered):
         self.guidance, self.strength = Guidance(classifier, posterior, form, strength), float(strength)
         self.anchor: Denoiser = self.operands[posterior.labels[0]]
         self.s_min, self.s_max = noise_range(self.operands)
-        self.shape, self.dtype, self.autoencoder = self.anchor.shape, self.anchor.dtype, self.anchor.autoencoder
+        self.shape, self.autoencoder = self.anchor.shape, self.anchor.autoencoder
         self.start = self.anchor.start
         self.extrapolated = any(leaf.extrapolated for model in models for leaf in model.leaves)
         self.name = posterior.write(operand_names(models))
@@ -287,6 +292,16 @@ class GuidedDenoiser(Denoiser, Steered):
     @property
     def device(self) -> torch.device:
         return self.anchor.device
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.anchor.dtype
+
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        for model in self.operands:
+            model.place(device, dtype)
+        if isinstance(self.classifier, nn.Module):
+            self.classifier.to(device)  # its heads keep their precision
 
     @property
     def key(self) -> str:
@@ -333,14 +348,3 @@ class GuidedDenoiser(Denoiser, Steered):
     def as_unet(self, scheduler: Any | None = None, network: nn.Module | None = None) -> DenoiserUNet:
         """The composition in the place of a diffusers network, see :meth:`DiffusionComposition.as_unet`."""
         return in_place(self, scheduler, network)
-
-
-def _latents(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:
-    """What defines a latent space: the encoder and the scaling. Decoders may differ, and half precision is the same encoder."""
-    if autoencoder is None:
-        return None
-    autoencoder = unwrapped(autoencoder)
-    known = weights(autoencoder, ("encoder", "quant_conv"), torch.float16, state_of(autoencoder))
-    entries = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    scaling = tuple((k, autoencoder.config.get(k)) for k in entries if autoencoder.config.get(k) is not None)
-    return type(autoencoder).__name__, *scaling, known[:8]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sculpt.identity import weights
 
-__all__ = ["device_of", "dtype_of", "is_a", "known_as", "patch_of", "state_of", "unwrapped"]
+__all__ = ["device_of", "dtype_of", "is_a", "known_as", "latents_of", "patch_of", "state_of", "unwrapped"]
 
 
 def is_a(thing: Any, name: str) -> bool:
@@ -88,6 +88,17 @@ def known_as(model: Any, name: str | None, anonymous: str, called: Callable[[str
     if is_a(model, "ModelMixin"):
         config = json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}, sort_keys=True, default=str)
     return type(model).__qualname__, config, weights(model, state=state_of(model), called=called)
+
+
+def latents_of(autoencoder: nn.Module | None) -> tuple[Any, ...] | None:
+    """What defines a latent space: the encoder and the scaling. Decoders may differ, and half precision is the same encoder."""
+    if autoencoder is None:
+        return None
+    autoencoder = unwrapped(autoencoder)
+    known = weights(autoencoder, ("encoder", "quant_conv"), torch.float16, state_of(autoencoder))
+    entries = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    scaling = tuple((k, autoencoder.config.get(k)) for k in entries if autoencoder.config.get(k) is not None)
+    return type(autoencoder).__name__, *scaling, known[:8]
 
 
 def patch_of(model: Any) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sculpt.contents import arguments, find
 from sculpt.entries import LARGEST, Entries
 
-__all__ = ["describe", "fingerprint", "make", "one_parent", "rules", "states_of", "title", "walk"]
+__all__ = ["describe", "fingerprint", "make", "on_device", "one_parent", "rules", "states_of", "title", "walk"]
 
 # torchgfn's own: the constructor's argument -> where the environment keeps it, and the largest that a file may ask for, so that making
 # it and taking its fingerprint is a matter of a second; None is for flags. Rewards are no part of the rules.
@@ -92,6 +92,16 @@ def make(spec: Entries, device: torch.device | str | None = None) -> DiscreteEnv
         return cls(**options)
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"{name} does not take the arguments in {told.where} ({told.found!s:.200}): {error!s:.300}") from None
+
+
+def on_device(env: DiscreteEnv, device: torch.device) -> DiscreteEnv:
+    """The same environment on another device; torchgfn's do not move."""
+    if (spec := describe(env)) is None:
+        raise ValueError(
+            f"{type(env).__name__} cannot be made again on {device}: sculpt does not know its arguments. Make it there yourself, and the "
+            "model with it."
+        )
+    return make(Entries(spec, type(env).__name__), device)
 
 
 def _gym_class(name: str) -> type[DiscreteEnv]:

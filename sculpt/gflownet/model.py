@@ -27,7 +27,7 @@ from sculpt.actions.reading import Carry, Memory
 from sculpt.actions.states import NEG_INF, distinct, draw, masked_log_softmax
 from sculpt.composition import Composition
 from sculpt.gflownet import checkpoint
-from sculpt.gflownet.environments import describe, one_parent, rules, states_of, title
+from sculpt.gflownet.environments import describe, on_device, one_parent, rules, states_of, title
 from sculpt.gflownet.estimators import (
     ComposedEstimator,
     LogProbPolicy,
@@ -130,11 +130,19 @@ class GFlowNet(ActionModel):
     def rules(self) -> str:
         return rules(self.env)
 
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The forward estimator, and the backward one if there is one."""
+        return (self.policy,) if self.backward is None else (self.policy, self.backward)
+
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        if device is not None and device != self.device:
+            self.env = on_device(self.env, device)
+        super().place(device, None if isinstance(self.policy, LogProbPolicy) else dtype)  # what is computed stays in float64
+
     def check_composable(self, other: BaseModel) -> None:
         if not isinstance(other, GFlowNet | GuidedGFlowNet):
-            raise ValueError(
-                f"{self.name} is a GFlowNet and {other.name} a {type(other).__name__}: they have no common states."
-            )
+            raise ValueError(f"{self.name} is a GFlowNet, {other.name} a {type(other).__name__}: they have no common states.")
         mine, its = self.env, other.env
         sides = [("environment", title(mine), title(its))] if describe(mine) != describe(its) else []
         sides += [("number of actions", mine.n_actions, its.n_actions), ("state shape", mine.state_shape, its.state_shape)]
@@ -142,8 +150,7 @@ class GFlowNet(ActionModel):
         for what, p, q in sides:
             if p != q:
                 raise ValueError(
-                    f"{self.name} and {other.name} cannot be composed: {what} {p} on one side, {q} on the other. "
-                    "Base models need one environment with the same actions in the same order."
+                    f"{self.name} and {other.name} cannot be composed: {what} {p} on one side, {q} on the other. Base models need one environment with the same actions in the same order."
                 )
         if self.device != other.device:
             raise ValueError(f"{self.name} is on {self.device} and {other.name} on {other.device}. Load both on one device.")
@@ -177,7 +184,7 @@ class GFlowNet(ActionModel):
         assert self._carry is not None
         wrapped = states_of(self.env, states)
         with torch.no_grad(), evaluating(self.policy):
-            out, carry = self.policy(wrapped, self._carry.given(kept, len(states)))
+            out, carry = self.policy(wrapped, self._carry.given(kept, states))
         return self._masked(states, wrapped, out), self._carry.kept(carry)
 
     def _replayed(self, states: Shaped[Tensor, "b *s"]) -> Float[Tensor, "b a"]:
@@ -223,11 +230,8 @@ class GFlowNet(ActionModel):
 
     def _logits(self, estimator: DiscretePolicyEstimator, wrapped: DiscreteStates) -> Tensor:
         with evaluating(estimator):
-            if self.condition:
-                values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
-                out = estimator(wrapped, values.expand(len(wrapped), -1))
-            else:
-                out = estimator(wrapped)
+            values = torch.tensor(list(self.condition.values()), dtype=torch.get_default_dtype(), device=self.device)
+            out = estimator(wrapped, values.expand(len(wrapped), -1)) if self.condition else estimator(wrapped)
             if type(estimator).to_probability_distribution is not DiscretePolicyEstimator.to_probability_distribution:
                 return estimator.to_probability_distribution(wrapped, out).logits
         return out
@@ -258,9 +262,7 @@ class GFlowNet(ActionModel):
 
     def default_network(self) -> nn.Module:
         """A backbone for a classifier of such states: the environment's own ``classifier_network()``, one for grids, or one for vectors."""
-        if hasattr(self.env, "classifier_network"):
-            return self.env.classifier_network()
-        return network_for(self.env)
+        return self.env.classifier_network() if hasattr(self.env, "classifier_network") else network_for(self.env)
 
     # Distillation
 

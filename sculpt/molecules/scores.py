@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 from rdkit import Chem
-from tqdm.auto import tqdm
 
+from sculpt.bars import bar
 from sculpt.molecules import seh
 from sculpt.molecules.druglike import alerts, properties
 from sculpt.molecules.rewards import QED, SA, Odd, Reward, parse
@@ -71,7 +71,7 @@ def score(smiles: list[str], functions: Mapping[str, Scorer], progress: bool = T
     have no value and one warning, or raise: see :class:`~sculpt.molecules.rewards.Reward`."""
     parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in functions}
     unknown: dict[str, Odd] = {name: {} for name in functions}
-    bar = tqdm(total=len(smiles), desc=f"scoring {', '.join(functions)}", disable=not progress, delay=2, leave=False)
+    done = bar(title=f"scoring {', '.join(functions)}", total=len(smiles), show=progress, leave=False)
     for first in range(0, len(smiles), chunk) if functions else ():
         molecules = parse(smiles[first : first + chunk])
         for name, function in functions.items():
@@ -88,8 +88,8 @@ def score(smiles: list[str], functions: Mapping[str, Scorer], progress: bool = T
                     f"The reward {name} answered with shape {values.shape} for {len(molecules)} molecules; expected a number for each."
                 )
             parts[name].append(values)
-        bar.update(len(molecules))
-    bar.close()
+        done.update(len(molecules))
+    done.close()
     for name, function in functions.items():
         if isinstance(function, Reward):
             function.tell(unknown[name], smiles)

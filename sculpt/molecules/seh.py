@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from sculpt.entries import read_json
-from sculpt.files import load_folder, replace_file
+from sculpt.files import cache, load_folder, replace_file
 from sculpt.molecules.proxy import Proxy, graph
 from sculpt.molecules.rewards import MoleculesLike, Reward
 from sculpt.weights import read_tensors
@@ -139,12 +139,6 @@ def find_weights(root: str = "published") -> Path:
 
 class Offline(ValueError):
     """The public weights cannot be reached."""
-
-
-def cache() -> Path:
-    """``$SCULPT_CACHE``, by default the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SCULPT_CACHE") or Path(base) / "sculpt")
 
 
 def download(path: Path, url: str, sha256: str, limit: int = 2**24) -> None:

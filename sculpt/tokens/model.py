@@ -115,6 +115,11 @@ class Tokens(ActionModel):
         return self.network.device
 
     @property
+    def networks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        """The language model; a function has none."""
+        return (self.model,) if isinstance(self.model, nn.Module) else ()
+
+    @property
     def max_length(self) -> int:
         """Tokens of a sequence at most."""
         return self.shape[0]
@@ -147,8 +152,7 @@ class Tokens(ActionModel):
         if self.vocabulary.identity != its.vocabulary.identity:
             raise ValueError(
                 f"{self} and {other} cannot be composed: their tokens differ, {self.vocabulary} and {its.vocabulary}: "
-                f"{self.vocabulary.difference(its.vocabulary)}. What helps: models fine-tuned from one share its tokenizer; or train one of "
-                "these on with the other's."
+                f"{self.vocabulary.difference(its.vocabulary)}. What helps: models fine-tuned from one share its tokenizer; or train one of these on with the other's."
             )
         for what in ("end", "max_length", "stop", "device"):
             if (p := getattr(self, what)) != (q := getattr(its, what)):
@@ -286,9 +290,8 @@ class Tokens(ActionModel):
     # What it is given
 
     def _ends(self, end: Any) -> tuple[int, ...]:
-        given = self._told.end if end is None else end
-        if given is None:
-            given = getattr(self.tokenizer, "eos_token_id", None)
+        told = getattr(self.tokenizer, "eos_token_id", None) if self._told.end is None else self._told.end
+        given = told if end is None else end
         if given is None:
             raise ValueError(
                 "Which token ends a sequence? Pass end=, one or several; or end=() for sequences that all have max_length tokens."
@@ -307,8 +310,7 @@ class Tokens(ActionModel):
 
     def _prompt(self, prompt: str | Sequence[int] | None, max_length: int | None) -> None:
         begin = [i for i in (self._told.begin, getattr(self.tokenizer, "bos_token_id", None), *self.end) if i is not None][:1]
-        self.prompt = self.vocabulary.encode(prompt) if prompt else ()
-        self.prompt = self.prompt or tuple(begin)
+        self.prompt = (self.vocabulary.encode(prompt) if prompt else ()) or tuple(begin)
         if not self.prompt:
             raise ValueError("A network begins from a token. Pass prompt=, the token that begins a sequence, [number].")
         if self._told.width is not None and max(self.prompt) >= self._told.width:
@@ -320,8 +322,7 @@ class Tokens(ActionModel):
         length = check_whole("max_length", max_length) or max(1, min(usual - len(self.prompt), room or 256))
         if room is not None and length > room:
             raise ValueError(
-                f"The prompt has {len(self.prompt)} tokens and the model reads {self.network.positions}, so a sequence may have {max(room, 0)}; "
-                f"max_length={length} are more. Shorten the prompt, or pass a smaller max_length."
+                f"The prompt has {len(self.prompt)} tokens and the model reads {self.network.positions}, so a sequence may have {max(room, 0)}; max_length={length} are more. Shorten the prompt, or pass a smaller max_length."
             )
         self.shape = (length,)
         if self.sampling.min_length > length:

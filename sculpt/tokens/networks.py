@@ -65,10 +65,14 @@ class FunctionNetwork(Network):
     def __init__(self, function: Callable[[Tensor, Any], tuple[Tensor, Any]], name: str | None = None):
         self.function, self._known = function, name or uuid.uuid4().hex
         self.name = name or getattr(function, "__name__", type(function).__name__)
-        first = next(iter(function.state_dict().values()), None) if isinstance(function, nn.Module) else None
-        self.device = torch.device("cpu") if first is None else first.device
         self._carries = Carry(function, self.device) if hasattr(function, "init_carry") else None
         self.positions = getattr(function, "max_position_embeddings", None)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Of its weights, if it has any."""
+        state = self.function.state_dict().values() if isinstance(self.function, nn.Module) else ()
+        return next((weight.device for weight in state), torch.device("cpu"))
 
     @property
     def identity(self) -> Any:
@@ -82,7 +86,7 @@ class FunctionNetwork(Network):
     def __call__(self, tokens: Int[Tensor, "b t"], cache: Any, last: bool = False) -> tuple[Float[Tensor, "b k v"], Any]:
         given = cache and cache[0]
         if self._carries is not None:
-            given = self._carries.given(given, len(tokens))
+            given = self._carries.given(given, tokens)
         answer = self.function(tokens, given)
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor)):
             raise ValueError(

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Sequence
 
 from sculpt.apps.cli import demo, distill, fit, inspect, molecules, sample
+from sculpt.apps.cli.options import OneLine
+from sculpt.apps.cli.words import said
 from sculpt.contents import VERSION
 
 __all__ = ["main"]
@@ -33,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.run is None:
         parser.print_help()
         return 0
+    _quiet()
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"sculpt: warning: {message}", file=sys.stderr)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"sculpt: warning: {said(str(message), options.words)}", file=sys.stderr
+        )
         try:
             options.run(options)
             sys.stdout.flush()
@@ -48,29 +53,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if options.traceback:
                 raise
-            said = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said:
-                said = f"there is not enough memory; ask for fewer samples or particles, or a smaller --batch-size ({said})"
+            why = said(" ".join(str(error).split()), options.words) or type(error).__name__
+            if isinstance(error, MemoryError) or "allocate memory" in why or "out of memory" in why:
+                why = f"there is not enough memory; ask for fewer samples or particles, or a smaller --batch-size ({why})"
             if isinstance(error, EXPECTED):
-                print(f"sculpt: error: {said}", file=sys.stderr)
+                print(f"sculpt: error: {why}", file=sys.stderr)
                 return 2
             print(
-                f"sculpt: error: {type(error).__name__}: {said}. This is a bug in sculpt; run again with --traceback to see where.",
+                f"sculpt: error: {type(error).__name__}: {why}. This is a bug in sculpt; run again with --traceback to see where.",
                 file=sys.stderr,
             )
             return 1
     return 0
 
 
+def _quiet() -> None:
+    """What other libraries log about themselves is no message of this command; nor are their bars where nobody is looking."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="sculpt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Compose pretrained diffusion models and GFlowNets when you sample from them.",
         epilog="start with\n  sculpt demo\nand go on with\n  sculpt inspect FOLDER\n  sculpt sample --help",
     )
     parser.add_argument("--version", action="version", version=f"sculpt {VERSION}")
-    parser.set_defaults(run=None, stopped=lambda _: "Nothing was written.")
+    parser.set_defaults(run=None, words={}, stopped=lambda _: "Nothing was written.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (demo, sample, fit, distill, molecules, inspect):
         command.add(commands)

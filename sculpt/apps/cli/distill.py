@@ -16,6 +16,7 @@ from sculpt.apps.cli.options import (
     load_models,
     make_road,
     named_paths,
+    stopped_training,
 )
 from sculpt.apps.cli.sample import check_road
 from sculpt.apps.formulas import TextFormula
@@ -58,7 +59,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--steps", type=count, help="of training (default: what suits the family)")
     parser.add_argument("--learning-rate", type=float, metavar="RATE", help="at its highest (default: what suits the family)")
     parser.add_argument("--samples", type=count, help="how many of the road's to learn from")
-    parser.set_defaults(run=_run, stopped=lambda o: f"The same command continues from the last checkpoint in {o.output}.")
+    parser.set_defaults(run=_run, stopped=stopped_training)
 
 
 def _run(options: argparse.Namespace) -> None:

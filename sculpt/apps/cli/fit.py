@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sculpt.apps.cli.options import add_command, add_models, count, load_models
+from sculpt.apps.cli.options import add_command, add_models, count, load_models, stopped_training
 
 __all__ = ["add", "curve"]
 
@@ -41,7 +41,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--steps", type=count, help="of training (default: 4000)")
     parser.add_argument("--batch-size", type=count, help="finished samples per model and step (default: 256)")
     parser.add_argument("--samples", type=count, help="how many to draw from each model to learn from")
-    parser.set_defaults(run=_run, stopped=lambda o: f"The same command continues from the last checkpoint in {o.output}.")
+    parser.set_defaults(run=_run, stopped=stopped_training)
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -15,10 +15,14 @@ from sculpt.apps.cli.options import (
     count,
     make_road,
     named_paths,
+    near,
+    new_folder,
 )
 from sculpt.apps.cli.shards import add_shards, own_device, row, sharded, write_shards
-from sculpt.apps.demos.common import PRETRAINED
+from sculpt.apps.cli.words import said
 from sculpt.apps.formulas import TextFormula
+from sculpt.shipped import CLONE
+from sculpt.shipped import shelf as fetched
 
 if TYPE_CHECKING:
     from sculpt.classifier.guide import Guide
@@ -99,7 +103,7 @@ def add(commands: Any) -> None:
     )  # fmt: skip
     add_shards(parser, "molecules")
     add_device(parser, "molecules")
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, words={"beta": "--beta"})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -123,10 +127,12 @@ def _run(options: argparse.Namespace) -> None:
         needs("pyarrow", "A folder of shards")
     else:
         check_output(Path(options.output))
+    # The weights of seh may be missing: that is told when all else is right.
+    reward_functions([name for name in rewards or () if name != "seh"])
     given = classifier_folder(options.classifier) if options.classifier else None
 
     composition = formula.compose(_models(options, folders, conditions))
-    reward_functions(rewards)  # may fetch weights, or warn that it cannot
+    reward_functions(rewards)
     road, whence = None, ""
     if not formula.is_one_model:
         classifier, whence = _classifier(options, composition, given, list(folders.values()))
@@ -166,8 +172,10 @@ def _write(options: argparse.Namespace, model: BaseModel, road: Road | None, rew
 
     generator = torch.Generator().manual_seed(options.seed)
     samples: Any = model.sample(options.n, road, batch_size=options.batch_size, generator=generator)
+    made = new_folder(Path(options.output))
     samples.save(options.output, rewards)
-    print(f"{samples.diagnostics}\n{row('classifier', whence)}{samples.summary(rewards)}\nwrote {options.output}")
+    told = f"{samples.diagnostics}\n{row('classifier', whence)}{samples.summary(rewards)}"
+    print(f"{said(told)}\nwrote {options.output}{made}")
 
 
 def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dict[str, float]]:
@@ -196,8 +204,9 @@ def _conditions(given: Sequence[str], folders: dict[str, Path]) -> dict[str, dic
 
 
 def _shelves(part: str) -> list[Path]:
-    """Where shipped models are: below the working directory, and beside the package."""
-    return [Path("pretrained") / part, PRETRAINED / part]
+    """Where shipped models are: below the working directory and beside the package, or else fetched."""
+    here = [path for path in (Path("pretrained") / part, CLONE / part) if path.is_dir()]
+    return here or [fetched(part)]
 
 
 def _folders(names: Sequence[str], given: Sequence[str], part: str) -> dict[str, Path]:
@@ -208,13 +217,13 @@ def _folders(names: Sequence[str], given: Sequence[str], part: str) -> dict[str,
         raise ValueError(f"--model {unused[0]}: the formula names {', '.join(names)} only.")
     folders = {}
     for name in names:
-        shipped = [shelf / name for shelf in _shelves(part) if (shelf / name / "config.json").is_file()]
+        around = [] if name in paths else _shelves(part)
+        shipped = [shelf / name for shelf in around if (shelf / name / "config.json").is_file()]
         if name not in paths and not shipped:
-            found = {path.parent for shelf in _shelves(part) for path in shelf.glob("*/config.json")}
+            found = {path.parent for shelf in around for path in shelf.glob("*/config.json")}
             known = sorted({folder.name for folder in found if kind_of(folder) != "classifier"})
-            where = f"there are {', '.join(known)}" if known else "there is none"
             raise ValueError(
-                f"There is no model {name!r} in pretrained/{part} ({where}). Say where it is: --model {name}=FOLDER."
+                f"There is no model {name!r} in pretrained/{part}: {near(name, known)} For one that is elsewhere: --model {name}=FOLDER."
             )
         folders[name] = locate(paths[name]) if name in paths else shipped[0]
         if kind_of(folders[name]) == "classifier":

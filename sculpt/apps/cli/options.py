@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import keyword
+import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sculpt.apps.formulas import FUNCTIONS
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from sculpt.roads import Road
 
 __all__ = [
+    "OneLine",
     "add_classifier",
     "add_command",
     "add_device",
@@ -29,8 +32,19 @@ __all__ = [
     "load_models",
     "make_road",
     "named_paths",
+    "near",
+    "new_folder",
     "seed",
+    "stopped_training",
 ]
+
+
+class OneLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, as those of the commands are."""
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument ([^:]+):", lambda found: f"{found[1].split('/')[-1]}:", message)
+        self.exit(2, f"sculpt: error: {message}. All options: {self.prog} --help.\n")
 
 
 def count(text: str) -> int:
@@ -60,7 +74,7 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """The options that :func:`load_models` reads."""
     parser.add_argument(
         "--model", action="append", required=True, metavar="NAME=PATH",
-        help="a base model: a folder, or a Hub id (owner/name); repeat",
+        help="a base model: a folder, a Hub id (owner/name), or what is shipped (sculpt/digits-cyan); repeat",
     )  # fmt: skip
     parser.add_argument(
         "--with", dest="condition", action="append", default=[], metavar="[NAME.]KEY=VALUE",
@@ -157,6 +171,10 @@ def device(options: argparse.Namespace) -> str:
     import torch
 
     chosen = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {chosen}: torch {torch.__version__} sees no CUDA device here. Leave it out, or pass --device cpu."
+        )
     try:
         found = torch.empty(0, device=chosen).device.type
     except Exception as error:  # each kind of device has its own
@@ -164,6 +182,30 @@ def device(options: argparse.Namespace) -> str:
     if found == "meta":
         raise ValueError("--device meta holds no numbers. Pass cpu, cuda, cuda:1 or mps.")
     return chosen
+
+
+def near(name: str, known: Sequence[str]) -> str:
+    """What may have been meant, or all that there is."""
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"there are {', '.join(known)}." if known else "there is none."
+
+
+def new_folder(output: Path) -> str:
+    """What to add to the message that a file was written: that its folder was made for it. Ask before it is."""
+    return "" if output.parent.is_dir() else f" (and made the folder {output.parent})"
+
+
+def stopped_training(options: argparse.Namespace) -> str:
+    """What is true after an interruption: the state that the folder keeps, if it keeps one."""
+    from sculpt.resuming import saved_step
+
+    steps = [saved_step(Path(options.output) / part) for part in ("field", "training")]
+    if (step := next((step for step in steps if step is not None), None)) is None:
+        return "No state was saved yet: the same command begins anew."
+    of = " of the field" if steps[0] is not None else ""
+    return f"The same command continues from step {step:,}{of}, the last that {options.output} keeps."
 
 
 def conditions(pairs: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:

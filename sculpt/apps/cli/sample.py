@@ -15,8 +15,10 @@ from sculpt.apps.cli.options import (
     load_models,
     make_road,
     named_paths,
+    new_folder,
 )
 from sculpt.apps.cli.shards import add_shards, own_device, sharded, write_shards
+from sculpt.apps.cli.words import said
 from sculpt.apps.formulas import TextFormula
 
 __all__ = ["add", "check_road"]
@@ -107,6 +109,7 @@ def _run(options: argparse.Namespace) -> None:
     if sharded(options):
         write_shards(options, composition, road)
         return
+    made = new_folder(output)
     samples = composition.sample(
         options.n,
         road,
@@ -115,7 +118,7 @@ def _run(options: argparse.Namespace) -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     samples.save(output)
-    print(f"{samples.diagnostics}\nwrote {output}")
+    print(f"{said(str(samples.diagnostics))}\nwrote {output}{made}")
 
 
 def check_road(options: argparse.Namespace, formula: TextFormula, names: list[str]) -> None:

@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from sculpt.shipped import CLONE, Missing, shelf
+
 __all__ = ["PRETRAINED", "Clock", "markdown", "modules", "pretrained"]
 
-PRETRAINED = Path(__file__).resolve().parents[3] / "pretrained"
+PRETRAINED = CLONE
 """The shipped models, in a clone of the repository."""
 
 
 def pretrained(part: str, needed: str) -> Path:
-    """The folder of the shipped models of one part of the demo.
+    """The folder of the shipped models of one part of the demo: in the repository, or fetched from the Hub.
 
     Args:
         part: ``"digits"`` or ``"molecules"``.
         needed: what has to be there.
     """
     folder = PRETRAINED / part
-    if not (folder / needed / "config.json").is_file():
-        raise ValueError(f"There is no {needed} in {folder}: the demo runs in a clone of the repository, which brings it.")
-    return folder
+    return folder if (folder / needed / "config.json").is_file() else shelf(part)
 
 
 def modules(folder: Path, *names: str) -> list[ModuleType]:
@@ -36,6 +36,10 @@ def modules(folder: Path, *names: str) -> list[ModuleType]:
         names: of the modules.
     """
     path, own = list(sys.path), {file.stem for file in folder.glob("*.py")}
+    if missing := [name for name in names if name not in own]:
+        raise Missing(
+            f"{folder} has no {missing[0]}.py, which is code and not fetched: this part runs in a clone of sculpt's repository."
+        )
     known = {name: sys.modules.pop(name) for name in own & set(sys.modules)}
     sys.path.insert(0, str(folder))
     try:

@@ -89,16 +89,14 @@ class Diffusion(Denoiser):
         self._split = scheduler.config.get("variance_type") in ("learned", "learned_range") if said is None else said
         self._time = (True, torch.float32)
         self.build()
-        if not is_a(unwrapped(model), "ModelMixin"):
-            self._probe()
+        self._probe()
 
     def _begin(self, model: Any, scheduler: Any, name: str | None, autoencoder: Any, device: Any = None) -> None:
         self.model, self.scheduler, self.schedule = model, scheduler, schedule_of(scheduler)
         self.s_min, self.s_max = self.schedule.s_min, self.schedule.s_max
-        self.autoencoder = autoencoder
+        self.autoencoder, self._device = autoencoder, torch.device(device or "cpu")
         self.name = name or getattr(model, "__name__", type(unwrapped(model)).__name__)
         self._given_name, self._anonymous = name, uuid.uuid4().hex
-        self._device = torch.device(device or "cpu")
 
     def build(self) -> None:
         """Strands of the condition, and of the null condition where there is guidance."""
@@ -122,6 +120,10 @@ class Diffusion(Denoiser):
     def networks(self) -> tuple[nn.Module, ...]:
         """All that are called."""
         return tuple(dict.fromkeys(call.network for call in self._calls() if isinstance(call.network, nn.Module)))
+
+    def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        super().place(device, dtype)
+        self._probe()
 
     @property
     def extrapolated(self) -> bool:
@@ -196,15 +198,16 @@ class Diffusion(Denoiser):
         for F in found:
             if F.shape != x.shape:
                 raise ValueError(
-                    f"{self} answered with shape {tuple(F.shape)}, expected {tuple(x.shape)}. If it predicts its variance too, "
-                    "give the scheduler variance_type='learned_range'; otherwise check shape=."
+                    f"{self} answered with shape {tuple(F.shape)}, expected {tuple(x.shape)}. If it predicts its variance too, give the scheduler variance_type='learned_range'; otherwise check shape=."
                 )
         each = iter(found)
         return [stage.total([next(each) for _ in stage.strands]) for stage in stages]
 
     @torch.no_grad()
     def _probe(self) -> None:
-        """See by calling it how the network takes its time."""
+        """See by calling it how a network that is not of diffusers takes its time."""
+        if self.pipeline is not None or is_a(unwrapped(self.model), "ModelMixin"):
+            return
         noise = torch.randn(batched(self.shape), *self.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         t = self.schedule.time(level(min(max(1.0, self.s_min), self.s_max), self.device))
 
@@ -225,7 +228,7 @@ class Diffusion(Denoiser):
         ``class_label``, ``guidance_scale``, ``null_condition``, and the network's keyword tensors.
         """
         if self.pipeline is not None:
-            return self._of(self.pipeline.changed(args, condition), name)
+            return type(self).__new__(type(self))._learn(self.pipeline.changed(args, condition), name)
         if args or {"prompt", "negative_prompt"} & set(condition):
             raise ValueError(
                 f"{self} has no text encoder for prompt={(*args, condition.get('prompt'))[0]!r}. Make it by Diffusion.from_pipeline, or pass the "
@@ -272,9 +275,6 @@ class Diffusion(Denoiser):
                 steps a solver takes is none of the model's business, and left aside.
         """
         return cls.__new__(cls)._learn(PipelineCall(pipe, args, call), name)
-
-    def _of(self, call: PipelineCall, name: str | None) -> Diffusion:
-        return type(self).__new__(type(self))._learn(call, name)
 
     def _learn(self, call: PipelineCall, name: str | None) -> Diffusion:
         learned = learn(call)
@@ -343,7 +343,7 @@ class Diffusion(Denoiser):
         name = name or f"{self.name.partition('[')[0]}[{said or 'plain'}]"
         new = copy.copy(self)
         if self.pipeline is not None and self.pipeline.encoders_adapted:
-            new = self._of(self.pipeline.with_adapters(adapters), name)
+            new = type(self).__new__(type(self))._learn(self.pipeline.with_adapters(adapters), name)
         new.name, new._given_name = name, self._given_name
         new._switches = Switches() if self.pipeline is not None else self._switches.with_adapters(self.model, adapters)
         new._stages = tuple(stage.with_adapters(adapters) for stage in new._stages)

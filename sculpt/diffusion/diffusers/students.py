@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sculpt.bars import bar
 from sculpt.checks import check_whole, real, whole
 from sculpt.classifier.guide import Guide
 from sculpt.classifier.heads import Classifier
@@ -147,12 +148,10 @@ class DenoisingStudent(Student):
 
     def _draw(self, progress: bool) -> None:
         """Chunks of samples, each with a seed of its own; those of a population count by its share of all."""
-        from tqdm.auto import tqdm
-
         most = self.road.selection.particles if self.road.selection is not None else None
         size = min(self.samples if self.small else CHUNK, most or self.samples)
         x, log_w = [], []
-        for k in tqdm(range(-(-self.samples // size)), f"sampling {self.composition}", disable=not progress, delay=2):
+        for k in bar(range(-(-self.samples // size)), f"sampling {self.composition}", -(-self.samples // size), show=progress):
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + k)
             found = self.composition.sample(size, self.road, steps=self.sample_steps, generator=generator, progress=False)
             x.append(found.x.cpu().float() if self.small else found.x.cpu().half())

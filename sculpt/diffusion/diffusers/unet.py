@@ -76,7 +76,11 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
-        raise ValueError("A composition is not saved as a network: save its base models, and compose them again.")
+        raise ValueError(
+            f"{self.denoiser} is no network with weights of its own, so neither it nor a pipeline around it can be saved. Without it, what a "
+            "pipeline has written of its other parts is of no use. Save the pipelines of the base models, and compose them again; or make one "
+            "network of it: sculpt.distill(composition, checkpoint=folder) writes a folder of diffusers."
+        )
 
     def forward(self, *args: Any, return_dict: bool = True, **options: Any) -> UNet2DOutput | tuple[Any]:
         came, t = self.place.read(args, options)

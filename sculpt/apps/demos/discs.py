@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sculpt import plots
-from sculpt.apps.demos.common import Clock, markdown
+from sculpt.apps.demos.common import Clock, luck, markdown
 from sculpt.classifier.fit import fit
 from sculpt.classifier.heads import Classifier
 from sculpt.composition import Composition, posterior
@@ -115,10 +115,7 @@ class Exact:
 
     def floor(self, n: int, repeats: int = 20) -> float:
         """The error that n draws of an exact sampler have themselves."""
-        generator = torch.Generator().manual_seed(0)
-        draws = torch.multinomial(self.masses.expand(repeats, -1), n, replacement=True, generator=generator)
-        shares = torch.stack([torch.bincount(row, minlength=CELLS**2) for row in draws]) / n
-        return 0.5 * float((shares - self.masses).abs().sum(-1).mean())
+        return luck(self.masses, n, repeats)
 
 
 def log_densities(composition: Composition) -> Callable[[Tensor], Tensor]:

@@ -100,6 +100,7 @@ def _bars(axes: Axes, shares: Mapping[str, tuple[float, float]], named: bool) ->
     axes.bar(at, obtained, 0.55, color=DARK, alpha=0.75, label="obtained")
     axes.bar(at, expected, 0.85, fill=False, edgecolor=INK, linewidth=1.1, label="expected")
     axes.set_xticks(list(at), list(shares))
+    axes.set_xlim(-0.6, max(len(shares), 6) - 0.4)  # a few bars stay slim
     axes.set_ylim(0, 1.15 * max(*expected, *obtained, 0.05))
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.locator_params(axis="y", nbins=4)

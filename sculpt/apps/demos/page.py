@@ -22,7 +22,7 @@ ORDER = ("molecules", "digits", "discs")
 MEANING = {
     "exact": "drawn by rejection: no approximation beside the base samplers and the named judge",
     "sound": "many independent particles carry the weight, or nothing was weighted: take the samples as draws from the target",
-    "thin": "sound, from few draws",
+    "thin": "few base samples lie where the formula does: take many particles",
     "steered": "each sample was steered alone and nothing was selected: the proportions are not the target's",
     "strained": "few independent particles carry the weight: the samples are right, but similar to each other",
     "biased": "the classifier's steering leaves the exact chain: the proportions are roughly right only",

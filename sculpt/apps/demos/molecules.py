@@ -75,7 +75,7 @@ def run(folder: str | Path = "demo", *, n: int = 1000, beta: float = 32, seed: i
 
 def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], n: int, clock: Clock) -> None:
     shown, cells = results[SHOWN], _table(rows, n)
-    plots.save(plots.molecule_density(results), folder / DENSITY)
+    plots.save(plots.molecule_density(results, title="Molecules of the policies and of their composition"), folder / DENSITY)
     shown.draw(12, columns=4, rewards=["seh", "sa"]).save(folder / DRAWN)
     shown.save(folder / "molecules.smi")
     replace_file(folder / "molecules.md", (markdown(cells) + "\n").encode())

@@ -106,8 +106,8 @@ def publish(folder: Path, part: Part, clock: Clock) -> Path:
 
 def _section(part: Part, clock: Clock) -> str:
     figures = "\n".join(
-        f'<figure><h3>{escape(shown.title)}</h3><a href="{escape(shown.file)}"><img src="{escape(shown.file)}" alt="{escape(shown.alt)}">'
-        f"</a><figcaption>{escape(shown.caption)}</figcaption></figure>"
+        f'<figure><a class="wide" href="{escape(shown.file)}"><img src="{escape(shown.file)}" alt="{escape(shown.alt)}"></a>'
+        f"<figcaption><b>{escape(shown.title)}.</b> {escape(shown.caption)}</figcaption></figure>"
         for shown in part.pictures
     )
     words = "".join(f"<dt>{_cell(level)}</dt><dd>{escape(meaning)}</dd>" for level, meaning in meanings(part.cells))
@@ -151,10 +151,12 @@ h1 { font-size: clamp(1.7rem, 4vw, 2.4rem); line-height: 1.2; margin: 0 0 .6rem;
 h2 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .5rem; } h3 { font-size: 1rem; margin: 0 0 .5rem; }
 a, nav a { color: var(--accent); } nav a { margin-right: 1.2rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: clamp(1rem, 3vw, 1.75rem); margin: 1.5rem 0; }
-figure { margin: 1.25rem 0; } figcaption, .small { color: var(--soft); font-size: .88rem; }
-img { display: block; width: 100%; height: auto; background: #fff; border-radius: 8px; padding: .5rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
-th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+figure { margin: 1.25rem 0; } figcaption { margin-top: .4rem; }
+figcaption, .small { color: var(--soft); font-size: .88rem; } figcaption b { color: var(--ink); }
+img { display: block; width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: 8px; padding: .5rem; }
+.wide { display: block; overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; }
+td { min-width: 4.2rem; } th { white-space: nowrap; }
 th:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: .5rem 0; } dd { margin: 0; }
 .good { color: var(--good); } .careful { color: var(--careful); } .bad { color: var(--bad); }

@@ -51,12 +51,18 @@ def density2d(values: Tensor, half_width: float, title: str = "") -> Figure:
     return figure
 
 
-def points2d(x: Tensor, title: str = "") -> Figure:
-    """Samples x in the plane, below a ``title``: a heat map where they are integers (the cells of a grid), else points."""
+def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Figure:
+    """Samples in the plane: a heat map where they are integers (the cells of a grid), else points.
+
+    Args:
+        x: the samples ``(n, 2)``.
+        title: above them.
+        half_width: of points, show the square of side ``2 * half_width`` around the origin; by default the least that has all.
+    """
     figure, axes = one(3.4, 3.6, title)
     x = x.cpu()
     if x.is_floating_point():
-        half_width = 1.05 * float(x.abs().max().clamp(min=1e-6))
+        half_width = half_width or 1.05 * float(x.abs().max().clamp(min=1e-6))
         size = min(9.0, max(0.5, 4000 / len(x)))
         axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=size, color=DARK, alpha=0.5, linewidths=0)
         axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal")

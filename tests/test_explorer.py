@@ -151,7 +151,7 @@ def test_a_classifier_opens_the_guided_roads():
     view = explorer([p, q], classifier)
     assert [road for _, road in view.road.options] == ["guided", "corrected", "tracked", "rejection"]
     assert len(view.labels) == 2
-    for road in ("corrected", "guided"):
+    for road in ("guided", "corrected"):
         view.road.value = road
         run = ended(view)
         assert run.samples.diagnostics.road.startswith("classifier")
@@ -669,7 +669,8 @@ def serve(tmp_path):
         own = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
         lab = ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
         environment = os.environ | {name: str(tmp_path / name) for name in (*own, *lab)}
-        environment["PYTHONPATH"] = str(Path(sculpt.__file__).parents[1])
+        paths = [str(Path(sculpt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         with open(tmp_path / "log", "w") as log:
             command = [sys.executable, "-m", program, "--no-browser", f"--port={port}", *options]
             servers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))

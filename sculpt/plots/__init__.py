@@ -82,6 +82,7 @@ def compare2d(
     outlines: Mapping[str, Tensor] | None = None,
     title: str = "",
     bins: int = 42,
+    own_scale: bool = False,
 ) -> Figure:
     """Samples beside their target, a row for each.
 
@@ -93,6 +94,7 @@ def compare2d(
         outlines: densities by name, drawn as the line where they fall to half of their peak.
         title: above all of them.
         bins: samples are counted on a grid of so many cells a side.
+        own_scale: let each panel have its own scale of colours; by default a row shares that of its first density.
     """
     side = 1.75
     size = side * len(columns) + 0.45, (side + 0.3) * len(rows) + (0.65 if title else 0.35)
@@ -101,7 +103,7 @@ def compare2d(
         line = grid[k * len(columns) : (k + 1) * len(columns)]
         # Counts and density share their colours: both are mass per area, and the row's target sets the scale.
         target = next((p for p in (row.get(name) for name in columns) if isinstance(p, Tensor) and _is_density(p)), None)
-        top = None if target is None else 1.15 * float(target.max()) / float(target.mean())
+        top = None if target is None or own_scale else 1.15 * float(target.max()) / float(target.mean())
         for name, axes in zip(columns, line, strict=True):
             panel = row.get(name)
             if panel is None:

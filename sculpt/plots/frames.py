@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -54,7 +55,7 @@ def one(width: float, height: float, title: str) -> tuple[Figure, Axes]:
     """A figure of one panel."""
     figure = empty(width, height)
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, color=INK)
+    axes.set_title(textwrap.fill(title, max(20, round(12 * width))), fontsize=10, color=INK)
     return figure, axes
 
 

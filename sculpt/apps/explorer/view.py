@@ -77,7 +77,7 @@ class View:
             self.odds = [w.FloatLogSlider(**odds, description=f"odds of {name}", **slider) for name in session.given]
         roads = [(text, road) for road, text in ROADS.items()]
         self.road = w.Dropdown(
-            options=roads, value="tracked" if session.classifier is None else "guided", description="road", **knob
+            options=roads, value="tracked" if session.classifier is None else "corrected", description="road", **knob
         )
         self.reasons = w.HTML()
         self.steps = w.IntSlider(value=32, min=4, max=256, step=4, description="steps", **slider)

@@ -633,8 +633,8 @@ circle = sculpt.Diffusion.from_pipeline(pipe, prompt="a red circle", guidance_sc
 sculpt.explore({"a red circle": circle, "a blue square": circle.with_condition(prompt="a blue square")})
 """,
     "texts": """
-binders, makers = (sculpt.load(PRETRAINED / "smiles" / name, beta=16) for name in ("seh", "sa"))
-sculpt.explore([binders, makers])
+seh, sa = (sculpt.load(PRETRAINED / "smiles" / name, prompt=f"<{name}:16>", name=name) for name in ("seh", "sa"))
+sculpt.explore([seh, sa])
 """,
 }
 """What else is explored, after its imports."""

@@ -213,10 +213,13 @@ def _smooth(x: Tensor, y: Tensor, w: Tensor, bins: int = 96) -> Tensor:
 
 
 def _outline(axes: Axes, outlines: Mapping[str, Tensor], half_width: float, named: bool) -> None:
+    from matplotlib.patheffects import withStroke
+
     for name, density in outlines.items():
         axis = (torch.arange(len(density)) + 0.5) / len(density) * 2 * half_width - half_width
         level = [float(density.max()) / 2]
         axes.contour(axis.numpy(), axis.numpy(), density.T.numpy(), level, colors=[FAINT], linewidths=0.6, linestyles="dashed")
         if named:
             x, y = (float((axis * density.sum(side)).sum() / density.sum()) for side in (1, 0))
-            axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
+            said = axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
+            said.set_path_effects([withStroke(linewidth=2, foreground="white")])  # to be read on dark ground

@@ -119,7 +119,7 @@ def beside(samples: Samples, alone: Mapping[str, Samples], exact: bytes | None, 
         if _plane(samples):
             shown.append((name, "png", plots.png(plots.points2d(own.x[:, :2].float(), half_width=half_width))))
         else:
-            shown.append((name, *own.picture(16)))
+            shown.append((name, *own.picture(4 if hasattr(own, "smiles") else 16)))
     return shown
 
 

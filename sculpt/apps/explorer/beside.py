@@ -119,7 +119,8 @@ def beside(samples: Samples, alone: Mapping[str, Samples], exact: bytes | None, 
         if _plane(samples):
             shown.append((name, "png", plots.png(plots.points2d(own.x[:, :2].float(), half_width=half_width))))
         else:
-            shown.append((name, *own.picture(4 if hasattr(own, "smiles") else 16)))
+            read = hasattr(own, "smiles") or hasattr(own, "text")  # and not looked at: a few will do
+            shown.append((name, *own.picture(4 if read else 16)))
     return shown
 
 

@@ -104,7 +104,7 @@ class View:
         self.image = w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
         self.code = w.Textarea(rows=4, layout=w.Layout(width="98%"))
         caption = self._caption("as code: it gives the samples above again")
-        looks = [self.image, self.text, self.verdict, self.others, self.rows, self.diagnostics]
+        looks = [self.image, self.text, self.verdict, self.rows, self.others, self.diagnostics]
         self.result = w.VBox([*looks, caption, self.code, self.copy], layout=w.Layout(display="none"))
         return [self.bar, self.status, self.preview, self.result]
 

@@ -1,25 +1,65 @@
 """The demos: what they write and print, and that their exact models are exact. Those of shipped models are tested with the models."""
 
+import math
+import re
 import sys
 
 import pytest
 import torch
 
-from sculpt.apps.demos.common import PRETRAINED, markdown, modules, pretrained
+from sculpt.apps.demos.common import PRETRAINED, Clock, luck, markdown, modules, pretrained
 from sculpt.apps.demos.discs import discs, run
+from sculpt.apps.demos.page import MEANING, Part, Shown, meanings, publish
+from sculpt.diagnostics import LEVELS
 from sculpt.shipped import Missing
 
 
 def test_the_demo_of_discs_writes_its_picture_and_its_table(tmp_path, capsys):
     rows = run(tmp_path, n=200, fit_steps=10, samples=500)
     assert {row["road"] for row in rows} == {"guided", "corrected", "tracked", "rejection"}
-    assert len(rows) == 12
+    assert len(rows) == 10
     for row in rows:
         assert 0 < row["error"] < (0.8 if row["road"] in ("guided", "corrected") else 1.4 * row["floor"] + 0.1)
         assert row["road"] in ("guided", "corrected") or abs(row["log_z"] - row["exact_log_z"]) < 0.5
         assert row["verdict"] == "exact" or row["road"] != "rejection"
-    assert (tmp_path / "compositions.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "table.md").read_text().strip() in capsys.readouterr().out
+    picture = "discs-beside-the-exact-answer.png"
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "discs.md").read_text().strip() in capsys.readouterr().out
+    assert f'src="{picture}"' in (tmp_path / "index.html").read_text()
+
+
+def part(name, headline):
+    shown = Shown(f"{name}.png", "a & b", "read it <so>", "what there is")
+    return Part(name, headline, "what was done", [shown], [["", "verdict"], ["a - b", "sound"]], "a note", "import sculpt")
+
+
+def test_the_page_has_the_last_run_of_every_part_and_the_best_first(tmp_path):
+    for name, headline in (("discs", "the run before"), ("discs", "<!-- end --> second"), ("molecules", "third")):
+        path = publish(tmp_path, part(name, headline), Clock())
+    page = path.read_text()
+    assert path.name == "index.html" and "the run before" not in page
+    assert 0 < page.index("third") < page.index("&lt;!-- end --&gt; second")
+    assert page.count("<section") == page.count("</section>") == 2
+    assert "a &amp; b" in page and "read it &lt;so&gt;" in page and '<b class="good">sound</b>' in page
+    sources, targets = re.findall(r'src="([^"]+)"', page), re.findall(r'href="([^"]+)"', page)
+    assert sources == ["molecules.png", "discs.png"]  # beside the page, nothing from the web
+    assert targets == ["#molecules", "#discs", *sources]
+    assert re.findall(r'<section id="(\w+)"', page) == ["molecules", "discs"]
+    assert all(re.search(r'alt="[^"]+"', image) for image in re.findall("<img[^>]*>", page))
+
+
+def test_every_verdict_is_explained_where_it_stands():
+    assert set(MEANING) == set(LEVELS)
+    assert meanings([["", "verdict"], ["x", "strained"], ["y", "sound"], ["z", ""]]) == [
+        (level, MEANING[level]) for level in ("sound", "strained")
+    ]
+
+
+def test_luck_is_the_mean_error_of_exact_draws():
+    """Of two kinds at one half, n draws miss by E|B/n - 1/2| for a binomial B, whose closed form is C(n, n/2) / 2^(n + 1)."""
+    n = 10
+    assert luck(torch.tensor([0.5, 0.5]), n, 4000) == pytest.approx(math.comb(n, n // 2) / 2 ** (n + 1), rel=0.05)
+    assert luck(torch.tensor([1.0, 0.0]), n) == 0
 
 
 def test_the_models_of_the_demo_are_exact():
@@ -80,5 +120,5 @@ def test_the_demo_of_molecules_compares_both_roads_with_the_policies(tmp_path, c
     assert min(row["high all"] for row in fragments) > 0.8
     assert 40 <= len((tmp_path / "molecules.smi").read_text().splitlines()) <= 50  # a few strings are no molecules
     assert (tmp_path / "molecules.md").read_text().strip() in capsys.readouterr().out
-    for name in ("molecules.png", "molecules-density.png"):
+    for name in ("molecules-bind-and-can-be-made.png", "molecules-scores-before-and-after.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -64,10 +64,15 @@ def test_the_demo_shows_models_and_compositions(tmp_path, capsys):
     from sculpt.apps.demos.digits import run
 
     rows = run(tmp_path, n=4, steps=4)
-    assert [row["labels"] for row in rows][:4] == [None, None, None, (1, 0)]
-    assert all(0 <= row["asked"] <= 1 for row in rows)
-    assert rows[5]["exact"] == "cyan 0 100.0 %"
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["labels"] for row in rows] == [None, None, None, (1, 0, 2), (1, 2), (1, 0), (0, 0, 0), (1, 1, 1)]
+    for row in rows:
+        expected, obtained = (sum(both[k] for both in row["shares"].values()) for k in (0, 1))
+        assert expected == pytest.approx(1) and obtained == pytest.approx(1)
+        assert 0 <= row["misplaced"] <= 1 and 0 <= row["luck"] < 1
+    assert rows[3]["shares"]["cyan 0"][0] == pytest.approx(1)
+    for name in ("digits-base-models.png", "digits-composed.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert f'src="{name}"' in (tmp_path / "index.html").read_text()
     assert (tmp_path / "digits.md").read_text().strip() in capsys.readouterr().out
 
 

@@ -6,6 +6,7 @@ The browser tests need ``apt-get install chromium`` and ``pip install voila jupy
 
 import importlib.util
 import inspect
+import math
 import os
 import re
 import shutil
@@ -22,8 +23,10 @@ import torch
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt.apps.demos.discs import discs
+from sculpt import exact
+from sculpt.apps.demos.discs import HALF_WIDTH, Exact, discs, log_densities
 from sculpt.apps.explorer import Notice
+from sculpt.apps.explorer.beside import known, so_far
 from sculpt.apps.explorer.session import Session, Settings
 from sculpt.apps.explorer.view import View
 from sculpt.chain import Progress
@@ -42,7 +45,7 @@ def explorer(models, classifier=None, n=20, steps=4):
         view = View(Session(models, classifier, inspect.currentframe().f_back.f_locals))
     finally:
         Session.start = start
-    view.live.value = False
+    view.live.value = view.beside.value = False
     view.n.value, view.steps.value = n, steps
     view.live.value = True
     return view
@@ -108,7 +111,7 @@ def test_labels_and_odds_mean_what_they_say():
         ((0, 1), None): p & q,
         ((1, 1), None): q - p,
         ((0, 1), (0.3, 0.7)): sculpt.harmonic_mean(p, q, odds=0.3),
-        ((1, 1), (0.3, 0.7)): sculpt.contrast(q, p, odds=0.7),
+        ((1, 1), (0.3, 0.7)): sculpt.contrast(q, p, odds=0.3),  # the first operand's, as the function has it
         ((0, 0, 1), (0.3, 0.7)): sculpt.posterior([p, q], (0, 0, 1), odds=0.3),
     }
     for (labels, odds), target in targets.items():
@@ -148,14 +151,18 @@ def test_a_classifier_opens_the_guided_roads():
     view = explorer([p, q], classifier)
     assert [road for _, road in view.road.options] == ["guided", "corrected", "tracked", "rejection"]
     assert len(view.labels) == 2
-    for road in ("corrected", "guided"):
+    for road in ("guided", "corrected"):
         view.road.value = road
         run = ended(view)
         assert run.samples.diagnostics.road.startswith("classifier")
         correct = ", correct=True" if road == "corrected" else ""
         assert f".sample(20, sculpt.Guided(classifier{correct}), generator=" in run.code
         assert torch.equal(run.samples.x, again(run.code, p=p, q=q, classifier=classifier).x)
+    assert view.odds[0].disabled and "odds cannot be turned here" in view.reasons.value
+    view.road.value = "tracked"
+    assert not view.odds[0].disabled
     view.odds[0].value = 0.3
+    assert "odds=0.3" in ended(view).code
     assert "need a classifier that takes them" in view.reasons.value
     assert "guided" not in [road for _, road in view.road.options]
 
@@ -227,9 +234,119 @@ def test_models_in_a_list_and_by_name_are_unpacked_in_the_code():
     assert torch.equal(view.shown.samples.x, again(view.code.value, models=models).x)
     named = dict(zip(("a model", "lambda"), models, strict=True))
     view = explorer(named)
-    assert view.session.names == ["a_model", "p_lambda"]
+    assert view.session.names == ["a_model", "p_lambda"] and view.session.given == ["a model", "lambda"]
+    assert [name for name, _ in view.labels[0].options] == ["a model", "lambda"]
     view.go.click()
+    ended(view)
+    assert "samples of a model &amp; lambda" in view.status.value
     assert torch.equal(ended(view).samples.x, again(view.code.value, named=named).x)
+
+
+def test_the_slider_is_of_the_first_operand_and_says_so():
+    p, q = grid()
+    view = explorer([p, q])
+    for labels, operand in (((0, 1), "p"), ((1, 0), "q"), ((1, 1), "q"), ((0, 0), "p")):
+        view.labels[0].value, view.labels[1].value = labels
+        assert view.odds[0].description == f"odds α of {operand}"
+    view.labels[0].value, view.labels[1].value, view.odds[0].value = 1, 1, 0.1
+    assert "sculpt.contrast(q, p, odds=0.1)" in ended(view).code
+
+
+def test_the_code_box_has_room_for_every_line():
+    view = explorer(grid())
+    view.odds[0].value = 0.3
+    ended(view)
+    lines = view.code.value.splitlines()
+    assert len(lines) > 2 and view.code.rows > sum(1 + len(line) // 60 for line in lines)
+
+
+def test_a_verdict_does_not_outlive_its_formula():
+    p, q = grid()
+    view = explorer([p, q])
+    view.tabs.selected_index = 1
+    ended(view)
+    assert "sound" in view.verdict.value
+    view.formula.value = "p & nobody"
+    assert "no such model" in view.reasons.value and not view.verdict.value and not view.diagnostics.value
+    view.formula.value = "q & p"
+    ended(view)
+    assert "sound" in view.verdict.value
+
+
+# ---------------------------------------------------------------------------------------------------- what stands beside it
+
+
+def test_the_exact_answer_and_the_base_models_of_the_formula_stand_beside_samples_of_a_grid():
+    p, q, r = grid(3)
+    session = Session([p, q, r], None, {"p": p, "q": q, "r": r})
+    run = session.start(Settings(formula="p & q", n=30))
+    assert run.wait(120) and [title for title, *_ in run.beside] == ["exact", "p", "q"]
+    assert all(data.startswith(b"\x89PNG") for *_, data in run.beside)
+    view = explorer([p, q, r])
+    view.beside.value = True  # and two labels of three models are a posterior of all three
+    ended(view)
+    assert view.others.value.count("<img") == 4
+    densities = [exact.terminal_distribution(model) for model in (p, q, r)]
+    inner = exact.target((p & q).formula, densities[:2])
+    found = known([p, q, r], None, 1.0)
+    nested = (p & q) - r
+    target = exact.target(nested.formula, [inner, densities[2]])
+    torch.testing.assert_close(found._log_density(nested, [p, q, r]).exp(), target)
+    torch.testing.assert_close(found._log_density(q, [p, q, r]).exp(), densities[1])
+
+
+def test_densities_that_the_caller_knows_give_the_exact_answer_in_the_plane():
+    models = p, q, r = discs()
+    for composition in (p & q, r - (p | q)):
+        found = known(models, log_densities(p & q & r), HALF_WIDTH)
+        side = math.isqrt(len(found.log_p))
+        density = found._log_density(composition, models).exp().view(side, side)
+        assert float(density.sum()) * (2 * HALF_WIDTH / side) ** 2 == pytest.approx(1)
+        fine = Exact(composition).density
+        assert float((density.max() - fine.max()).abs() / fine.max()) < 0.05
+    assert known(models, None, HALF_WIDTH) is None
+
+
+def test_a_run_shows_what_it_has_so_far(monkeypatch):
+    monkeypatch.setattr("sculpt.apps.explorer.session.LOOK", 0.0)
+    p, q, _ = discs()
+    seen = []
+    run = Session([p, q]).start(Settings(steps=4, n=10, beside=False), lambda run: seen.append(run.preview))
+    assert run.wait(120) and run.state == "done", run.error
+    assert run.preview[0] == "png"
+    last = list(p.run(10, steps=4))[-2]
+    assert so_far(p, last, 5)[0] == "png"
+    one, two = grid()
+    assert so_far(one & two, list((one & two).run(10))[2], 5)[0] == "png"
+    assert so_far(p, Progress("nothing to see"), 5) is None
+
+
+def test_a_preview_stands_in_for_the_samples_until_there_are_new_ones():
+    p, q = grid()
+    view = explorer([p, q])
+    view.go.click()
+    run = ended(view)
+    run.state, run.preview = "working", run.picture
+    view._show(run)
+    assert "<img" in view.preview.value and view.result.layout.display == "none"
+    run.state = "cancelled"
+    view._show(run)
+    assert not view.preview.value and view.result.layout.display == "flex"
+
+
+def test_molecules_and_texts_are_listed():
+    from token_models import recurrent_models
+
+    view = explorer([molecule_model(0, "seh"), molecule_model(1, "sa")])
+    view.go.click()
+    ended(view)
+    for column in ("SMILES", "MW", "logP", "TPSA", "qed", "alerts"):
+        assert f"<th>{column}</th>" in view.rows.value
+    models = recurrent_models(2)
+    view = explorer(models)
+    view.go.click()
+    ended(view)
+    assert "<th>text</th><th>length</th><th>log p: " in view.rows.value and not view.text.value
 
 
 # ---------------------------------------------------------------------------------------------- what it tells of its runs
@@ -489,6 +606,44 @@ def gaussian(mean):
 p, q = (sculpt.Diffusion(gaussian(mean), scheduler, shape=(2,), name=name) for mean, name in ((-1.0, "p"), (1.0, "q")))
 sculpt.explore([p, q])
 """
+KINDS = {
+    "discs": """
+from sculpt.apps.demos.discs import discs, log_densities
+
+p, q, r = discs()
+sculpt.explore({"left disc": p, "right disc": q}, log_p=log_densities(p & q))
+""",
+    "grid": """
+p, q, r = (sculpt.load(PRETRAINED / "grid" / f"circle{i}") for i in (1, 2, 3))
+sculpt.explore([p, q, r], sculpt.load(PRETRAINED / "grid" / "circles"))
+""",
+    "digits": """
+models = {name: sculpt.load(PRETRAINED / "digits" / name) for name in ("cyan", "zero-one", "zero-two")}
+sculpt.explore(models, sculpt.load(PRETRAINED / "digits" / "triple"))
+""",
+    "molecules": """
+seh, sa = (sculpt.load(PRETRAINED / "molecules" / name, beta=32) for name in ("seh", "sa"))
+sculpt.explore([seh, sa])
+""",
+    "prompts": """
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(PRETRAINED / "shapes" / "model")
+circle = sculpt.Diffusion.from_pipeline(pipe, prompt="a red circle", guidance_scale=1.0)
+sculpt.explore({"a red circle": circle, "a blue square": circle.with_condition(prompt="a blue square")})
+""",
+    "texts": """
+seh, sa = (sculpt.load(PRETRAINED / "smiles" / name, prompt=f"<{name}:16>", name=name) for name in ("seh", "sa"))
+sculpt.explore([seh, sa])
+""",
+}
+"""What else is explored, after its imports."""
+IMPORTS = """
+import os
+os.environ["TQDM_DISABLE"] = "1"
+import sculpt
+from sculpt.apps.demos.common import PRETRAINED
+"""
 
 
 def _free_port() -> int:
@@ -502,19 +657,20 @@ def serve(tmp_path):
     """Serves one notebook with a program of Jupyter; gives the server's address."""
     servers = []
 
-    def start(program, *options):
+    def start(program, *options, source=NOTEBOOK):
         if importlib.util.find_spec(program) is None:
             pytest.skip(f"{program} is not installed: pip install {program}")
         import nbformat
 
-        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK.strip())])
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip())])
         notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(notebook, tmp_path / "explore.ipynb")
         address = f"http://127.0.0.1:{(port := _free_port())}"
         own = ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")
         lab = ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
         environment = os.environ | {name: str(tmp_path / name) for name in (*own, *lab)}
-        environment["PYTHONPATH"] = str(Path(sculpt.__file__).parents[1])
+        paths = [str(Path(sculpt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
         with open(tmp_path / "log", "w") as log:
             command = [sys.executable, "-m", program, "--no-browser", f"--port={port}", *options]
             servers.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
@@ -580,7 +736,7 @@ def page(tmp_path, request):
 def seen(page, what):
     """The picture of the samples of a composition, when it is there."""
     page.get_by_text(re.compile(rf"^\d+ samples of {re.escape(what)} in ")).wait_for()
-    return page.locator(".sculpt-explore img").get_attribute("src")
+    return page.locator(".sculpt-explore img").first.get_attribute("src")
 
 
 def second_label(page, name):
@@ -608,7 +764,7 @@ def test_in_voila_a_label_changes_the_samples(serve, page):
     assert "sound" in page.locator(".sculpt-explore").inner_text()
     page.get_by_role("button", name="copy as code").click()
     page.get_by_role("button", name="copied").wait_for()
-    assert "(p - q).sample(500" in page.evaluate("navigator.clipboard.readText()")
+    assert "(p - q).sample(2000" in page.evaluate("navigator.clipboard.readText()")
     # The formula by clicking
     page.get_by_role("tab", name="formula").click()
     seen(page, "p & q")
@@ -620,6 +776,18 @@ def test_in_voila_a_label_changes_the_samples(serve, page):
     start_and_cancel(page)
     page.reload()
     seen(page, "p & q")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_voila_every_kind_of_model_is_shown_with_its_base_models(serve, page, kind):
+    page.goto(serve("voila", "--Voila.ip=127.0.0.1", source=IMPORTS + KINDS[kind]) + "/voila/render/explore.ipynb")
+    page.get_by_text(re.compile(r"^\d+ samples of .* in ")).wait_for()
+    page.locator(".sculpt-explore figcaption").nth(1).wait_for()
+    cut = "nodes => nodes.filter(node => node.scrollWidth > node.clientWidth + 1).map(node => node.innerText)"
+    assert page.locator(".sculpt-explore .widget-label").evaluate_all(cut) == []
+    box = page.locator(".sculpt-explore textarea")
+    assert box.evaluate("node => node.scrollHeight <= node.clientHeight + 1")
 
 
 @pytest.mark.slow

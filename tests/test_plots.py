@@ -55,6 +55,24 @@ def test_a_curve_is_drawn_of_samples_and_of_their_diagnostics():
         assert line.get_ydata().tolist() == [1.0, 0.5, 0.8]
 
 
+def test_shares_stand_beside_their_images():
+    row = {"title": "p", "images": torch.rand(3, 3, 4, 4), "shares": {"a": (0.25, 0.5), "b": (0.75, 0.5)}, "caption": "said"}
+    figure = plots.image_shares([row, row], across=3, title="all")
+    images, bars = figure.axes[2:]
+    assert images.get_title(loc="left") == "p" and [text.get_text() for text in images.texts] == ["said"]
+    assert [bar.get_height() for bar in bars.patches] == [0.5, 0.5, 0.25, 0.75]
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.image_shares([])
+
+
+def test_near_copies_are_left_out_of_a_display():
+    x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    copies = x[[0, 0, 1, 2, 2, 3, 4, 5]] + 1e-3 * torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plots.distinct(copies, 9), copies[[0, 2, 3, 5, 6, 7]])
+    assert torch.equal(plots.distinct(samples(copies), 2), copies[[0, 2]])
+    assert len(plots.distinct(x[[0, 0, 0]], 3)) == 1
+
+
 def test_pictures_of_the_wrong_thing_say_what_was_got():
     with pytest.raises(ValueError, match=r"got \(4, 2\)"):
         plots.image_grid(torch.zeros(4, 2))

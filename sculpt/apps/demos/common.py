@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from sculpt.shipped import CLONE, Missing, shelf
 
-__all__ = ["PRETRAINED", "Clock", "markdown", "modules", "pretrained"]
+__all__ = ["PRETRAINED", "Clock", "luck", "markdown", "modules", "pretrained"]
 
 PRETRAINED = CLONE
 """The shipped models, in a clone of the repository."""
@@ -55,12 +58,17 @@ class Clock:
     """Lines that begin with the seconds since the start."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
+        self.started, self.used = time.monotonic(), time.process_time()
 
     @property
     def seconds(self) -> float:
         """since the start"""
         return time.monotonic() - self.started
+
+    @property
+    def cpu(self) -> float:
+        """seconds of a CPU core since the start, which others on the machine do not change"""
+        return time.process_time() - self.used
 
     def say(self, text: str) -> None:
         """Print what is done next."""
@@ -76,3 +84,17 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     rows = [cells[0], ["-" * width for width in widths], *cells[1:]]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+
+
+def luck(shares: Tensor, n: int, repeats: int = 20) -> float:
+    """The total variation from the target that n draws of an exact sampler have themselves, on average.
+
+    Args:
+        shares: of the target's cells or kinds.
+        n: draws.
+        repeats: of the n draws.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.multinomial(shares.expand(repeats, -1), n, replacement=True, generator=generator)
+    counts = torch.stack([torch.bincount(row, minlength=len(shares)) for row in draws])
+    return 0.5 * float((counts / n - shares).abs().sum(-1).mean())

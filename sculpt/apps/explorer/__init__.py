@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from sculpt import preview
+from sculpt.apps.explorer.beside import LogDensities
 from sculpt.apps.explorer.session import Session
 from sculpt.apps.explorer.view import View
 from sculpt.classifier.guide import Guide
@@ -22,7 +23,10 @@ __all__ = ["Notice", "explore"]
 
 
 def explore(
-    models: BaseModel | Sequence[BaseModel] | Mapping[str, BaseModel] | Any, classifier: Guide | Any | None = None
+    models: BaseModel | Sequence[BaseModel] | Mapping[str, BaseModel] | Any,
+    classifier: Guide | Any | None = None,
+    *,
+    log_p: LogDensities | None = None,
 ) -> View | Notice:
     """Compose models by clicking, in JupyterLab or Voilà: formula, odds, road, steps; samples, diagnostics, and the code for them.
 
@@ -30,11 +34,13 @@ def explore(
         models: two or more base models of one family, or by name, ``{"p": model, "q": model}``. Without names they are called
             as the variables that hold them.
         classifier: of these models, for the guided roads.
+        log_p: of models in the plane whose log-densities are known, from x ``(b, 2)`` to ``(b, m)``: the exact answer is shown beside
+            the samples. Small grids need none.
 
     What is wrong with them stands in the cell instead of the explorer. Needs ipywidgets, ``pip install 'sculpt[notebook]'``.
     """
     try:
-        return View(Session(models, classifier, _scope(inspect.currentframe())))
+        return View(Session(models, classifier, _scope(inspect.currentframe()), log_p))
     except (ImportError, TypeError, ValueError) as error:
         return Notice(str(error))
 

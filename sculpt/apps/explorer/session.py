@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import itertools
-import keyword
 import re
 import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from sculpt.apps.formulas import FUNCTIONS, compose
+from sculpt.apps.explorer.beside import LogDensities, Shown, beside, known, so_far, width_of
+from sculpt.apps.explorer.names import named, variables
+from sculpt.apps.explorer.tables import listed
+from sculpt.apps.formulas import compose
 from sculpt.chain import Progress
 from sculpt.classifier.guide import Guide
 from sculpt.composition import Composition
@@ -38,6 +39,10 @@ ROADS = {
 }
 
 
+LOOK, SHOWN = 0.6, 500
+"""Seconds between two looks at a run that goes on, and how many samples previews and base models have."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is chosen: the observed labels or, instead of them, a formula in text."""
@@ -45,11 +50,13 @@ class Settings:
     labels: tuple[int, ...] = (0, 1)
     formula: str | None = None
     odds: tuple[float, ...] | None = None
-    """one number per model; ``None`` are equal odds"""
+    """one number for each operand of the formula; ``None`` are equal odds"""
     road: str = "tracked"
     steps: int = 32
     n: int = 16
     seed: int = 0
+    beside: bool = True
+    """whether base models, and the exact answer where it is known, are shown beside the samples"""
 
 
 class Run:
@@ -61,6 +68,9 @@ class Run:
         self.progress: Progress | None = None
         self.samples: Samples | None = None
         self.picture: tuple[str, bytes] | None = None
+        self.preview: tuple[str, bytes] | None = None
+        self.beside: list[Shown] = []
+        self.listed = ""
         self.code = self.error = ""
         self.notes: list[str] = []
         self.seconds = 0.0
@@ -82,16 +92,26 @@ class Session:
         models: two or more base models, or by name; or a composition, whose models they are then.
         classifier: of these models, for the guided roads.
         scope: the variables that code for these models may name.
+        log_p: the models' log-densities, where the caller knows them.
     """
 
-    def __init__(self, models: Any, classifier: Any | None = None, scope: Mapping[str, Any] | None = None):
-        values, self.names, self.preamble = _named(models, scope or {})
+    def __init__(
+        self,
+        models: Any,
+        classifier: Any | None = None,
+        scope: Mapping[str, Any] | None = None,
+        log_p: LogDensities | None = None,
+    ):
+        values, self.names, self.given, self.preamble = named(models, scope or {})
         _check(values, classifier)
         self.models: dict[str, BaseModel] = dict(zip(self.names, values, strict=True))
         self.classifier: Guide | None = classifier
-        self.classifier_name = _variables(scope or {}).get(id(classifier), "classifier")
+        self.classifier_name = variables(scope or {}).get(id(classifier), "classifier")
         self.observations = 3 if classifier is None else classifier.observations
         self.shape, self.takes_steps = values[0].shape, values[0].default_steps is not None
+        # Images cost much and points little; what is read has few rows.
+        self.usual = 16 if len(self.shape) == 3 else 2000 if values[0].samples_class is Samples else 200
+        self.log_p, self._alone = log_p, dict[tuple[int, int, int | None], Samples]()
         self.run: Run | None = None
         self._turn = threading.Lock()
 
@@ -105,25 +125,41 @@ class Session:
         """What is to be sampled."""
         return self._read(settings)[1]
 
-    def takes_odds(self, settings: Settings) -> bool:
-        """Odds belong to observed labels: chains of ``&`` or of ``-`` over base models."""
+    def said(self, settings: Settings) -> str:
+        """The composition as a person names it."""
+        given = dict(zip(self.names, self.given, strict=True))
+        return re.sub(r"\w+", lambda word: given.get(word[0], word[0]), self.expression(settings))
+
+    def operands(self, settings: Settings) -> list[str]:
+        """The models of the formula that odds belong to, in its order: chains of ``&`` or of ``-`` over base models have odds."""
         return self._read(settings)[2]
 
-    def _read(self, settings: Settings) -> tuple[str, BaseModel, bool]:
-        """The composition in text, itself, and whether it takes odds."""
+    def refuses_odds(self, settings: Settings) -> str:
+        """Why odds cannot be turned on the road that is chosen; empty where they can."""
+        operands = self.operands(settings)
+        if not operands:
+            return "odds belong to two or more observed labels of base models."
+        turned = replace(settings, odds=(0.3, *[0.7 / (len(operands) - 1)] * (len(operands) - 1)))
+        model = self.composition(turned)
+        reason = self._reason(settings.road, model) if isinstance(model, Composition) else ""
+        return reason and f"odds cannot be turned here: {reason}"
+
+    def _read(self, settings: Settings) -> tuple[str, BaseModel, list[str]]:
+        """The composition in text, itself, and the models that odds belong to."""
         if settings.formula is None:
-            text = _posterior(self.names, settings.labels, settings.odds)
-            return text, compose(text, self.models), len(settings.labels) > 1
+            labels, names = settings.labels, self.names
+            text = _posterior(names, labels, settings.odds)
+            own = [names[labels[0]], names[1 - labels[0]]] if len(names) == len(labels) == 2 else names
+            return text, compose(text, self.models), own if len(labels) > 1 else []
         text = settings.formula.strip()
         model = compose(text, self.models)
         if not _takes_odds(model):
-            return text, model, False
+            return text, model, []
+        own = [next(name for name, known in self.models.items() if known is part) for part in model.models]
         if settings.odds is not None:
-            index = [next(i for i, own in enumerate(self.models.values()) if own is part) for part in model.models]
-            odds = [settings.odds[i] for i in index]
-            text = _posterior([self.names[i] for i in index], model.formula.labels, odds)
+            text = _posterior(own, model.formula.labels, settings.odds)
             model = compose(text, self.models)
-        return text, model, True
+        return text, model, own
 
     def roads(self, settings: Settings) -> dict[str, str]:
         """For every road why it cannot be taken; an empty reason where it can."""
@@ -206,12 +242,15 @@ class Session:
             run.seconds = time.monotonic() - began
             try:
                 run.notify(run)
+                if run.state == "done" and run.settings.beside:
+                    self._look_beside(run)
             finally:
                 run._ended.set()
 
     def _sample(self, run: Run, began: float) -> None:
         """Go through the steps of a run, as long as it is wanted."""
-        run.state, run.code, told = "working", self.code(run.settings), began
+        run.state, run.code, told, next_look = "working", self.code(run.settings), began, began + LOOK
+        model = self.composition(run.settings)
         run.notify(run)
         with contextlib.closing(self.stream(run.settings)) as steps:
             for run.progress in steps:
@@ -219,13 +258,48 @@ class Session:
                     return
                 now = time.monotonic()
                 run.seconds = now - began
+                if now > next_look:
+                    run.preview = so_far(model, run.progress, min(run.settings.n, SHOWN)) or run.preview
+                    next_look = time.monotonic() + max(LOOK, 4 * (time.monotonic() - now))  # a fifth of the time at most
                 if now - told > 0.2:
                     told = now
                     run.notify(run)
         if run.progress is None or run.progress.samples is None:
             raise RuntimeError("the run ended without samples.")
         run.samples = run.progress.samples
-        run.picture = run.samples.picture()
+        run.listed, run.picture = listed(run.samples), run.samples.picture()
+
+    def _look_beside(self, run: Run) -> None:
+        """Sample the base models of the formula alone, each once, and ask for the exact answer. Whatever fails here is left out."""
+        model, settings = self.composition(run.settings), run.settings
+        if not isinstance(model, Composition) or run.samples is None:
+            return
+        models, alone = list(self.models.values()), dict[str, Samples]()
+        with warnings.catch_warnings(), contextlib.suppress(Exception):
+            warnings.simplefilter("ignore")
+            for given, leaf in zip(self.given, models, strict=True):
+                if any(leaf is used for used in model.leaves):
+                    if (found := self._by_itself(leaf, settings, run._stop)) is None:
+                        return
+                    alone[given] = found
+            half_width = width_of(run.samples, alone)
+            answer = known(models, self.log_p, half_width)
+            exact = None if answer is None else answer.picture(model, models)
+            run.beside = beside(run.samples, alone, exact, half_width)
+        if run.beside:
+            run.notify(run)
+
+    def _by_itself(self, leaf: BaseModel, settings: Settings, stop: threading.Event) -> Samples | None:
+        """Samples of a base model, kept for the next time; ``None`` where the run is not wanted any more."""
+        n, steps = min(settings.n, SHOWN), settings.steps if self.takes_steps else None
+        if (key := (id(leaf), n, steps)) not in self._alone:
+            with contextlib.closing(leaf.run(n, steps=steps, generator=torch.Generator().manual_seed(0))) as stream:
+                for progress in stream:
+                    if stop.is_set():
+                        return None
+                    if progress.samples is not None:
+                        self._alone[key] = progress.samples
+        return self._alone[key]
 
 
 def _check(models: Sequence[Any], classifier: Any) -> None:
@@ -261,45 +335,6 @@ def _posterior(names: Sequence[str], labels: Sequence[int], odds: Sequence[float
         function, operator = ("contrast", "-") if labels[0] == labels[1] else ("harmonic_mean", "&")
         if odds is None:
             return f"{names[i]} {operator} {names[j]}"
-        return f"{function}({names[i]}, {names[j]}, odds={round(odds[i] / sum(odds), 6)})"
+        return f"{function}({names[i]}, {names[j]}, odds={round(odds[0] / sum(odds), 6)})"
     models, ending = ", ".join(names), "" if odds is None else f", odds={[round(v, 6) for v in odds]}"
     return f"posterior([{models}], labels={list(labels)}{ending})"
-
-
-# The names of models
-
-
-_TAKEN = ("sculpt", "torch", "samples", *FUNCTIONS)
-"""the words of the code"""
-
-
-def _variables(scope: Mapping[str, Any]) -> dict[int, str]:
-    return {id(value): name for name, value in scope.items() if not name.startswith("_") and name not in _TAKEN}
-
-
-def _named(models: Any, scope: Mapping[str, Any]) -> tuple[list[Any], list[str], list[str]]:
-    """Models, a name for each, and the lines of code that make them known by it."""
-    if isinstance(models, BaseModel):
-        models = list(models.leaves)
-    elif not isinstance(models, Mapping | Sequence) or isinstance(models, str):
-        raise TypeError(f"explore takes a list of base models, or a dictionary of them by name; got {models!r:.200}.")
-    values = list(models.values()) if isinstance(models, Mapping) else list(models)
-    variables = _variables(scope)
-    own = [variables.get(id(model), "") for model in values]
-    if isinstance(models, Mapping):
-        wished = [str(name) for name in models]
-    else:
-        wished = own if all(own) and len(set(own)) == len(own) else [str(model) for model in values]
-    names: list[str] = []
-    for wish in wished:
-        name = re.sub(r"\W", "_", wish)
-        if not name.isidentifier() or keyword.iskeyword(name) or name in _TAKEN:
-            name = f"p_{name}"[:24]
-        candidates = itertools.chain([name], (f"{name}_{k}" for k in itertools.count(2)))
-        names.append(next(candidate for candidate in candidates if candidate not in names))
-    if own == names:
-        return values, names, []
-    whole = variables.get(id(models))
-    if whole is None:
-        return values, names, [f"# {', '.join(names)}: the models that sculpt.explore was given"]
-    return values, names, [f"{', '.join(names)} = {whole}" + ".values()" * isinstance(models, Mapping)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sculpt import preview
@@ -28,6 +29,7 @@ class View:
         self.widgets = w = _ipywidgets()
         self.shown: Run | None = None
         self._quiet = False
+        self._operands: list[str] = []
         left = w.VBox(
             [self._formulas(), *self._knobs()],
             layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px"),
@@ -35,15 +37,15 @@ class View:
         right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px"))
         self.box = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
         self.box.add_class("sculpt-explore")
-        for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed):
+        for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed, self.beside):
             widget.observe(self._changed, names="value")
         self.tabs.observe(self._changed, names="selected_index")
         self._changed()
 
     def _formulas(self) -> Any:
         """The formula: a label for each observation, or operators."""
-        w, names = self.widgets, self.session.names
-        models = [(name, i) for i, name in enumerate(names)]
+        w, names, given = self.widgets, self.session.names, self.session.given
+        models = [(name, i) for i, name in enumerate(given)]
         self.labels = [
             w.ToggleButtons(
                 options=[("none", -1), *models] if k else models, value=k if k < 2 else -1, style={"button_width": "auto"}
@@ -51,8 +53,8 @@ class View:
             for k in range(self.session.observations)
         ]
         self.formula = w.Text(value=f"{names[0]} & {names[1]}", continuous_update=False, layout=w.Layout(width="98%"))
-        words = (*names, "|", "&", "-", "(", ")")
-        self.words = [self._button(word, functools.partial(self._append, word)) for word in words]
+        words = [*zip(given, names, strict=True), *((sign, sign) for sign in "|&-()")]
+        self.words = [self._button(said, functools.partial(self._append, word), tooltip=word) for said, word in words]
         self.back = self._button("⌫", self._erase, tooltip="take the last word back")
         self.clear = self._button("clear", lambda: setattr(self.formula, "value", ""))
         rows = [w.HBox([w.Label(f"y{k + 1}"), label]) for k, label in enumerate(self.labels)]
@@ -66,41 +68,45 @@ class View:
     def _knobs(self) -> list[Any]:
         w, session = self.widgets, self.session
         knob = {"style": {"description_width": "64px"}, "layout": w.Layout(width="98%")}
-        slider = {**knob, "continuous_update": False}
+        # Names may be long: a description as wide as it needs to be is not cut.
+        slider = {"style": {"description_width": "initial"}, "layout": w.Layout(width="98%"), "continuous_update": False}
         if len(session.names) == 2:
             self.odds = [w.FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="odds α", **slider)]
         else:
             odds = {"value": 1.0, "min": -1.5, "max": 1.5, "step": 0.1}
-            self.odds = [w.FloatLogSlider(**odds, description=f"odds {name}", **slider) for name in session.names]
+            self.odds = [w.FloatLogSlider(**odds, description=f"odds of {name}", **slider) for name in session.given]
         roads = [(text, road) for road, text in ROADS.items()]
         self.road = w.Dropdown(
-            options=roads, value="tracked" if session.classifier is None else "guided", description="road", **knob
+            options=roads, value="tracked" if session.classifier is None else "corrected", description="road", **knob
         )
         self.reasons = w.HTML()
         self.steps = w.IntSlider(value=32, min=4, max=256, step=4, description="steps", **slider)
-        images = len(session.shape) == 3  # they cost much, points little
-        self.n = w.IntSlider(value=16 if images else 500, min=1, max=64 if images else 10_000, description="samples", **slider)
+        most = 64 if session.usual == 16 else 10_000
+        self.n = w.IntSlider(value=session.usual, min=1, max=most, description="samples", **slider)
         self.seed = w.BoundedIntText(
             value=0, min=0, max=2**31 - 1, description="seed", style=knob["style"], layout=w.Layout(width="190px")
         )
         self.reseed = self._button("another", lambda: setattr(self.seed, "value", self.seed.value + 1))
         self.live = w.Checkbox(value=True, description="sample when something changes", indent=False)
+        self.beside = w.Checkbox(value=True, description="base models beside the samples", indent=False)
         self.go = self._button("sample", self.start, button_style="primary", icon="play")
         self.stop = self._button("cancel", self.cancel, icon="stop", disabled=True)
         knobs = [*self.odds, self.road, self.reasons, *([self.steps] if session.takes_steps else []), self.n]
-        return [*knobs, w.HBox([self.seed, self.reseed]), self.live, w.HBox([self.go, self.stop])]
+        return [*knobs, w.HBox([self.seed, self.reseed]), self.live, self.beside, w.HBox([self.go, self.stop])]
 
     def _results(self) -> list[Any]:
         """Progress, and what came out, which is hidden until there is something."""
         w = self.widgets
         self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="98%", height="12px", visibility="hidden"))
-        self.status, self.text, self.verdict, self.diagnostics, self.copy = (w.HTML() for _ in range(5))
+        self.status, self.text, self.rows, self.verdict, self.diagnostics, self.others, self.copy, self.preview = (
+            w.HTML() for _ in range(8)
+        )
         self.image = w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
         self.code = w.Textarea(rows=4, layout=w.Layout(width="98%"))
         caption = self._caption("as code: it gives the samples above again")
-        parts = [self.image, self.text, self.verdict, self.diagnostics, caption, self.code, self.copy]
-        self.result = w.VBox(parts, layout=w.Layout(display="none"))
-        return [self.bar, self.status, self.result]
+        looks = [self.image, self.text, self.verdict, self.rows, self.others, self.diagnostics]
+        self.result = w.VBox([*looks, caption, self.code, self.copy], layout=w.Layout(display="none"))
+        return [self.bar, self.status, self.preview, self.result]
 
     def _button(self, text: str, click: Callable[[], Any], **options: Any) -> Any:
         w = self.widgets
@@ -117,16 +123,20 @@ class View:
     @property
     def settings(self) -> Settings:
         """What the widgets say."""
-        odds = tuple(slider.value for slider in self.odds)
-        odds = odds if len(odds) > 1 else (odds[0], 1 - odds[0])
+        odds: tuple[float, ...] | None = None
+        if self._operands and not all(slider.disabled for slider in self.odds):
+            value = {name: slider.value for name, slider in zip(self.session.names, self.odds, strict=False)}
+            alpha = self.odds[0].value
+            odds = (alpha, 1 - alpha) if len(self.odds) == 1 else tuple(value[name] for name in self._operands)
         return Settings(
             labels=tuple(label.value for label in self.labels if label.value >= 0),
             formula=self.formula.value if self.tabs.selected_index == 1 else None,
-            odds=None if max(odds) - min(odds) < 1e-9 else odds,
+            odds=odds if odds and max(odds) - min(odds) > 1e-9 else None,
             road=self.road.value or "tracked",
             steps=self.steps.value,
             n=self.n.value,
             seed=self.seed.value,
+            beside=self.beside.value,
         )
 
     def start(self) -> Run | None:
@@ -149,29 +159,44 @@ class View:
             self.start()
 
     def _check(self) -> bool:
-        """Offer the roads that the formula has; say what is wrong with it, if anything is."""
-        try:
-            reasons = self.session.roads(self.settings)
-            takes_odds = self.session.takes_odds(self.settings)
-        except (TypeError, ValueError) as error:
-            self._explain([str(error)], preview.TONES["bad"])
-            return False
-        possible = [road for road, reason in reasons.items() if not reason]
+        """Offer the roads and the odds that the formula has; say what is wrong with it, if anything is."""
         self._quiet = True
         try:
-            # Options first: a dropdown refuses a value that it does not have.
-            road = self.road.value if self.road.value in possible else next(iter(possible), None)
-            self.road.options, self.road.value = [(ROADS[name], name) for name in possible], road
-            for slider in self.odds:
-                slider.disabled = not takes_odds
+            self._offer_roads()
+            refused = self._offer_odds()
+            reasons = self._offer_roads()  # odds close some
+        except (TypeError, ValueError) as error:
+            self._explain([str(error)], preview.TONES["bad"])
+            # A verdict belongs to a formula: not to this one.
+            self.verdict.value = self.diagnostics.value = ""
+            return False
         finally:
             self._quiet = False
         first: dict[str, str] = {}
         for name, reason in reasons.items():
             first.setdefault(reason, name)
-        lines = [f"{name}: {reason}" for reason, name in first.items() if reason]
-        self._explain(lines + ([] if takes_odds else ["odds belong to two or more observed labels of base models."]))
-        return bool(possible)
+        self._explain([f"{name}: {reason}" for reason, name in first.items() if reason] + ([refused] if refused else []))
+        return not all(reasons.values())
+
+    def _offer_roads(self) -> dict[str, str]:
+        """Put the roads that can be taken into the list; why the others cannot."""
+        reasons = self.session.roads(self.settings)
+        possible = [road for road, reason in reasons.items() if not reason]
+        # Options first: a dropdown refuses a value that it does not have.
+        road = self.road.value if self.road.value in possible else next(iter(possible), None)
+        self.road.options, self.road.value = [(ROADS[name], name) for name in possible], road
+        return reasons
+
+    def _offer_odds(self) -> str:
+        """Switch on the sliders whose models have odds in this formula and on this road; why there are none."""
+        plain, session = replace(self.settings, odds=None), self.session
+        self._operands, refused = session.operands(plain), session.refuses_odds(plain)
+        for name, slider in zip(session.names, self.odds, strict=False):
+            slider.disabled = bool(refused) or (len(self.odds) > 1 and name not in self._operands)
+        if len(self.odds) == 1 and self._operands:
+            given = session.given[session.names.index(self._operands[0])]
+            self.odds[0].description = f"odds α of {given}"
+        return refused
 
     def _explain(self, lines: list[str], color: str = "inherit") -> None:
         text = "<br>".join(map(html.escape, lines))
@@ -193,12 +218,13 @@ class View:
         working = run.state in ("waiting", "working")
         self.stop.disabled = not working
         self.bar.layout.visibility = "visible" if working else "hidden"
+        looking = working and run.preview is not None
+        self.preview.value = preview.embedded(*run.preview) if looking and run.preview else ""
+        self.result.layout.display = "none" if looking or self.shown is None else "flex"
         if working:
             self._show_progress(run)
         elif run.state == "cancelled":
-            still = (
-                "" if self.shown is None else f" The samples are still those of {self.session.expression(self.shown.settings)}."
-            )
+            still = "" if self.shown is None else f" The samples are still those of {self.session.said(self.shown.settings)}."
             self._say(f"Cancelled after {run.seconds:.1f} s.{still}", preview.TONES["careful"])
         elif run.state == "failed":
             self._say(run.error, preview.TONES["bad"])
@@ -219,18 +245,31 @@ class View:
         self.shown, verdict = run, samples.verdict
         self.image.layout.display = "none" if kind == "text" else "block"
         self.image.layout.max_height = "620px" if kind == "svg+xml" else "460px"  # the scores below molecules are small
-        self.text.value = preview.embedded(kind, data) if kind == "text" else ""
+        self.rows.value = run.listed
+        self.others.value = _row(run.beside)
+        self.text.value = preview.embedded(kind, data) if kind == "text" and not run.listed else ""
         if kind != "text":
             self.image.format, self.image.value = kind, data
         self.verdict.value = preview.box(str(verdict), verdict.trust, run.notes)
         self.diagnostics.value = preview.table(samples.diagnostics.rows())
         self.code.value = run.code
+        self.code.rows = 1 + sum(1 + len(line) // 60 for line in run.code.splitlines())  # long lines wrap
         self.copy.value = (
             f'<button class="jupyter-button" style="width: auto" data-code="{html.escape(run.code)}" onclick="{_COPY}">'
             "copy as code</button>"
         )
         self.result.layout.display = "flex"
-        self._say(f"{len(samples)} samples of {self.session.expression(run.settings)} in {run.seconds:.1f} s")
+        self._say(f"{len(samples)} samples of {self.session.said(run.settings)} in {run.seconds:.1f} s")
+
+
+def _row(shown: Sequence[tuple[str, str, bytes]]) -> str:
+    """Pictures side by side, each below its title."""
+    figures = "".join(
+        f'<figure style="margin: 0; flex: 1 1 150px; max-width: 260px"><figcaption style="{preview.SMALL}">{html.escape(title)}</figcaption>'
+        f"{preview.embedded(kind, data, '100%')}</figure>"
+        for title, kind, data in shown
+    )
+    return figures and f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{figures}</div>'
 
 
 def _ipywidgets() -> Any:

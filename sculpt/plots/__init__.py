@@ -5,37 +5,36 @@ Every function returns a matplotlib ``Figure`` that belongs to no window: ``figu
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sculpt.files import replace_file
+from sculpt.plots.frames import DARK, FAINT, INK, Result, colours, frame, heat, one, panels_of, png, save
+from sculpt.plots.images import distinct, image_grid, image_panels, image_shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
     from sculpt.diagnostics import Diagnostics
     from sculpt.samples import Samples
 
-__all__ = ["compare2d", "density2d", "ess_curve", "image_grid", "image_panels", "molecule_density", "png", "points2d", "save"]
-
-INK, FAINT = "#2b2135", "#8c8698"
-
-
-@runtime_checkable
-class _Result(Protocol):
-    """Samples, which this module draws and does not import: they draw themselves with it."""
-
-    diagnostics: Any
-
-    def decode(self) -> Any: ...
+__all__ = [
+    "compare2d",
+    "density2d",
+    "distinct",
+    "ess_curve",
+    "image_grid",
+    "image_panels",
+    "image_shares",
+    "molecule_density",
+    "png",
+    "points2d",
+    "save",
+]
 
 
 @runtime_checkable
@@ -47,26 +46,33 @@ class _Scored(Protocol):
 
 def density2d(values: Tensor, half_width: float, title: str = "") -> Figure:
     """A density on a square grid of side ``2 * half_width``, below its ``title``: ``values[i, j]`` at the i-th x and the j-th y."""
-    figure, axes = _figure(3.2, 3.4, title)
-    _density(axes, values, half_width)
+    figure, axes = one(3.2, 3.4, title)
+    heat(axes, values, half_width)
     return figure
 
 
-def points2d(x: Tensor, title: str = "") -> Figure:
-    """Samples x in the plane, below a ``title``: a heat map where they are integers (the cells of a grid), else points."""
-    (figure, axes), x = _figure(3.4, 3.6, title), x.cpu()
+def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Figure:
+    """Samples in the plane: a heat map where they are integers (the cells of a grid), else points.
+
+    Args:
+        x: the samples ``(n, 2)``.
+        title: above them.
+        half_width: of points, show the square of side ``2 * half_width`` around the origin; by default the least that has all.
+    """
+    figure, axes = one(3.4, 3.6, title)
+    x = x.cpu()
     if x.is_floating_point():
-        half_width = 1.05 * float(x.abs().max().clamp(min=1e-6))
+        half_width = half_width or 1.05 * float(x.abs().max().clamp(min=1e-6))
         size = min(9.0, max(0.5, 4000 / len(x)))
-        axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=size, color="#5b2a86", alpha=0.5, linewidths=0)
+        axes.scatter(x[:, 0].numpy(), x[:, 1].numpy(), s=size, color=DARK, alpha=0.5, linewidths=0)
         axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal")
+        frame(axes)
     else:
         side = int(x.max()) + 1
         counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
-        axes.imshow(counts.T.numpy(), origin="lower", cmap=_cmap(), vmin=0, interpolation="nearest")
+        heat(axes, counts.double(), side / 2)
         axes.set(xticks=range(0, side, -(-side // 8)), yticks=range(0, side, -(-side // 8)))
     axes.set(xlabel="x0", ylabel="x1")
-    _frame(axes)
     return figure
 
 
@@ -78,6 +84,7 @@ def compare2d(
     outlines: Mapping[str, Tensor] | None = None,
     title: str = "",
     bins: int = 42,
+    own_scale: bool = False,
 ) -> Figure:
     """Samples beside their target, a row for each.
 
@@ -89,22 +96,23 @@ def compare2d(
         outlines: densities by name, drawn as the line where they fall to half of their peak.
         title: above all of them.
         bins: samples are counted on a grid of so many cells a side.
+        own_scale: let each panel have its own scale of colours; by default a row shares that of its first density.
     """
     side = 1.75
     size = side * len(columns) + 0.45, (side + 0.3) * len(rows) + (0.65 if title else 0.35)
-    figure, grid = _panels(len(rows) * len(columns), len(columns), size, title)
+    figure, grid = panels_of(len(rows) * len(columns), len(columns), size, title)
     for k, row in enumerate(rows):
         line = grid[k * len(columns) : (k + 1) * len(columns)]
         # Counts and density share their colours: both are mass per area, and the row's target sets the scale.
         target = next((p for p in (row.get(name) for name in columns) if isinstance(p, Tensor) and _is_density(p)), None)
-        top = None if target is None else 1.15 * float(target.max()) / float(target.mean())
+        top = None if target is None or own_scale else 1.15 * float(target.max()) / float(target.mean())
         for name, axes in zip(columns, line, strict=True):
             panel = row.get(name)
             if panel is None:
                 axes.set_axis_off()
             else:
                 values = panel if _is_density(panel) else _counts(panel, half_width, bins)
-                _density(axes, values / values.mean().clamp(min=1e-12), half_width, top)
+                heat(axes, values / values.mean().clamp(min=1e-12), half_width, top)
                 _outline(axes, outlines or {}, half_width, named=row is rows[0] and name == columns[0])
             if row is rows[0]:
                 axes.set_title(name, fontsize=9.5, color=INK, pad=6)
@@ -113,87 +121,16 @@ def compare2d(
     return figure
 
 
-def image_grid(images: Tensor | Samples, columns: int | None = None, title: str = "") -> Figure:
-    """Images edge to edge.
-
-    Args:
-        images: ``(n, c, h, w)`` in [0, 1] with one or three channels, or samples of an image model.
-        columns: images in a row; by default as many as there are rows.
-        title: above them; samples bring their formula.
-    """
-    if isinstance(images, _Result):
-        title = title or images.diagnostics.formula
-    canvas, columns = _tiles(images, columns)
-    width = min(12.0, max(3.0, columns * 0.9))
-    figure, axes = _figure(width, width * canvas.shape[0] / canvas.shape[1] + (0.4 if title else 0.0), title)
-    _picture(axes, canvas)
-    return figure
-
-
-def image_panels(
-    panels: Mapping[str, Tensor | Samples],
-    columns: int = 3,
-    *,
-    across: int = 6,
-    captions: Mapping[str, str] | None = None,
-    title: str = "",
-) -> Figure:
-    """Grids of images side by side, such as base models and what was composed of them.
-
-    Args:
-        panels: images in [0, 1], or samples of image models, by the title of their panel.
-        columns: panels in a row.
-        across: images in a row of each panel.
-        captions: a line for below a panel, by its title.
-        title: above all of them.
-    """
-    if not panels:
-        raise ValueError("There is nothing to draw: pass images by title, {'p': images, ...}.")
-    tiles = {name: _tiles(images, across)[0] for name, images in panels.items()}
-    shape = max(canvas.shape[0] / canvas.shape[1] for canvas in tiles.values())
-    size = 3.0 * columns, (3.0 * shape + 0.5) * math.ceil(len(tiles) / columns) + (0.3 if title else 0.0)
-    figure, grid = _panels(len(tiles), columns, size, title)
-    for axes, (name, canvas) in zip(grid, tiles.items(), strict=False):
-        axes.set_title(name, fontsize=10, color=INK)
-        _picture(axes, canvas)
-        axes.text(
-            0.5, -0.02, (captions or {}).get(name, ""), transform=axes.transAxes, fontsize=8, color=FAINT, ha="center", va="top"
-        )
-    return figure
-
-
-def _tiles(images: Tensor | Samples, columns: int | None) -> tuple[Tensor, int]:
-    """The images on one white canvas ``(height, width, channels)``, and how many stand in a row."""
-    images = images.decode() if isinstance(images, _Result) else images
-    if not (isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3)):
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"Images are shown from tensors (n, 1 or 3, height, width), got {got}. Latents need decode().")
-    n, c, h, w = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    gap = max(1, round(h / 24))
-    canvas = torch.ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
-    for k, image in enumerate(images.detach().float().cpu().clamp(0, 1)):
-        top, left = k // columns * (h + gap), k % columns * (w + gap)
-        canvas[:, top : top + h, left : left + w] = image
-    return canvas.permute(1, 2, 0), columns
-
-
-def _picture(axes: Axes, canvas: Tensor) -> None:
-    axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_axis_off()
-
-
 def ess_curve(diagnostics: Diagnostics | Samples) -> Figure:
     """The effective share of the particles along the way, from samples or their ``diagnostics``. Jumps upwards are resamplings."""
-    diagnostics = diagnostics.diagnostics if isinstance(diagnostics, _Result) else diagnostics
+    diagnostics = diagnostics.diagnostics if isinstance(diagnostics, Result) else diagnostics
     if not (diagnostics.particles and diagnostics.ess):
         raise ValueError(
             f"No particles were weighted on this road ({diagnostics.road or 'unknown'}): there is no curve to draw."
         )
-    figure, axes = _figure(5.0, 2.6, diagnostics.formula)
+    figure, axes = one(5.0, 2.6, diagnostics.formula)
     share = [ess / diagnostics.particles for ess in diagnostics.ess]
-    axes.plot(range(1, len(share) + 1), share, color="#5b2a86", linewidth=1.6)
+    axes.plot(range(1, len(share) + 1), share, color=DARK, linewidth=1.6)
     axes.set(xlim=(1, len(share)), ylim=(0, 1.03))
     axes.set_xlabel("weighting", fontsize=9, color=FAINT)
     axes.set_ylabel("effective share of particles", fontsize=9, color=FAINT)
@@ -231,12 +168,12 @@ def molecule_density(
     tops = [max(1.0, max(float(table[k].quantile(0.999)) for table in tables.values())) for k in (0, 1)]
     columns = columns or min(len(tables), 4)
     size = 2.35 * columns + 0.4, 2.5 * math.ceil(len(tables) / columns) + (0.65 if title else 0.3)
-    figure, grid = _panels(len(tables), columns, size, title, sharex=True, sharey=True)
+    figure, grid = panels_of(len(tables), columns, size, title, sharex=True, sharey=True)
     for axes, (name, (p, q, w)) in zip(grid, tables.items(), strict=False):
-        axes.imshow(_smooth(p / tops[0], q / tops[1], w).T.numpy(), origin="lower", extent=(0, tops[0], 0, tops[1]), cmap=_cmap(),
+        axes.imshow(_smooth(p / tops[0], q / tops[1], w).T.numpy(), origin="lower", extent=(0, tops[0], 0, tops[1]), cmap=colours(),
                     vmin=0, aspect="auto", interpolation="bilinear")  # fmt: skip
         axes.set_title(name, fontsize=10, color=INK, pad=15 if high else 6)
-        _frame(axes)
+        frame(axes)
         if high is not None:
             axes.axvline(high[0], color=FAINT, linewidth=0.7, linestyle="dashed")
             axes.axhline(high[1], color=FAINT, linewidth=0.7, linestyle="dashed")
@@ -248,43 +185,6 @@ def molecule_density(
 
 
 _REWARDS = {"seh": "sEH reward: predicted binding", "sa": "SA reward: ease of synthesis", "qed": "QED: drug-likeness"}
-
-
-def png(figure: Figure) -> bytes:
-    """The bytes of a ``figure`` as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a ``figure`` as a PNG file with this ``path``: all of it or nothing."""
-    replace_file(Path(path), png(figure))
-
-
-def _empty(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state, any backend
-
-    return Figure(figsize=(width, height), dpi=160, layout="constrained")
-
-
-def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
-    """A figure of one panel."""
-    figure = _empty(width, height)
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, color=INK)
-    return figure, axes
-
-
-def _panels(n: int, columns: int, size: tuple[float, float], title: str, **shared: Any) -> tuple[Figure, Sequence[Axes]]:
-    """n panels, row by row; what is left of the last row stays empty."""
-    figure = _empty(*size)
-    grid = figure.subplots(math.ceil(n / columns), columns, squeeze=False, **shared).flatten()
-    for axes in grid[n:]:
-        axes.set_axis_off()
-    if title:
-        figure.suptitle(title, fontsize=12.5, color=INK)
-    return figure, grid[:n]
 
 
 def _is_density(panel: Tensor) -> bool:
@@ -315,36 +215,13 @@ def _smooth(x: Tensor, y: Tensor, w: Tensor, bins: int = 96) -> Tensor:
 
 
 def _outline(axes: Axes, outlines: Mapping[str, Tensor], half_width: float, named: bool) -> None:
+    from matplotlib.patheffects import withStroke
+
     for name, density in outlines.items():
         axis = (torch.arange(len(density)) + 0.5) / len(density) * 2 * half_width - half_width
         level = [float(density.max()) / 2]
         axes.contour(axis.numpy(), axis.numpy(), density.T.numpy(), level, colors=[FAINT], linewidths=0.6, linestyles="dashed")
         if named:
             x, y = (float((axis * density.sum(side)).sum() / density.sum()) for side in (1, 0))
-            axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
-
-
-def _cmap() -> Colormap:
-    """Magma upside down, its pale end faded to white: no density is no ink."""
-    import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap
-
-    share = torch.linspace(0, 1, 256)
-    colors = torch.tensor(matplotlib.colormaps["magma_r"](share.numpy() * 0.92))
-    fade = ((0.18 - share) / 0.18).clamp(0, 1)[:, None]
-    return LinearSegmentedColormap.from_list("magma_white", (colors + (1 - colors) * fade).tolist())
-
-
-def _density(axes: Axes, values: Tensor, half_width: float, top: float | None = None) -> None:
-    extent = (-half_width, half_width) * 2
-    axes.imshow(values.T.numpy(), origin="lower", extent=extent, cmap=_cmap(), vmin=0, vmax=top, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    _frame(axes)
-
-
-def _frame(axes: Axes) -> None:
-    axes.tick_params(labelsize=7, colors=FAINT, length=2)
-    for spine in axes.spines.values():
-        spine.set_color("#d9d4e0")
-        spine.set_linewidth(0.8)
+            said = axes.text(1.75 * x, 1.75 * y, name, fontsize=9, style="italic", color=INK, ha="center", va="center")
+            said.set_path_effects([withStroke(linewidth=2, foreground="white")])  # to be read on dark ground

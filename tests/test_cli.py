@@ -196,6 +196,10 @@ def test_inspect_needs_nothing_else_for_what_is_shipped(capsys, name):
         assert "beta, a number from 0 to 96: --with beta=NUMBER" in out and "one for each value of its condition" in out
         assert cli.main(["inspect", str(PRETRAINED / name), "--with", "beta=32"]) == 0
         assert "beta=32\n" in capsys.readouterr().out
+    if name == "smiles/qed":
+        assert "one of beta=0, 1, 2, 3," in out and "--with beta=0" in out
+        assert cli.main(["inspect", str(PRETRAINED / name), "--with", "beta=32"]) == 0
+        assert "'<qed:32>'" in capsys.readouterr().out
 
 
 def test_a_condition_that_is_missing_is_asked_for_as_an_option(tmp_path, capsys):
@@ -231,7 +235,7 @@ def test_a_name_that_is_almost_right_gets_near_ones_and_no_classifiers(tmp_path,
     error = capsys.readouterr().err
     assert "did you mean sa or seh? For one that is elsewhere: --model sah=FOLDER" in error
     assert cli.main(["molecules", "xyz", "--beta", "32", "-o", str(tmp_path / "x.csv")]) == 2
-    assert "there are qed, sa, seh. For" in capsys.readouterr().err
+    assert "there are prior, qed, sa, seh. For" in capsys.readouterr().err
 
 
 def test_inspect_tells_of_a_policy_too(policies, capsys):

@@ -24,7 +24,7 @@ from sculpt.tokens.sampling import Sampling
 if TYPE_CHECKING:
     from sculpt.tokens.model import Tokens
 
-__all__ = ["TOLD", "conditions", "read", "save", "title", "to_learn", "with_module"]
+__all__ = ["TOLD", "conditions", "known", "read", "save", "title", "to_learn", "with_module"]
 
 TOLD = "sculpt.json"
 
@@ -129,6 +129,12 @@ def title(name: str, options: Mapping[str, Any]) -> str:
 def conditions(folder: Path) -> list[str]:
     """What a folder has to be told to be one distribution, such as ``beta``."""
     return _conditions(_read(folder)) if (folder / TOLD).exists() else []
+
+
+def known(folder: Path) -> list[str]:
+    """The conditions that a folder has prompts for, such as ``beta=32``."""
+    found = _read(folder) if (folder / TOLD).exists() else None
+    return [*found.inside("prompts").found] if _conditions(found) and found is not None else []
 
 
 def _read(folder: Path) -> Entries:

@@ -11,7 +11,7 @@ from sculpt.shipped import Missing
 
 __all__ = ["add"]
 
-PARTS = ("digits", "molecules", "discs")
+PARTS = ("molecules", "digits", "discs")
 
 
 def add(commands: Any) -> None:
@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         help="the main jobs, with pictures and tables (under two minutes)",
-        description="digits: three image models and what is composed of them (in a clone of the repository).\n"
-        "molecules: bind sEH and can be made, from two pretrained policies.\n"
+        description="molecules: bind sEH and can be made, from two pretrained policies.\n"
+        "digits: three image models and what is composed of them (in a clone of the repository).\n"
         "discs: three discs in the plane on every road, each measured against the exact answer.",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")

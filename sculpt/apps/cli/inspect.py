@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> None:
         rows.append(("kind", kind_of(folder)))
         missing = _missing(folder, given)
         loaded = sculpt.load(folder, **(given | missing))
-        rows += [row for row in _about(loaded, missing) if row[1] != ""]
+        rows += [row for row in _about(loaded, missing, folder) if row[1] != ""]
     for path in sorted(folder.rglob("*.safetensors")):
         if "training" not in path.parts:
             sha = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -65,13 +65,18 @@ def _other(folder: Path) -> str | None:
     return kind if isinstance(kind, str) and kind not in ("gflownet", "classifier", "training") else None
 
 
-def _missing(folder: Path, given: dict[str, Any]) -> dict[str, float]:
+def _missing(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     """A value for each condition that a policy wants and was not given: what is told does not depend on it."""
+    from sculpt.tokens.learning import known
+
+    if prompts := [] if "prompt" in given else known(folder):
+        first = dict(part.split("=") for part in prompts[0].split(", "))
+        return {name: value for name, value in first.items() if name not in given}
     names = _config(folder).get("condition")
     return {name: 0.0 for name in names if name not in given} if isinstance(names, list) else {}
 
 
-def _about(loaded: Any, missing: dict[str, float]) -> Iterator[tuple[str, Any]]:
+def _about(loaded: Any, missing: dict[str, Any], folder: Path) -> Iterator[tuple[str, Any]]:
     """What a person wants to know of a classifier, or of a base model of any family."""
     import sculpt
 
@@ -101,7 +106,19 @@ def _about(loaded: Any, missing: dict[str, float]) -> Iterator[tuple[str, Any]]:
         yield "condition", ", ".join(said) or "none"
     elif isinstance(loaded, sculpt.Tokens):
         yield "tokens", f"{loaded.vocabulary.size:,}, up to {loaded.max_length} in a sequence"
-        prompt = loaded.vocabulary.text(loaded.prompt)
+        prompt = "" if missing else loaded.vocabulary.text(loaded.prompt)
         yield "prompt", repr(prompt) if prompt else ""
+        yield "condition", _one_of(folder) if missing else ""
         usual = vars(type(loaded.sampling)())
-        yield "sampling", ", ".join(f"{k}={v}" for k, v in vars(loaded.sampling).items() if v != usual[k])
+        told = {k: f"{len(v)} tokens" if k == "suppress" else v for k, v in vars(loaded.sampling).items() if v != usual[k]}
+        yield "sampling", ", ".join(f"{k}={v}" for k, v in told.items())
+
+
+def _one_of(folder: Path) -> str:
+    """The conditions that a language model has prompts for, and how one is asked for."""
+    from sculpt.tokens.learning import known
+
+    first, *others = known(folder)
+    name = first.partition("=")[0]
+    values = [first, *(key.removeprefix(f"{name}=") if "," not in key else key for key in others)]
+    return f"one of {', '.join(values)}: --with {name}={first.partition('=')[2]}"

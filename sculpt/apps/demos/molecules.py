@@ -1,4 +1,4 @@
-"""``sculpt demo molecules``: drug-like molecules that bind sEH and are easy to make, from two pretrained policies; then trees of fragments."""
+"""``sculpt demo molecules``: molecules that bind sEH and are easy to make, from pretrained policies: trees of fragments, then drug-like ones."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from sculpt.roads import Guided, Road, Tracked
 __all__ = ["run"]
 
 ODDS = 0.01
-"""about e to minus the nats by which seh is further from the prior than sa"""
-SHOWN = "seh & sa, odds .01"
+"""about e to minus the nats by which the drug-like seh is further from the prior than sa"""
+BOTH = "seh & sa"
+LIKE = "drug-like "
 DENSITY, DRAWN = "molecules-scores-before-and-after.png", "molecules-bind-and-can-be-made.png"
 DONE = (
-    "Two pretrained language models of drug-like molecules write SMILES in proportion to a reward: seh those predicted to bind soluble epoxide "
-    "hydrolase, sa those that are easy to make. seh & sa, their harmonic mean, is likely under both, and nothing was trained for it. The same "
-    "for policies that build molecules from fragments, with and without a classifier."
+    "Two pretrained GFlowNets build molecules from fragments in proportion to a reward: seh those predicted to bind soluble epoxide hydrolase, sa "
+    "those that are easy to make. seh & sa, their harmonic mean, is likely under both, and nothing was trained for it; guided is the same by a "
+    "classifier. Drug-like: the same with two language models of SMILES, which start from a prior whose molecules are easy to make already."
 )
 NOTE = (
-    f"High: sEH ≥ {Smiles.high['seh']}, SA ≥ {Smiles.high['sa']} of drug-like molecules; of fragments sEH ≥ {HIGH['seh']}, SA ≥ {HIGH['sa']}, "
-    "as in the paper. Distinct: different molecules among those drawn."
+    f"High: sEH ≥ {HIGH['seh']}, SA ≥ {HIGH['sa']}, as in the paper; of drug-like molecules sEH ≥ {Smiles.high['seh']}, SA ≥ {Smiles.high['sa']}. "
+    "Distinct: different molecules among those drawn."
 )
 MORE = """
 import sculpt
@@ -49,37 +50,38 @@ def run(folder: str | Path = "demo", *, n: int = 1000, beta: float = 64, seed: i
 
     Args:
         folder: where pictures and table go.
-        n: molecules of each.
+        n: molecules of each; of drug-like ones a quarter.
         beta: the exponent of the rewards of drug-like molecules; of fragments it is 32.
         seed: of the samples.
     """
     folder, clock = Path(folder), Clock()
     print(
-        f"Language models of drug-like molecules write SMILES in proportion to prior times reward^{beta:g}: seh those predicted to bind soluble\n"
-        "epoxide hydrolase, sa those that are easy to make. seh & sa, their harmonic mean, is likely under both; odds put the more peaked of\n"
-        "the two in its place. Nothing is retrained. Fragments: the same with GFlowNets that assemble larger molecules, of no prior.\n"
+        "GFlowNets build molecules from fragments in proportion to reward^32: seh those predicted to bind soluble epoxide hydrolase, sa those\n"
+        "that are easy to make. seh & sa, their harmonic mean, is likely under both. Nothing is retrained. Drug-like: the same with language\n"
+        f"models of SMILES, in proportion to prior times reward^{beta:g}; odds put the more peaked of the two in its place.\n"
     )
-    cases = _cases(n, beta)
     results: dict[str, Any] = {}
     rows = []
-    for name, (model, road) in cases.items():
-        clock.say(f"{n:,} molecules of {name}")
+    for name, (model, road) in _cases(n, beta).items():
+        k = n // 4 if name.startswith(LIKE) else n
+        clock.say(f"{k:,} molecules of {name}")
         began = time.monotonic()
-        samples: Any = model.sample(n, road, generator=torch.Generator().manual_seed(seed))
+        samples: Any = model.sample(k, road, generator=torch.Generator().manual_seed(seed))
         seconds, results[name] = time.monotonic() - began, samples
         summary = samples.summary(["seh", "sa"])  # by the marks of its kind: fragments have the paper's
         row = {"name": name, **summary.means, **{f"high {k}": v for k, v in summary.shares.items()}}
-        rows.append(row | {"distinct": summary.distinct, "rate": n / seconds, "verdict": samples.verdict.level if road else ""})
-    _write(folder, results, rows, n, clock)
+        rows.append(
+            row | {"distinct": summary.distinct, "n": k, "rate": k / seconds, "verdict": samples.verdict.level if road else ""}
+        )
+    _write(folder, results, rows, clock)
     return rows
 
 
-def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], n: int, clock: Clock) -> None:
-    shown, cells = results[SHOWN], _table(rows, n)
-    drug_like = {name: result for name, result in results.items() if not name.startswith("fragments")}
-    high = Smiles.high["seh"], Smiles.high["sa"]
-    title = "Molecules of the policies and of their composition"
-    plots.save(plots.molecule_density(drug_like, high=high, title=title), folder / DENSITY)
+def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], clock: Clock) -> None:
+    *_, (drawn, shown) = results.items()
+    cells, title = _table(rows), "Molecules of two policies, and of their composition"
+    panels = {name: results[name] for name in ("seh", "sa", BOTH)}
+    plots.save(plots.molecule_density(panels, title=title), folder / DENSITY)
     shown.draw(12, columns=4, rewards=["seh", "sa"]).save(folder / DRAWN)
     shown.save(folder / "molecules.smi")
     replace_file(folder / "molecules.md", (markdown(cells) + "\n").encode())
@@ -93,13 +95,13 @@ def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], n:
         ),
         Shown(
             DRAWN,
-            f"Twelve molecules of {SHOWN}, as they were drawn",
+            f"Twelve molecules of {drawn}, as they were drawn",
             "The first twelve different ones, not the best. Below each, its two scores.",
             "Structures of twelve molecules with their sEH and SA scores.",
         ),
     ]
-    both = next(row["high all"] for row in rows if row["name"] == SHOWN)
-    headline = f"Molecules that bind and can be made: {both:.0%} score high in both"
+    seh, sa, both = (f"{row['high all']:.0%}" for row in rows[:3])
+    headline = f"Molecules that bind and can be made: {both} score high in both, where the two policies have {seh} and {sa}"
     page = publish(folder, Part("molecules", headline, DONE, pictures, cells, NOTE, MORE), clock)
     print(f"\n{markdown(cells)}\n\n{NOTE}")
     print("\n".join(f"{level}: {meaning}." for level, meaning in meanings(cells)))
@@ -109,22 +111,24 @@ def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], n:
 
 def _cases(n: int, beta: float) -> dict[str, tuple[BaseModel, Road | None]]:
     """What is sampled, by name."""
-    smiles, fragments = pretrained("smiles", "seh"), pretrained("molecules", "seh-sa")
-    seh, sa = (load(smiles / name, beta=beta) for name in ("seh", "sa"))
-    bind, easy = (load(fragments / name, beta=32) for name in ("seh", "sa"))
+    fragments, smiles = pretrained("molecules", "seh-sa"), pretrained("smiles", "seh")
+    seh, sa = (load(fragments / name, beta=32) for name in ("seh", "sa"))
+    bind, easy = (load(smiles / name, beta=beta) for name in ("seh", "sa"))
     return {
         "seh": (seh, None),
         "sa": (sa, None),
-        SHOWN: (harmonic_mean(seh, sa, odds=ODDS), Tracked(particles=2 * n)),
-        "fragments: seh & sa, tracked": (harmonic_mean(bind, easy), Tracked()),
-        "fragments: seh & sa, guided": (harmonic_mean(bind, easy), Guided(load(fragments / "seh-sa"), correct=True)),
+        BOTH: (harmonic_mean(seh, sa), Tracked()),
+        f"{BOTH}, guided": (harmonic_mean(seh, sa), Guided(load(fragments / "seh-sa"), correct="densities")),
+        f"{LIKE}seh": (bind, None),
+        f"{LIKE}sa": (easy, None),
+        f"{LIKE}{BOTH}, odds .01": (harmonic_mean(bind, easy, odds=ODDS), Tracked(particles=n)),
     }
 
 
-def _table(rows: list[dict[str, Any]], n: int) -> list[list[str]]:
+def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
     cells = [["", "mean sEH", "mean SA", "sEH high", "SA high", "both high", "distinct", "verdict", "molecules/s"]]
     for row in rows:
         shares = [f"{row[f'high {name}']:.1%}" for name in ("seh", "sa", "all")]
-        numbers = [f"{row['seh']:.3f}", f"{row['sa']:.3f}", *shares, f"{row['distinct']:,} of {n:,}", row["verdict"]]
+        numbers = [f"{row['seh']:.3f}", f"{row['sa']:.3f}", *shares, f"{row['distinct']:,} of {row['n']:,}", row["verdict"]]
         cells.append([row["name"], *numbers, f"{row['rate']:.0f}"])
     return cells

@@ -586,7 +586,7 @@ def test_what_cannot_be_explored_stands_in_the_cell():
 
 def test_without_ipywidgets_the_cell_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    assert "pip install 'sculpt[notebook]'" in repr(sculpt.explore(grid()))
+    assert "pip install 'compositional-sculpting[notebook]'" in repr(sculpt.explore(grid()))
 
 
 # ------------------------------------------------------------------------------------------------------------- in a browser

@@ -194,6 +194,11 @@ def valid(name: str = "valid") -> Factor:
 
     Args:
         name: of the factor.
+
+    Example:
+        >>> prior = sculpt.load("pretrained/smiles/prior")
+        >>> print(prior * sculpt.molecules.valid())
+        prior · valid
     """
 
     def log_f(smiles: Sequence[str]) -> torch.Tensor:

@@ -19,6 +19,12 @@ class Smiles(Molecules, Texts):
     A molecule has many strings. Densities are over strings: ``log_p``, the weights and log Z speak of them, while tables and
     :meth:`summary` count molecules. Strings that are no molecule are a part of the distribution: they stay among the samples, their SMILES
     is empty, tables leave them out, and the summary says how many there are. ``p * sculpt.molecules.valid()`` forbids them.
+
+    Example:
+        >>> prior = sculpt.load("pretrained/smiles/prior")
+        >>> drawn = prior.sample(3, generator=torch.Generator().manual_seed(0))
+        >>> print(len(drawn.text), len(drawn.smiles), list(drawn.log_p))
+        3 3 ['prior']
     """
 
     columns = ("text", "smiles")

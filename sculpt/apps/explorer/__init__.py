@@ -37,7 +37,7 @@ def explore(
         log_p: of models in the plane whose log-densities are known, from x ``(b, 2)`` to ``(b, m)``: the exact answer is shown beside
             the samples. Small grids need none.
 
-    What is wrong with them stands in the cell instead of the explorer. Needs ipywidgets, ``pip install 'sculpt[notebook]'``.
+    What is wrong with them stands in the cell instead of the explorer. Needs ipywidgets, ``pip install 'compositional-sculpting[notebook]'``.
     """
     try:
         return View(Session(models, classifier, _scope(inspect.currentframe()), log_p))

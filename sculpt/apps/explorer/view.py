@@ -277,7 +277,7 @@ def _ipywidgets() -> Any:
         import ipywidgets
     except ImportError:
         raise ImportError(
-            "The explorer needs ipywidgets, which is not installed here: pip install 'sculpt[notebook]', then restart the kernel. "
+            "The explorer needs ipywidgets, which is not installed here: pip install 'compositional-sculpting[notebook]', then restart the kernel. "
             "Everything else works without it: (p & q).sample(16)."
         ) from None
     return ipywidgets

@@ -45,7 +45,7 @@ samples.save("both.sdf")
 """
 
 
-def run(folder: str | Path = "demo", *, n: int = 1000, beta: float = 64, seed: int = 0) -> list[dict[str, Any]]:
+def run(folder: str | Path = "demo", *, n: int = 600, beta: float = 64, seed: int = 0) -> list[dict[str, Any]]:
     """Sample the policies and their compositions, write pictures and a table, and return the table's rows.
 
     Args:

@@ -19,7 +19,7 @@ help:  ## show this list
 	@echo "make TARGET, where TARGET is"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(READY)  ## molecules, digits, and exact answers in the plane, under two CPU minutes; then open demo/index.html
+demo: $(READY)  ## molecules, digits, and exact answers in the plane, about two CPU minutes; then open demo/index.html
 	@OMP_NUM_THREADS=1 $(BIN)/sculpt demo -o demo
 
 test: $(READY)  ## the tests, without the slow ones

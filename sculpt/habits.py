@@ -13,7 +13,7 @@ from torch import nn
 
 from sculpt import preview
 
-__all__ = ["Habits", "checked", "move", "refuse_words"]
+__all__ = ["Habits", "checked", "here", "move", "refuse_words"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +78,18 @@ def move(networks: Iterable[nn.Module], device: torch.device | None, dtype: torc
         network.to(*where)
 
 
+def here(device: torch.device | str | int) -> torch.device:
+    """A device that was asked for; raise where this machine has none such.
+
+    Args:
+        device: as torch takes it.
+    """
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"torch {torch.__version__} sees no CUDA device here, and {str(found)!r} was asked for. Pass 'cpu'.")
+    return found
+
+
 class Habits:
     """What every model can do because people expect it."""
 
@@ -115,7 +127,7 @@ class Habits:
             raise TypeError(
                 f"Networks compute in floating-point numbers, got {dtype}. Pass torch.float16, torch.bfloat16 or wider."
             )
-        self.place(None if device is None else torch.device(device), dtype)
+        self.place(None if device is None else here(device), dtype)
         return self
 
     def half(self: H) -> H:

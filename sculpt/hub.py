@@ -19,7 +19,7 @@ from sculpt.classifier.heads import Classifier
 from sculpt.diffusion.diffusers.parts import NETWORKS, read_pipeline
 from sculpt.entries import Entries, read_json
 from sculpt.files import settled
-from sculpt.habits import refuse_words
+from sculpt.habits import here, refuse_words
 from sculpt.model import BaseModel
 from sculpt.weights import check_weights
 
@@ -82,6 +82,7 @@ def load(
     refuse_words(condition, ("device", "dtype"), "sculpt.load")
     if "seed" in condition:
         raise TypeError("seed: loading draws nothing. Pass sample(n, generator=torch.Generator().manual_seed(0)).")
+    device = None if device is None else here(device)
     folder = locate(path_or_hub_id)
     kind = kind_of(folder)
     # A snapshot's folder is named by its hash.

@@ -240,11 +240,11 @@ A = ("--model", "a=nowhere/at/all")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sample", "a", *A, "-o", "x.npz", "-n", "²"), "'²' is not a whole number of at least 1"),
-        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 30), "is not a whole number of at least 1, with 18 digits at most"),
-        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 5000), "is not a whole number of at least 1, with 18 digits at most"),
-        (("sample", "a", *A, "-o", "x.npz", "--seed", "-1"), "'-1' is not a whole number of at least 0"),
-        (("demo", "--seed", str(10**30)), "is not a whole number of at least 0"),
+        (("sample", "a", *A, "-o", "x.npz", "-n", "²"), "'²' is no whole number from 1 on"),
+        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 30), "is no whole number from 1 on"),
+        (("sample", "a", *A, "-o", "x.npz", "-n", "9" * 5000), "is no whole number from 1 on"),
+        (("sample", "a", *A, "-o", "x.npz", "--seed", "-1"), "'-1' is no whole number from 0 on"),
+        (("demo", "--seed", str(10**30)), "is no whole number from 0 on"),
         (("sample", "a", *A, "-o", "x.npz", "--device", "nonsense"), "--device nonsense: Expected one of cpu, cuda"),
         (("sample", "a", *A, "-o", "x.npz", "--device", "cuda:99"), "--device cuda:99: "),
         (("sample", "a", *A, "-o", "x.npz", "--device", "meta"), "--device meta holds no numbers"),

@@ -282,7 +282,7 @@ def noisy(name, low, high):
 
 def test_every_two_of_the_pretrained_models_have_to_share_noise_levels():
     wide, low, high = noisy("wide", 0.01, 80.0), noisy("low", 0.01, 1.0), noisy("high", 2.0, 80.0)
-    assert (wide & low) and (wide & high)
+    assert (wide & low).models and (wide & high).models
     message = "(low covers noise levels 0.01 to 1 and high 2 to 80|high covers noise levels 2 to 80 and low 0.01 to 1).* none in common"
     for compose in (
         lambda: wide & low & high,

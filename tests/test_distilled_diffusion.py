@@ -33,7 +33,7 @@ def quick(composition=None, road=None, **options):
     """A second of training: nothing is learned, everything runs."""
     defaults = {"steps": 6, "batch_size": 4, "progress": False, "sample_steps": 4}
     defaults |= {"data": DATA} if road is None else {"samples": 24}
-    return sculpt.distill(composition or P & Q, road, **(defaults | options))
+    return sculpt.distill(P & Q if composition is None else composition, road, **(defaults | options))
 
 
 def same(a, b):

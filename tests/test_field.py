@@ -329,7 +329,7 @@ def test_a_field_needs_a_classifier_its_own_models_and_samples_that_are_denoised
     stranger = exact_model(three_rings()[2], name="r")
     with pytest.raises(ValueError, match="fitted for other base models: r"):
         sculpt.fit_field(fresh(), [P, stranger], data=DATA)
-    with pytest.raises(ValueError, match="at least 1, got steps=0"):
+    with pytest.raises(ValueError, match="steps has to be at least 1, got 0"):
         quick(steps=0)
     with pytest.raises(TypeError, match="network is a sculpt.diffusion.field.Field, got a Linear"):
         quick(network=torch.nn.Linear(2, 2))

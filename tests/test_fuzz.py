@@ -534,7 +534,7 @@ def fuzz_commands(command, n, seed):
                 code = command([*argv[:1], "--traceback", *argv[1:]])
             except SystemExit as end:  # argparse: help, or a wrong argument
                 code = end.code
-                assert "usage" in said.getvalue() or code == 0 and said.getvalue(), argv
+                assert "sculpt: error:" in said.getvalue() or code == 0 and said.getvalue(), argv
             except cli.EXPECTED as error:
                 code = "refused"
                 assert clear(error) or isinstance(error, OSError), f"{error!r:.200} of {shlex.join(argv):.2000}"

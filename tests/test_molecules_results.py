@@ -270,7 +270,7 @@ def test_a_format_that_is_not_known_says_which_are(samples, tmp_path, name):
 def test_without_pandas_only_the_data_frame_is_out_of_reach(samples, tmp_path, without):
     without("pandas")
     with pytest.raises(
-        ImportError, match=r"to_frame needs pandas: pip install pandas, or install sculpt as 'sculpt\[tables\]'"
+        ImportError, match=r"to_frame needs pandas: pip install pandas, or pip install 'compositional-sculpting\[tables\]'"
     ):
         samples.to_frame(["sa"])
     samples.save(tmp_path / "a.csv", ["sa"])
@@ -481,7 +481,7 @@ def test_one_folder_at_two_exponents_is_two_models(molecules, shelf, capsys):
 @pytest.mark.parametrize(
     ("formula", "arguments", "options", "message"),
     [
-        ("seh & tox", (), {}, "no model 'tox' in pretrained/molecules (there are qed, sa, seh). Say where it is: --model tox=FOLDER"),
+        ("seh & tox", (), {}, "no model 'tox' in pretrained/molecules: there are qed, sa, seh. For one that is elsewhere: --model tox=FOLDER"),
         ("seh &", (), {}, "is not complete"),
         ("seh + sa", (), {}, "Add has no meaning here"),
         ("seh", (), {"beta": ()}, "Say how peaked seh should be: --beta 32 for all models, or --beta seh=32"),
@@ -498,7 +498,7 @@ def test_one_folder_at_two_exponents_is_two_models(molecules, shelf, capsys):
         ("seh & sa", ("--correct", "--no-classifier"), {}, "leave --no-classifier out"),
         ("seh & qed", ("--classifier", "pretrained/molecules/seh-sa"), {}, "fitted for other base models"),
         ("seh & sa", ("--classifier", "pretrained/molecules/seh"), {}, "is not a classifier"),
-        ("seh & sa", ("--no-classifier", "--particles", "3"), {}, "particles=3 cannot give n=30 samples"),
+        ("seh & sa", ("--no-classifier", "--particles", "3"), {}, "--particles 3 cannot give -n 30 samples"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(molecules, capsys, formula, arguments, options, message):

@@ -140,7 +140,7 @@ def test_an_exponent_is_a_prompt_and_others_are_refused(policies):
     assert str(seh) == "seh[beta=32]" and seh.max_length == 63 and seh.samples_class is Smiles
     assert seh.key == sculpt.load(SHELF / "seh", beta=32.0).key == sculpt.load(SHELF / "seh", prompt="<seh:32>").key
     assert seh.key != sculpt.load(SHELF / "seh", beta=64).key
-    with pytest.raises(ValueError, match=r"seh does not know --beta 40: it was trained for --beta 0, 1, 2, .*, 64. Pass one"):
+    with pytest.raises(ValueError, match=r"seh does not know beta=40: it was trained for beta=0, 1, 2, .*, 64. Pass one"):
         sculpt.load(SHELF / "seh", beta=40)
     with pytest.raises(ValueError, match="seh wants beta=…: it was trained for beta=0, 1"):
         sculpt.load(SHELF / "seh")

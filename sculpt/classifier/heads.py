@@ -181,6 +181,11 @@ class Classifier(Guide, nn.Module):
         self.history: list[dict[str, float]] = []
         """The training curve, a row for each evaluation; the one whose weights these are has ``kept``."""
 
+    def __repr__(self) -> str:
+        size = sum(parameter.numel() for parameter in self.parameters())
+        said = f"observations={self.observations}, odds={self.odds}, parameters={size:,}"
+        return f"{type(self).__name__}({', '.join(self.names)}, {said})"
+
     @property
     def field(self) -> nn.Module | None:
         return self.vector_field

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import multiprocessing
 import weakref
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def on_device(env: DiscreteEnv, device: torch.device) -> DiscreteEnv:
             f"{type(env).__name__} cannot be made again on {device}: sculpt does not know its arguments. Make it there yourself, and the "
             "model with it."
         )
-    return make(Entries(spec, type(env).__name__), device)
+    return make(Entries(json.loads(json.dumps(spec)), type(env).__name__), device)  # as a file would have it
 
 
 def _gym_class(name: str) -> type[DiscreteEnv]:

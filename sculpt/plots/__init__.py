@@ -70,8 +70,9 @@ def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Fig
     else:
         side = int(x.max()) + 1
         counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
-        heat(axes, counts.double(), side / 2)
+        axes.imshow(counts.T.numpy(), origin="lower", cmap=colours(), vmin=0, interpolation="nearest")
         axes.set(xticks=range(0, side, -(-side // 8)), yticks=range(0, side, -(-side // 8)))
+        frame(axes)
     axes.set(xlabel="x0", ylabel="x1")
     return figure
 

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLine(
         prog="sculpt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Compose pretrained diffusion models and GFlowNets when you sample from them.",
+        description="Compose pretrained diffusion models, GFlowNets and language models when you sample from them.",
         epilog="start with\n  sculpt demo\nand go on with\n  sculpt inspect FOLDER\n  sculpt sample --help",
     )
     parser.add_argument("--version", action="version", version=f"sculpt {VERSION}")

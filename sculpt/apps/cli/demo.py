@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "demo",
-        help="the main jobs, with pictures and tables (under two minutes)",
+        help="the main jobs, with pictures and tables (about two minutes)",
         description="molecules: bind sEH and can be made, from two pretrained policies.\n"
         "digits: three image models and what is composed of them (in a clone of the repository).\n"
         "discs: three discs in the plane on every road, each measured against the exact answer.",

@@ -121,4 +121,5 @@ def _one_of(folder: Path) -> str:
     first, *others = known(folder)
     name = first.partition("=")[0]
     values = [first, *(key.removeprefix(f"{name}=") if "," not in key else key for key in others)]
-    return f"one of {', '.join(values)}: --with {name}={first.partition('=')[2]}"
+    example = [first, *others][-3:][0]
+    return f"one of {', '.join(values)}: --with {example}"

@@ -59,7 +59,7 @@ def seed(text: str) -> int:
 
 def _whole(text: str, least: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a whole number of at least {least}, with 18 digits at most")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number from {least} on")
     return int(text)
 
 

@@ -64,11 +64,13 @@ def run(folder: str | Path = "demo", *, n: int = 24, steps: int = 24, seed: int 
     )
     rows = []
     # One label alone is the model itself.
-    for name, (labels, read) in {**{name: ((i,), "as trained") for i, name in enumerate(NAMES)}, **COMPOSED}.items():
+    for k, (name, (labels, read)) in enumerate(
+        {**{name: ((i,), "as trained") for i, name in enumerate(NAMES)}, **COMPOSED}.items()
+    ):
         clock.say(f"{n} images of {name}")
         composition, began = posterior(models, labels), time.monotonic()
         model, by = (models[labels[0]], None) if name in NAMES else (composition, road)
-        samples = model.sample(n, by, steps=steps, generator=torch.Generator().manual_seed(seed))
+        samples = model.sample(n, by, steps=steps, generator=torch.Generator().manual_seed(seed + k))
         row = {"name": name, "read": read, "labels": labels if by else None, "seconds": (time.monotonic() - began) / n}
         scores, want = judge.score(samples.x.float()), data.composed(composition.formula, shares)
         kinds = {f"{colour} {digit}": i for i, (digit, colour) in enumerate(data.CLASSES) if max(want[i], scores.shares[i]) > 0}

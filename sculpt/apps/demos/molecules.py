@@ -33,7 +33,8 @@ DONE = (
 )
 NOTE = (
     f"High: sEH ≥ {HIGH['seh']}, SA ≥ {HIGH['sa']}, as in the paper; of drug-like molecules sEH ≥ {Smiles.high['seh']}, SA ≥ {Smiles.high['sa']}. "
-    "Distinct: different molecules among those drawn."
+    "Distinct: different molecules among those drawn. What the drug-like seh writes is mostly easy to make already, because its prior's molecules "
+    "are: the composition lies between its parts, and odds of .01 make up for seh being the more peaked of them."
 )
 MORE = """
 import sculpt
@@ -96,7 +97,7 @@ def _write(folder: Path, results: dict[str, Any], rows: list[dict[str, Any]], cl
         Shown(
             DRAWN,
             f"Twelve molecules of {drawn}, as they were drawn",
-            "The first twelve different ones, not the best. Below each, its two scores.",
+            "The first twelve different ones, not the best. Below each, its two scores; the table's last row is theirs.",
             "Structures of twelve molecules with their sEH and SA scores.",
         ),
     ]

@@ -153,10 +153,10 @@ a, nav a { color: var(--accent); } nav a { margin-right: 1.2rem; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: clamp(1rem, 3vw, 1.75rem); margin: 1.5rem 0; }
 figure { margin: 1.25rem 0; } figcaption { margin-top: .4rem; }
 figcaption, .small { color: var(--soft); font-size: .88rem; } figcaption b { color: var(--ink); }
-img { display: block; width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: 8px; padding: .5rem; }
+img { display: block; width: 100%; height: auto; background: #fff; border-radius: 8px; padding: .5rem; }
 .wide { display: block; overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; width: 100%; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; font-variant-numeric: tabular-nums; }
-td { min-width: 4.2rem; } th { white-space: nowrap; }
+td { min-width: 4.2rem; white-space: nowrap; } th { white-space: nowrap; }
 th:first-child { text-align: left; } thead th { color: var(--soft); font-weight: 600; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: .5rem 0; } dd { margin: 0; }
 .good { color: var(--good); } .careful { color: var(--careful); } .bad { color: var(--bad); }

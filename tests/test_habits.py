@@ -9,10 +9,12 @@ import torch
 from checkpoints import save_pipeline
 from diffusers import DDPMPipeline
 from gflownet_models import ENVIRONMENTS, network_policy
+from molecule_models import molecule_model
 from token_models import recurrent_models
 
 import sculpt
 from sculpt.formula import Mixture, Posterior, PowerMean, Product, Tilted
+from sculpt.gflownet.environments import describe, on_device, rules
 from sculpt.habits import WORDS
 from sculpt.looks import target
 
@@ -195,3 +197,16 @@ def test_a_library_is_shown_with_its_verdicts(folders, tmp_path):
 def test_the_package_lists_its_public_names_only_and_help_begins_with_a_use():
     assert dir(sculpt) == sorted(sculpt.__all__)
     assert "(p & q).sample(1000)" in sculpt.__doc__ and "sculpt.fit([p, q]" in sculpt.fit.__doc__
+
+
+def test_trees_of_fragments_are_made_again_on_another_device():
+    model = molecule_model(0)
+    moved = on_device(model.env, torch.device("cpu"))
+    assert moved is not model.env and rules(moved) == rules(model.env) and describe(moved) == describe(model.env)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_named_before_anything_is_read():
+    for move in (lambda: molecule_model(0).to("cuda"), lambda: sculpt.load("nowhere", device="cuda:1")):
+        with pytest.raises(ValueError, match="sees no CUDA device here, and 'cuda.*' was asked for. Pass 'cpu'"):
+            move()

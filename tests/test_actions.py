@@ -97,6 +97,7 @@ def test_distinct_states_are_distinct_whatever_their_hashes(monkeypatch):
     assert unique.tolist() == [[1], [3]] and rows.tolist() == [1, 0, 1]
 
 
+@pytest.mark.slow
 def test_no_more_trajectories_go_through_a_network_than_the_batch_size_says(monkeypatch):
     p, q = perfect(ENVIRONMENTS["grid-2d"](), 2)
     classifier, seen, step = exact.ExactClassifier([p, q]), [], ActionChain.step

@@ -112,6 +112,7 @@ def test_a_killed_student_goes_on_and_ends_with_the_same_bits(tmp_path):
     assert run(tmp_path / "killed").key == through.key
 
 
+@pytest.mark.slow
 def test_a_lora_learns_what_it_is_shown():
     _, _, dog, cat = pair()
     shown = torch.linspace(-1, 1, dog.shape[-1]).expand(dog.shape)

@@ -147,10 +147,8 @@ NESTED = {
 }
 
 
-QUICK = ("(p line) & q",)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in NESTED])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NESTED)
 def test_factors_nest_with_everything_else(name):
     check(name, NESTED[name](LINE[True], RIPPLES[False]), seeds=2)
 
@@ -245,6 +243,7 @@ def test_one_particle_is_steered_by_a_gradient_and_refused_without(inpainting):
 # Images, seen through a detail level ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_below_a_detail_level_the_anchor_is_weighed_by_the_factor():
     p, q = Fields("p", [0.4, 0.3, 0.2, 0.1], d=192), Fields("q", [0.1, 0.2, 0.3, 0.4], d=192)
     direction = (p.means[1] - p.means[2]).float()

@@ -11,6 +11,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONG = ("6_prompts_and_loras", "7_tokens")
+"""half a minute and more, and run by `make test-all`"""
 
 
 def shrunk(notebook):
@@ -24,7 +26,9 @@ def shrunk(notebook):
 
 
 @pytest.mark.parametrize("folder", ["notebooks", pytest.param(".", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem in LONG)) for p in NOTEBOOKS], ids=lambda path: path.stem
+)
 def test_a_notebook_runs(path, folder, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     for name in ("notebooks", "pretrained"):

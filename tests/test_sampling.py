@@ -546,6 +546,7 @@ def test_a_generator_on_the_cpu_gives_the_same_samples_on_a_gpu():
 # Any number of models and observations ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_five_models_and_four_observations_on_every_road():
     mixtures = [GaussianMixture([[0.5 * math.cos(i), 0.5 * math.sin(i)]], 0.3 + 0.05 * i) for i in range(5)]
     models = [exact_model(mixture, name=f"p{i}") for i, mixture in enumerate(mixtures)]

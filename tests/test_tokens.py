@@ -77,7 +77,7 @@ def test_tracked_densities_sample_every_composition(kind, m):
         assert ratio < 1.25, (name, ratio)
 
 
-@pytest.mark.parametrize("correct", [True, "densities"])
+@pytest.mark.parametrize("correct", [pytest.param(True, marks=pytest.mark.slow), "densities"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_guides_and_corrections_are_exact(kind, correct):
     for name, composition in compositions(MODELS(kind, 2)).items():

@@ -16,15 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sculpt.bars import bar
 from sculpt.checks import check_count, check_whole, real
 from sculpt.diagnostics import Diagnostics
 from sculpt.generators import Generators
 from sculpt.particles import Population
+from sculpt.progress import Progress
 from sculpt.samples import Samples
 from sculpt.state import State, finite, in_parts
 
-__all__ = ["Chain", "Progress", "Selection", "Settings", "check_count", "check_whole", "run", "watch"]
+__all__ = ["Chain", "Progress", "Selection", "Settings", "check_count", "check_whole", "run"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,8 @@ class Chain(abc.ABC):
     """How many particles at a time go through a network."""
     length: int | None = None
     """How many steps a run takes, where that is known before."""
+    longest: int | None = None
+    """How many actions or tokens a sample has at most, where it ends by itself."""
     whole: ClassVar[bool] = False
     """Whether a step has to see the whole population. It then cuts its network calls into parts itself."""
     threshold: float = 0.5
@@ -172,23 +174,6 @@ class Chain(abc.ABC):
         return []
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run is. The last one of a run has its ``samples``."""
-
-    title: str
-    step: int = 0
-    steps: int | None = None
-    ended: int = 0
-    n: int = 0
-    """how many have to end"""
-    effective: float | None = None
-    """the effective share of the particles, where they have weights"""
-    samples: Samples | None = field(default=None, repr=False)
-    state: Any = field(default=None, repr=False, compare=False)
-    """of the particles, as their chain has it: diffusion models' noisy samples are its ``z``, or ``x`` with a solver"""
-
-
 def run(
     chain: Chain,
     n: int,
@@ -211,8 +196,8 @@ def run(
     threshold = 0.0 if selection is None else chain.threshold if selection.threshold is None else selection.threshold
     population = Population(N, threshold=threshold, generator=generator, device=chain.device, of=formula)
     diagnostics = Diagnostics(chain.road, formula, samples=n, seed=settings.seed)
-    title, step = f"sampling {formula}", 0
-    yield Progress(title, 0, chain.length, 0, N)
+    title, step, steps = f"sampling {formula}", 0, chain.length
+    yield Progress(title, 0, steps, 0, N, longest=chain.longest)
     with torch.no_grad():  # never around a yield: gradients would be off in the caller too
         state, increment = chain.start(N, generator)
     flock, chosen = _Flock(state, population.log_w.device), False
@@ -225,7 +210,7 @@ def run(
             elif (index := population.resample()) is not None:
                 flock.select(index)
         step, left = step + 1, flock.retire(chain)
-        yield Progress(title, step, chain.length, flock.n - left, flock.n, population.effective, state=flock.state)
+        yield Progress(title, step, steps, flock.n - left, flock.n, population.effective, None, flock.state, chain.longest)
         if not left:
             break
         with torch.no_grad():
@@ -233,7 +218,7 @@ def run(
     with torch.no_grad():
         state = flock.everyone()
         x, increment = chain.end(state, population.log_w, generator)
-    log_weights, diagnostics.steps = None, chain.length or step - 1
+    log_weights, diagnostics.steps = None, steps or step - 1
     if not chosen:
         if selection is not None:
             x, increment = _without_lost(x, increment)
@@ -246,7 +231,7 @@ def run(
         x, log_weights = _kept(population, x, n, selection)
     samples = result(x, log_weights, diagnostics)
     diagnostics.notes += chain.notes(samples.x, generator)
-    yield Progress(title, diagnostics.steps, chain.length, flock.n, flock.n, population.effective, samples, state)
+    yield Progress(title, step, steps, flock.n, flock.n, population.effective, samples, state, chain.longest)
 
 
 def _without_lost(x: Tensor, increment: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -317,28 +302,3 @@ def _kept(population: Population, x: Tensor, n: int, selection: Selection | None
     if selection is None:
         return x, None
     return (x[population.survivors(n)], None) if selection.resample else (x, torch.log_softmax(population.log_w, dim=0))
-
-
-def watch(progress: Iterator[Progress], show: bool = True, callback: Callable[[Progress], Any] | None = None) -> Samples:
-    """Run to the end, with a bar for what takes longer than two seconds, and return the samples. Whoever wants to look on is called after every step."""
-    shown, now, title = None, None, None
-    try:
-        for now in progress:
-            if shown is None or now.title != title:
-                if shown is not None:
-                    shown.close()
-                title = now.title
-                # Most trajectories end in the last few steps: how many have ended tells nothing of the time that is left.
-                form = {} if now.steps else {"bar_format": "{desc}: {n_fmt} of {total_fmt} have ended{postfix} [{elapsed}]"}
-                shown = bar(title=now.title, total=now.steps or now.n, show=show, leave=False, **form)
-            if now.step and not now.steps:
-                shown.set_postfix_str(f"step {now.step}", refresh=False)
-            if callback is not None:
-                callback(now)
-            shown.update((now.step if now.steps else now.ended) - shown.n)
-    finally:
-        if shown is not None:
-            shown.close()
-    if now is None or now.samples is None:
-        raise RuntimeError("A run ended without samples: the last progress of a run has to carry them.")
-    return now.samples

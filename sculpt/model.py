@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sculpt.chain import Chain, Progress, Settings, check_count, run, watch
+from sculpt.chain import Chain, Progress, Settings, check_count, run
 from sculpt.diagnostics import Diagnostics, printable
 from sculpt.generators import randn
 from sculpt.habits import Habits, checked
+from sculpt.progress import watch
 from sculpt.samples import Samples
 from sculpt.state import finite
 

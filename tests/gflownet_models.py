@@ -11,10 +11,11 @@ from gfn.preprocessors import IdentityPreprocessor
 from gfn.states import DiscreteStates
 
 from sculpt.actions.networks import GridNetwork
-from sculpt.chain import Selection, Settings, run, watch
+from sculpt.chain import Selection, Settings, run
 from sculpt.gflownet import exact
 from sculpt.gflownet.estimators import NetworkPolicy
 from sculpt.gflownet.model import GFlowNet
+from sculpt.progress import watch
 
 
 class Stairs(DiscreteEnv):

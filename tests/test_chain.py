@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sculpt.chain import Chain, Progress, Selection, Settings, run, watch
+from sculpt.chain import Chain, Progress, Selection, Settings, run
+from sculpt.progress import watch
 from sculpt.state import State, in_parts
 
 

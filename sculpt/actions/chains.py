@@ -56,7 +56,7 @@ class ActionChain(Chain):
 
     def __init__(self, model: ActionModel, settings: Settings, road: str = "base model"):
         self.model, self.road, self.device = model, road, model.device
-        self.exit = model.n_actions - 1
+        self.exit, self.longest = model.n_actions - 1, model.longest
         self.batch_size = settings.batch_size or model.batch_size
         self.generator, self.said = settings.generator, []  # type: ignore[var-annotated]
         self.readers: tuple[ActionModel, ...] = (model,)

@@ -52,6 +52,9 @@ class ActionModel(Steppable):
     n_actions: int
     """The exit counts, and comes last."""
 
+    longest: int | None = None
+    """How many actions come before the exit at most, where that is known: bars then show how far a run is."""
+
     backward_key: str = ONE_PARENT
     """Equal where two models surely share their backward policy."""
 
@@ -247,7 +250,7 @@ class GuidedActions(ActionModel, Steered):
     def __init__(self, guidance: Guidance):
         self.guidance, self.anchor = guidance, guidance.anchor
         self.n_actions, self.shape, self.samples_class = self.anchor.n_actions, self.anchor.shape, self.anchor.samples_class
-        self.name = guidance.posterior.write(operand_names(guidance.models))
+        self.name, self.longest = guidance.posterior.write(operand_names(guidance.models)), self.anchor.longest
 
     @property
     def key(self) -> str:

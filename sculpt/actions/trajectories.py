@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint as made_again
 from sculpt.actions.balance import GUIDED, Balance, odds_each
 from sculpt.actions.recordings import Sizes, Trajectories, measure, record, retrace
 from sculpt.actions.states import distinct
-from sculpt.chain import Selection, Settings, run, watch
+from sculpt.chain import Selection, Settings, run
 from sculpt.classifier.plan import COPIES, STEP, Plan, kept
 from sculpt.classifier.store import CACHE_BYTES, Batch, Draw, Store
 from sculpt.formula import Posterior
+from sculpt.progress import watch
 from sculpt.training import seed_of_step
 
 if TYPE_CHECKING:

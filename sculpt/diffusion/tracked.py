@@ -22,7 +22,7 @@ from einops import einsum, reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sculpt.chain import Selection, Settings, run, watch
+from sculpt.chain import Selection, Settings, run
 from sculpt.diffusion.chains import NoisyChain
 from sculpt.diffusion.clock import noise_levels
 from sculpt.diffusion.control import Control
@@ -32,6 +32,7 @@ from sculpt.diffusion.together import denoise_all
 from sculpt.diffusion.twist import Twist, blind, final, room
 from sculpt.formula import Formula, Product, divides
 from sculpt.model import randn
+from sculpt.progress import watch
 from sculpt.state import State, in_parts
 
 if TYPE_CHECKING:

@@ -324,7 +324,7 @@ class Tokens(ActionModel):
             raise ValueError(
                 f"The prompt has {len(self.prompt)} tokens and the model reads {self.network.positions}, so a sequence may have {max(room, 0)}; max_length={length} are more. Shorten the prompt, or pass a smaller max_length."
             )
-        self.shape = (length,)
+        self.shape, self.longest = (length,), length
         if self.sampling.min_length > length:
             raise ValueError(f"min_length={self.sampling.min_length} is more than max_length={length}. Pass a smaller one.")
         self._check_end()

@@ -236,9 +236,11 @@ class View:
         if now is None:
             self.bar.value = 0
             return self._say("sampling …")
-        # Of a run that does not know how long it takes, what has ended tells where it is.
-        self.bar.max, self.bar.value = (now.steps, now.step) if now.steps else (now.n or 1, now.ended)
-        where = f"step {now.step} of {now.steps}" if now.steps else f"step {now.step}, {now.ended} of {now.n} have ended"
+        done, of = now.far
+        # Where nobody knows how long it takes, what has ended tells where it is.
+        self.bar.max, self.bar.value = (now.n or 1, now.ended) if of is None else (of, done)
+        where = f"{done}" if of is None else f"{done} of {of}"
+        where = ", ".join([f"step {where}", *([now.note] if now.note else [])])
         self._say(f"{now.title} … {where}, {run.seconds:.1f} s")
 
     def _show_samples(self, run: Run, samples: Samples, kind: str, data: bytes) -> None:

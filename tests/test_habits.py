@@ -55,8 +55,7 @@ def test_a_composition_moves_all_that_is_in_it(folders):
     nested.to("cpu", torch.float64)
     assert p.dtype == q.dtype == torch.float64
     network = (p & q).as_unet()
-    network.to(torch.float32)
-    assert network.dtype == p.dtype == q.dtype == torch.float32
+    assert network.to(torch.float32).dtype == torch.float32 and p.dtype == q.dtype == torch.float64  # which are the caller's
 
 
 def test_a_guided_composition_moves_its_models_and_its_heads_keep_their_precision():

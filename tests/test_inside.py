@@ -1,5 +1,7 @@
 """Compositions inside diffusers' own pipelines, with tiny networks: what comes out is what ``sample`` makes with the same solver and noise."""
 
+import functools
+
 import diffusers
 import pytest
 import torch
@@ -297,8 +299,57 @@ def test_pipelines_find_in_it_what_they_look_for_in_their_network():
         _ = unet.nothing_of_the_kind
     unet = (DiT().model(1) & DiT().model(2)).as_unet()  # whose pipeline takes half of the answer for a variance
     assert unet.config.out_channels == 8 and unet(randn(2, 4, 8, 8), torch.tensor(500)).sample.shape == (2, 8, 8, 8)
-    # A pipeline moves what it is made of.
-    assert (kind.model(1) & kind.model(2)).as_unet().to(torch.bfloat16).dtype == kind.network.dtype == torch.bfloat16
+
+
+class Features(nn.Module):
+    """Two numbers of a latent, for a classifier that nobody has trained."""
+
+    width = 2
+
+    def forward(self, z, s=None):
+        return z.flatten(1)[:, :2].tanh()
+
+
+@pytest.mark.parametrize("road", ["tracked", "guided"])
+@pytest.mark.parametrize("name", ["SD", "SD3", "DiT"])
+def test_a_pipeline_moves_copies_and_the_base_models_stay_what_they_are(name, road):
+    kind = KINDS[name]()
+    p, q = kind.model(1), kind.model(2)
+    p.autoencoder = q.autoencoder = kind.pipe.vae
+    known, z, s = (p.key, q.key), randn(2, *kind.shape), torch.tensor(1.3, dtype=torch.float64)
+    before, numbers = p.denoise(z, s), [id(parameter) for parameter in kind.network.parameters()]
+    judge = None if road == "tracked" else sculpt.Classifier(Features(), [p.key, q.key]).eval()
+    unet = (p & q).as_unet(judge)
+    x, t = randn(2, *kind.shape, seed=5), torch.tensor(500.0)
+    with torch.no_grad():
+        exact = unet(x, t).sample
+        assert unet.to(torch.float64) is unet and unet.dtype == torch.float64 != p.dtype == kind.network.dtype
+        assert {parameter.dtype for parameter in unet.parameters()} == {torch.float64}
+        torch.testing.assert_close(unet(x.double(), t).sample.float(), exact, rtol=1e-4, atol=1e-4)
+        moved = unet.networks[0]
+        assert moved is not kind.network and unet.half().networks[0] is moved and moved.dtype == torch.float16  # once is enough
+    assert (p.key, q.key) == known and [id(parameter) for parameter in kind.network.parameters()] == numbers
+    assert torch.equal(p.denoise(z, s), before)
+    # Both prompts are still one call of one network, and what decodes is no copy.
+    calls, (one, other) = [], unet.denoiser.operands
+    assert one.model is other.model is moved and one.together == other.together and one.autoencoder is p.autoencoder
+    moved.register_forward_hook(lambda *_: calls.append(1))
+    unet.to(torch.float32)(x, torch.tensor(400.0))
+    assert len(calls) == 1 or road == "guided"
+
+
+def test_nothing_is_copied_where_nothing_changes_nor_what_a_copy_would_not_be():
+    kind = SD3()
+    unet = (kind.model(1) & kind.model(2)).as_unet()
+    assert unet.to("cpu", torch.float32).networks[0] is kind.network and unet.float().cpu().networks[0] is kind.network
+    kind = Flux()  # functions, which call the network that they know
+    unet = (kind.model(1) & kind.model(2)).as_unet(network=kind.network)
+    assert unet.to(torch.bfloat16).networks[0] is kind.network and kind.network.dtype == torch.bfloat16
+    kind = SD()
+    p, q, forward = kind.model(1), kind.model(2), kind.network.forward
+    # As libraries that offload weights do
+    kind.network.forward = functools.update_wrapper(functools.partial(forward), forward)
+    assert (p & q).as_unet().to(torch.float64).networks[0] is kind.network and p.dtype == torch.float64
 
 
 def test_a_composition_that_does_not_fit_its_place_says_so():

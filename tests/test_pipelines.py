@@ -271,6 +271,25 @@ def test_a_model_keeps_the_adapters_that_were_active_when_it_was_made():
         model.with_adapters({"pen": 1.0})
 
 
+@pytest.mark.parametrize("kind", ["SD 1.5", "SD3"])
+def test_a_composition_in_a_pipelines_place_moves_a_copy_of_its_network_and_nothing_else(kind):
+    pipe, call = built(kind)
+    network = pipe.unet if kind == "SD 1.5" else pipe.transformer
+    with_loras(pipe, network)
+    dog = Diffusion.from_pipeline(pipe, **{**call, "prompt": "a dog"})
+    cat = dog.with_condition(prompt="a cat").with_adapters({"ink": 0.8})
+    unet, x, known = (dog & cat).as_unet(), torch.randn(2, *dog.shape), (dog.key, cat.key)
+    with torch.no_grad():
+        expected = unet(x, torch.tensor(500.0)).sample
+        unet.to(torch.float64).to(torch.float32)  # there and back is the same numbers
+        assert torch.equal(unet(x, torch.tensor(500.0)).sample, expected)
+    (moved,), (one, other) = unet.networks, unet.denoiser.operands
+    assert moved is not network and one.networks == other.networks == (moved,) and (one.key, other.key) == known
+    assert one.pipeline.pipe is pipe and one.autoencoder is other.autoencoder is dog.autoencoder
+    away = (dog & cat).as_unet().to("meta")
+    assert away.device.type == "meta" and dog.device.type == network.device.type == "cpu" and (dog.key, cat.key) == known
+
+
 def test_an_error_in_a_call_puts_adapters_back():
     pipe, _ = built("SD 1.5")
     ink = Diffusion.from_pipeline(pipe, prompt="a dog")

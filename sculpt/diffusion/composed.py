@@ -33,6 +33,10 @@ class DiffusionComposition(Composition):
         every sample goes alone, steered by the densities of its path, as ``sample(n, solver=pipe.scheduler)`` does. Gradients flow through
         it; run a loop of your own under ``torch.no_grad()``, as pipelines do.
 
+        A pipeline that moves (``pipe.to("cuda", torch.float16)``) moves copies: the base models stay what they are. Move these first, with
+        ``composition.to(...)``, and nothing is copied. Base models that are functions cannot be copied, nor can networks whose weights are
+        offloaded: these move themselves.
+
         Args:
             road: a classifier, or ``Guided(classifier, ...)``; nothing or ``Tracked(particles=1)`` for densities along the path.
             scheduler: the one that the loop steps with; by default the first base model's own.

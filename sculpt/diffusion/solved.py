@@ -47,7 +47,7 @@ class Remembering:
     road, default_steps = "tracked densities", MORE
 
     def __init__(self, formula: Formula, models: Sequence[Denoiser], batch_size: int):
-        self.formula, self.models, self.batch_size = formula, models, batch_size
+        self.formula, self.operands, self.batch_size = formula, models, batch_size
         self.first = first = models[0]
         self.shape, self.autoencoder = first.shape, first.autoencoder
         (self.s_min, self.s_max), self.start = noise_range(models), common_start(models)
@@ -60,7 +60,7 @@ class Remembering:
 
     @property
     def key(self) -> str:
-        return digest("remembering", self.formula.identity, [model.key for model in self.models])
+        return digest("remembering", self.formula.identity, [model.key for model in self.operands])
 
     @property
     def device(self) -> torch.device:
@@ -72,14 +72,14 @@ class Remembering:
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        return tuple(network for model in self.models for network in model.networks)
+        return tuple(network for model in self.operands for network in model.networks)
 
     def denoise(self, z: Float[Tensor, "N *x"], s: Level) -> Float[Tensor, "N *x"]:
         """The composed denoised images. The same particles come with every call, in the same order."""
         s, exact = level(s, z.device), z.double()
         if s.ndim:
             raise ValueError(f"{self} follows samples along one path of noise levels, got {len(s)} of them at once.")
-        D, v = denoise_all(self.models, exact, s, self.batch_size), s**2
+        D, v = denoise_all(self.operands, exact, s, self.batch_size), s**2
         check_finite(D, "a base model gave", self.k, s)
         ell, S = self._followed(exact, v, D)
         a = self.formula.gradient(ell)
@@ -94,7 +94,7 @@ class Remembering:
         """The log-densities here, by the trapezoid from where they were known last."""
         S = (D - z[:, None]) / v
         if self.before is None:
-            return torch.zeros(len(z), len(self.models), dtype=torch.float64, device=z.device), S
+            return torch.zeros(len(z), len(self.operands), dtype=torch.float64, device=z.device), S
         z_before, v_before, ell, S_before, divergence = self.before
         along = reduce((S + S_before) * (z - z_before)[:, None], "N m ... -> N m", "sum") / 2
         squares = (_square(S) + _square(S_before)) / 2
@@ -117,4 +117,4 @@ class SolvedChain(SolverChain):
 
     def notes(self, x, generator):
         said = [f"steps of {type(self.solver.scheduler).__name__}"]
-        return said + [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.composed.models for leaf in model.leaves)
+        return said + [EXTRAPOLATED_NOTE] * any(leaf.extrapolated for model in self.composed.operands for leaf in model.leaves)

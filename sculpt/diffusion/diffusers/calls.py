@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sculpt.diffusion.diffusers.sources import Given, Output, Source, State, Time
 from sculpt.diffusion.diffusers.switches import Switches
@@ -53,7 +53,9 @@ class Call:
 
     @functools.cached_property
     def kind(self) -> Any:
-        return id(self.network), self.switches, tuple((path, source.kind) for path, source in self.sources.items())
+        # Its id would be that of another network once both are copied.
+        network = self.network if isinstance(self.network, nn.Module) else id(self.network)
+        return network, self.switches, tuple((path, source.kind) for path, source in self.sources.items())
 
     def __call__(self, values: Mapping[Path, Any]) -> Any:
         """What the network answers to these inputs, with its switches as they belong."""
@@ -91,7 +93,7 @@ class Strand:
     @functools.cached_property
     def kind(self) -> Any:
         """Strands of the same kind are one call."""
-        return (id(self) if self.single else None), tuple(call.kind for call in self.calls), self.answer.axis
+        return (self if self.single else None), tuple(call.kind for call in self.calls), self.answer.axis
 
     @property
     def plain(self) -> bool:

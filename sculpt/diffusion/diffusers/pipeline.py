@@ -71,6 +71,9 @@ class PipelineCall:
         if self.call.get("latents") is not None:
             raise ValueError("latents are where sampling starts, and no part of a model. Pass them to sample(n, latents=...).")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineCall:
+        return self  # a copy of a model is of the same pipeline, with its text encoders and all
+
     def changed(self, args: Sequence[Any], call: Mapping[str, Any]) -> PipelineCall:
         """The same with other values."""
         new = PipelineCall(self.pipe, (), {**self.call, **dict(zip(self.takes, args, strict=False)), **call})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,12 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
     A denoiser may remember the path (:class:`~sculpt.diffusion.solved.Remembering`). It begins anew where the noise rises, where the number
     of samples changes, and where the scheduler has got new times. Nothing is saved with this: save the base models instead.
 
+    Where a pipeline moves it to another device or precision, it takes networks of its own there, and the base models stay what they are.
+    What stays where it is, is not copied.
+
     Args:
-        denoiser: anything with ``denoise``, ``first``, ``shape``, ``s_min``, ``s_max``, ``device`` and ``dtype``.
+        denoiser: anything with ``denoise``, ``first``, ``networks``, ``shape``, ``s_min``, ``s_max``, ``device`` and ``dtype``; a composition has
+            ``operands``, too.
         scheduler: the one of the loop.
         network: the one it takes the place of; by default the first base model's.
     """
@@ -45,6 +49,7 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
         self.networks = nn.ModuleList(
             dict.fromkeys([*denoiser.networks, *([network] if isinstance(network, nn.Module) else [])])
         )
+        self.borrowed = all(model.networks for model in _bases(denoiser)) and not _wrapped(self.networks)
         self.register_to_config(**_config(unwrapped(network), denoiser.shape))
         self.restart()
 
@@ -68,6 +73,25 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
     @property
     def dtype(self) -> torch.dtype:
         return self.denoiser.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DenoiserUNet:
+        """What ``.to()``, ``.half()`` and the like do to all tensors."""
+        if self.borrowed:
+            old = [*self.networks.parameters(), *self.networks.buffers()]
+            new = [fn(tensor.detach()) for tensor in old]
+            if any((p.dtype, p.device) != (q.dtype, q.device) for p, q in zip(old, new, strict=True)):
+                self._take(old, new)
+                return self
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _take(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+        """Go on with networks of its own, which have the new tensors in the place of the old ones."""
+        shared = (model.autoencoder for model in _bases(self.fresh))
+        memo: dict[int, Any] = {id(one): one for one in (self.fresh.autoencoder, *shared, self.scheduler)}
+        for p, q in zip(old, new, strict=True):
+            memo[id(p)] = nn.Parameter(q, p.requires_grad) if isinstance(p, nn.Parameter) else q
+        self.fresh, self.networks, self.borrowed = *copy.deepcopy((self.fresh, self.networks), memo), False
+        self.restart()
 
     def restart(self) -> None:
         """Begin a new run: forget the path."""
@@ -127,6 +151,16 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
                 "shape=, or ask the pipeline for their size (height=, width=)."
             )
         return x.reshape(len(x), *shape)
+
+
+def _bases(denoiser: Any) -> list[Any]:
+    """The pretrained models that answer."""
+    return [leaf for model in getattr(denoiser, "operands", [denoiser]) for leaf in model.leaves]
+
+
+def _wrapped(networks: nn.ModuleList) -> bool:
+    """Whether some are called by way of others, as where their weights are offloaded: a copy would not be."""
+    return any("forward" in vars(module) for module in networks.modules())
 
 
 def _config(network: Any, shape: Sequence[int]) -> dict[str, Any]:

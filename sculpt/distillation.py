@@ -64,6 +64,16 @@ class Student(abc.ABC):
     def save(self, model: BaseModel, folder: Path) -> None:
         """Write the model as a checkpoint that ``sculpt.load`` reads. The card is written beside it."""
 
+    def leave(self) -> None:  # noqa: B027  most students have networks of their own
+        """Leave what is the caller's as it was found: no model will come of this one."""
+
+    def __enter__(self) -> Student:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.leave()
+
     def usage(self, name: str) -> str:
         """Lines for the card: how the folder of this name is read.
 
@@ -109,38 +119,38 @@ def distill(
     check_whole("batch_size", batch_size)
     if learning_rate is not None and real("learning_rate", learning_rate) <= 0:
         raise ValueError(f"learning_rate has to be positive, got {learning_rate}.")
-    student = composition.leaves[0].student(composition, road, batch_size=batch_size, seed=seed, **options)
-    if checkpoint is not None:
-        student.check_saving()
-    steps, rate = steps or student.steps, learning_rate or student.learning_rate
-    training = Training(
-        student.network,
-        torch.optim.AdamW(student.network.parameters(), lr=rate, weight_decay=0.0),
-        None if checkpoint is None else Path(checkpoint) / "training",
-        identity={"composition": composition.key, "steps": steps, "learning_rate": rate, "seed": seed} | student.identity,
-        rate=cosine(steps, warm_up=max(1, steps // 20), least=0.02),
-        clip=student.clip,
-        seed=seed,
-    )
-    going_on = training.resume(**student.kept)
-    student.prepare(progress)
-    if not going_on:
-        training.save()  # what was drawn may have taken long
-    title, every = f"distilling {composition}", max(1, steps // 200)
-    for row in bar(training.run(student.loss, steps), title, steps, initial=training.step, show=progress):
-        if training.step % every == 0:
-            training.curve.append({"step": training.step} | {name: float(value) for name, value in row.items()})
-        training.save(every=30.0)
-    training.save()
-    model = student.graduate(training.average)
-    if checkpoint is not None:
-        measured = student.measure(model, torch.Generator().manual_seed(seed + 1))
-        about = {"composition": str(composition), "steps": steps, "seconds": round(training.seconds), "measured": measured}
-        with replacing(checkpoint) as new:
-            student.save(model, new)
-            (new / "distillation.json").write_text(json.dumps(about, indent=1) + "\n")
-            (new / "README.md").write_text(_card(name := Path(checkpoint).resolve().name, student.usage(name), about))
-    return model
+    with composition.leaves[0].student(composition, road, batch_size=batch_size, seed=seed, **options) as student:
+        if checkpoint is not None:
+            student.check_saving()
+        steps, rate = steps or student.steps, learning_rate or student.learning_rate
+        training = Training(
+            student.network,
+            torch.optim.AdamW(student.network.parameters(), lr=rate, weight_decay=0.0),
+            None if checkpoint is None else Path(checkpoint) / "training",
+            identity={"composition": composition.key, "steps": steps, "learning_rate": rate, "seed": seed} | student.identity,
+            rate=cosine(steps, warm_up=max(1, steps // 20), least=0.02),
+            clip=student.clip,
+            seed=seed,
+        )
+        going_on = training.resume(**student.kept)
+        student.prepare(progress)
+        if not going_on:
+            training.save()  # what was drawn may have taken long
+        title, every = f"distilling {composition}", max(1, steps // 200)
+        for row in bar(training.run(student.loss, steps), title, steps, initial=training.step, show=progress):
+            if training.step % every == 0:
+                training.curve.append({"step": training.step} | {name: float(value) for name, value in row.items()})
+            training.save(every=30.0)
+        training.save()
+        model = student.graduate(training.average)
+        if checkpoint is not None:
+            measured = student.measure(model, torch.Generator().manual_seed(seed + 1))
+            about = {"composition": str(composition), "steps": steps, "seconds": round(training.seconds), "measured": measured}
+            with replacing(checkpoint) as new:
+                student.save(model, new)
+                (new / "distillation.json").write_text(json.dumps(about, indent=1) + "\n")
+                (new / "README.md").write_text(_card(name := Path(checkpoint).resolve().name, student.usage(name), about))
+        return model
 
 
 def _card(name: str, usage: str, about: Row) -> str:

@@ -5,10 +5,12 @@ import torch
 
 import sculpt
 from sculpt import Diffusion
-from sculpt.diffusion.diffusers.loras import LoraStudent
+from sculpt.diffusion.diffusers.loras import LoraStudent, _layers
+from sculpt.identity import digest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+from peft.tuners.lora import Linear as LinearLora
 from test_pipelines import built, own_run, with_loras
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,6 +112,64 @@ def test_a_killed_student_goes_on_and_ends_with_the_same_bits(tmp_path):
     through = run(tmp_path / "through")
     run(tmp_path / "killed", stop=3)
     assert run(tmp_path / "killed").key == through.key
+
+
+def found(network):
+    """All that a caller can see of a network: layers, weights, what learns, and the adapters that are on."""
+    layers = {name: (type(layer), layer.training, id(layer)) for name, layer in network.named_modules()}
+    on = {name: (layer._active_adapter, layer.disable_adapters, dict(layer.scaling)) for name, layer in _layers(network)}
+    weights = {name: (id(p), p.requires_grad, p.grad, p.detach().clone()) for name, p in network.named_parameters()}
+    said = sorted(getattr(network, "peft_config", None) or {}), bool(network._hf_peft_config_loaded)
+    return layers, on, {name: value[:3] for name, value in weights.items()}, said, digest({n: w[3] for n, w in weights.items()})
+
+
+def failing(monkeypatch, cls, name, error, after=0):
+    """Let a method fail once it has been called so often."""
+    method, calls = getattr(cls, name), []
+
+    def failed(self, *args, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return method(self, *args, **options)
+
+    monkeypatch.setattr(cls, name, failed)
+
+
+FAILURES = {
+    "a key is pressed in a step": (LoraStudent, "loss", KeyboardInterrupt(), 3),
+    "a loss fails at once": (LoraStudent, "loss", RuntimeError("no memory"), 0),
+    "samples cannot be drawn": (LoraStudent, "prepare", RuntimeError("no memory"), 0),
+    "half of the layers have it": (LinearLora, "update_layer", RuntimeError("no memory"), 20),
+    "the model cannot be measured": (LoraStudent, "measure", KeyboardInterrupt(), 0),
+    "the disk is full": (LoraStudent, "save", OSError("no space left"), 0),
+}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["bare", "with adapters"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_student_that_is_stopped_leaves_its_pipeline_as_it_was_and_the_same_call_goes_on(failure, loaded, tmp_path):
+    def composed():
+        pipe, _, dog, cat = pair()
+        if loaded:
+            with_loras(pipe, pipe.unet).set_adapters(["oil"], [0.3])
+            dog = dog.with_adapters({"ink": 0.8})
+        next(pipe.unet.parameters()).requires_grad_(False)
+        return pipe, dog & cat
+
+    pipe, both = composed()
+    before, key, (cls, name, error, after) = found(pipe.unet), both.key, FAILURES[failure]
+    with pytest.MonkeyPatch.context() as patch:
+        failing(patch, cls, name, error, after)
+        with pytest.raises(type(error)):
+            quick(both, checkpoint=tmp_path / "stopped", steps=6)
+    assert found(pipe.unet) == before and both.key == key
+    _, other = composed()
+    through = quick(other, checkpoint=tmp_path / "through", steps=6)
+    again = quick(both, checkpoint=tmp_path / "stopped", steps=6)
+    assert again.key == through.key and [c.switches.adapters(pipe.unet) for c in again._calls()] == [
+        ["distilled", "ink"] if loaded else ["distilled"]
+    ]
 
 
 @pytest.mark.slow

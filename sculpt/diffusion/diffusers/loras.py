@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +43,20 @@ class LoraStudent(DenoisingStudent):
             )
         self.parent, self.lora, taken = network, self.lora or RANK, adapters_of(network)
         self.adapter = next(name for k in itertools.count(1) if (name := NAME if k == 1 else f"{NAME}{k}") not in taken)
-        self.learned = {parameter: parameter.requires_grad for parameter in network.parameters()}
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed)
-            self.network = _added(network, self.adapter, self.lora)
-        for parameter in self.learned:  # whoever else trains in this network goes on afterwards
-            parameter.requires_grad_(False)
-        self.student = _beside(self.anchor, self.adapter, str(self.composition))
+        self.before = _Before.of(network)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.seed)
+                self.network = _added(network, self.adapter, self.lora)
+            for parameter in self.before.learned:  # whoever else trains in this network goes on afterwards
+                parameter.requires_grad_(False)
+            self.student = _beside(self.anchor, self.adapter, str(self.composition))
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        self.before.without(self.adapter)
 
     def check_saving(self) -> None:
         if not hasattr(self.anchor.pipeline.pipe, "save_lora_weights"):
@@ -61,8 +69,7 @@ class LoraStudent(DenoisingStudent):
     def graduate(self, network: nn.Module) -> Diffusion:
         for own, learned in zip(self.network.parameters(), halved(copy.deepcopy(network)).parameters(), strict=True):
             own.copy_(learned).requires_grad_(False)
-        for parameter, learns in self.learned.items():
-            parameter.requires_grad_(learns)
+        self.before.learn_on()
         return self.student
 
     def save(self, model: Any, folder: Path) -> None:
@@ -88,13 +95,58 @@ class LoraStudent(DenoisingStudent):
         )
 
 
+@dataclass(frozen=True)
+class _Before:
+    """A network as it was before it got another adapter."""
+
+    network: Any
+    learned: dict[nn.Parameter, bool]
+    """whether they learned"""
+    layers: set[nn.Module]
+    """that held adapters"""
+    switches: Switches
+
+    @classmethod
+    def of(cls, network: nn.Module) -> _Before:
+        """As it is now."""
+        learned = {parameter: parameter.requires_grad for parameter in network.parameters()}
+        return cls(network, learned, {layer for _, layer in _layers(network)}, Switches.of(network))
+
+    def learn_on(self) -> None:
+        """Let learn what did."""
+        for parameter, learns in self.learned.items():
+            parameter.requires_grad_(learns)
+
+    def without(self, adapter: str) -> None:
+        """Take this adapter out, even where it is in some layers only, and leave no trace of it."""
+        for name, layer in _layers(self.network):
+            if layer in self.layers:
+                layer.delete_adapter(adapter)
+            else:
+                self.network.set_submodule(name, layer.get_base_layer())
+        configs = getattr(self.network, "peft_config", {})
+        configs.pop(adapter, None)
+        if not configs:
+            vars(self.network).pop("peft_config", None)
+            self.network._hf_peft_config_loaded = False
+        self.switches.put(self.network)
+        self.learn_on()
+
+
+def _layers(network: nn.Module) -> list[tuple[str, Any]]:
+    """Layers that hold adapters, and their names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
 def _added(network: nn.Module, adapter: str, rank: int) -> nn.ParameterList:
     """Put a LoRA at each matrix and convolution, which changes nothing yet and stays off; its numbers."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     before, others = Switches.of(network), set(network.parameters())
-    held = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    held = tuple(f"{name}." for name, _ in _layers(network))
     kinds = (nn.Linear, nn.Conv2d, BaseTunerLayer)
     targets = [name for name, one in network.named_modules() if isinstance(one, kinds) and not name.startswith(held)]
     with warnings.catch_warnings(action="ignore"):  # that there are adapters already

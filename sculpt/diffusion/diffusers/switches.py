@@ -157,7 +157,7 @@ class _Places:
         return bool(self.layers or self.images)
 
 
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _Places]] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, _Places, Any]] = weakref.WeakKeyDictionary()
 
 
 def _places(network: Any) -> _Places:
@@ -174,7 +174,8 @@ def _places(network: Any) -> _Places:
         layers = {n: m for n, m in network.named_modules() if is_a(m, "BaseTunerLayer") and hasattr(m, "scaling")}
         processors = getattr(network, "attn_processors", {})
         held = {n: p for n, p in processors.items() if "IPAdapter" in type(p).__name__ and hasattr(p, "scale")}
-        _KNOWN[network] = stamp, _Places(layers, held)
+        # As long as these are kept, no others get their ids.
+        _KNOWN[network] = stamp, _Places(layers, held), (*loaded.values(), *images)
     return _KNOWN[network][1]
 
 

@@ -12,7 +12,17 @@
     samples = (p - q).sample(1000, classifier)
     samples.save("only-p.safetensors")
 
-The names below are all that there is: ``help(sculpt.fit)`` and the like tell of each.
+What follows lists every class with all of its methods. These are the names to begin with, and ``help(sculpt.fit)`` and the like tell of each:
+
+=================================  ==========================================================================
+load, Diffusion, GFlowNet, Tokens  base models: a checkpoint, any pipeline of diffusers, a policy, a language model
+Tracked, Guided, Rejection         roads: how a composition is sampled, without a classifier, with one, or exactly
+fit, overlap                       the classifier; how much base models have in common
+Factor                             a reward or a constraint that multiplies a model
+distill                            a composition as a checkpoint of its own
+=================================  ==========================================================================
+
+Guides by task are in ``.docs/guides`` of the repository; ``make docs`` there builds the site.
 """
 
 import ast

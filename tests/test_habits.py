@@ -196,6 +196,9 @@ def test_a_library_is_shown_with_its_verdicts(folders, tmp_path):
 def test_the_package_lists_its_public_names_only_and_help_begins_with_a_use():
     assert dir(sculpt) == sorted(sculpt.__all__)
     assert "(p & q).sample(1000)" in sculpt.__doc__ and "sculpt.fit([p, q]" in sculpt.fit.__doc__
+    _, table, _ = re.split("^=+  =+$", sculpt.__doc__.replace("\n\n", "\n"), maxsplit=2, flags=re.M)
+    begin = [name for row in table.split("\n")[1:-1] for name in row.split("  ")[0].split(", ")]
+    assert len(begin) >= 10 and set(begin) <= set(sculpt.__all__)
 
 
 def test_trees_of_fragments_are_made_again_on_another_device():

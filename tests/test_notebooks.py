@@ -33,7 +33,6 @@ def test_a_notebook_runs(path, folder, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     for name in ("notebooks", "pretrained"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    monkeypatch.setenv("SCULPT_FAST", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = shrunk(nbformat.read(copy / "notebooks" / path.name, as_version=4))
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(copy / folder)}}).execute()
@@ -53,7 +52,7 @@ def test_a_notebook_is_kept_as_it_ran(path):
     assert path.stat().st_size < 600_000
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if not path.stem.startswith("4_")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_code_of_a_notebook_fits_its_page(path):
     cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     assert max(len(line) for cell in cells for line in cell.source.splitlines()) <= 88

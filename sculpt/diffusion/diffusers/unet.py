@@ -82,7 +82,7 @@ class DenoiserUNet(ModelMixin, ConfigMixin):
             if any((p.dtype, p.device) != (q.dtype, q.device) for p, q in zip(old, new, strict=True)):
                 self._take(old, new)
                 return self
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def _take(self, old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
         """Go on with networks of its own, which have the new tensors in the place of the old ones."""

@@ -1,7 +1,7 @@
 """Draw the pictures of the README and of the guides: ``python .docs/pictures.py``, a minute or two on one core.
 
 ``molecules`` is what two policies and their composition write, 1,000 molecules each, over the two rewards; ``prompts`` are two prompts of one
-pipeline and both together; ``roads`` is one composition in the plane, exactly and by two roads. Names as arguments draw some of them.
+pipeline and both together; ``digits`` are three image models and six compositions of them; ``roads`` is one composition in the plane, exactly and by two roads. Names as arguments draw some of them.
 """
 
 import io
@@ -49,6 +49,18 @@ def prompts() -> Figure:
     return larger(plots.image_panels(panels, 3, across=4))
 
 
+def digits() -> Figure:
+    models = [sculpt.load(PRETRAINED / "digits" / name) for name in ("cyan", "zero-one", "zero-two")]
+    road = sculpt.Guided(sculpt.load(PRETRAINED / "digits" / "triple"), correct=True, particles=64)
+    panels: dict[str, Any] = {str(model): drawn(model, 16, steps=24) for model in models}
+    labels = {"cyan & zero-one": (1, 0), "zero-one & zero-two": (1, 2), "all three": (1, 0, 2)}
+    labels |= {f"{name}, not the others": (i, i, i) for i, name in enumerate(panels)}
+    captions = {name: f"labels {observed}" for name, observed in labels.items()}
+    for name, observed in labels.items():
+        panels[name] = plots.distinct(drawn(sculpt.posterior(models, observed), 32, road, steps=24), 16)
+    return larger(plots.image_panels(panels, 3, across=8, captions=captions))
+
+
 def roads() -> Figure:
     p, q, _ = discs()
     both = p & q
@@ -68,7 +80,7 @@ def larger(figure: Figure) -> Figure:
 
 
 def main(*names: str) -> None:
-    for draw in (molecules, prompts, roads):
+    for draw in (molecules, prompts, digits, roads):
         if draw.__name__ in names or not names:
             picture = Image.open(io.BytesIO(plots.png(draw()))).convert("RGB")
             edges = ImageOps.invert(picture).getbbox()  # the room for captions that are not there

@@ -323,6 +323,7 @@ def path_losses(classifier, n=4000):
     return path, scores
 
 
+@pytest.mark.slow
 def test_the_gradient_losses_are_least_at_the_exact_classifier():
     path, scores = (loss.detach() for loss in path_losses(ExactHeads()))
     twice = path_losses(ExactHeads(2.0))[0].detach()
@@ -347,6 +348,7 @@ def test_compositions_of_fewer_observations_are_among_the_paths():
     assert exact + 0.01 < half < none - 0.01
 
 
+@pytest.mark.slow
 def test_a_classifier_that_does_not_call_strays_back_is_noticed():
     class Flat(ExactHeads):
         def log_h(self, features, log_odds=None):

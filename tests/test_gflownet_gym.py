@@ -111,7 +111,9 @@ def check(p, q, bound=1.3):
             assert sum(ratio(x, p, target) for x in runs) / 4 < bound, (composition, road)
 
 
-@pytest.mark.parametrize(("name", "which"), TREE_CASES)
+@pytest.mark.parametrize(
+    ("name", "which"), [pytest.param(*case, marks=[pytest.mark.slow] * (case == ("BitSequence", 3))) for case in TREE_CASES]
+)
 def test_any_estimator_composes_where_states_have_one_parent(name, which):
     env = TREES[name][0]()
     p, q = (GFlowNet(env, TREES[name][1][which](env, seed), name=f"p{seed}") for seed in (1, 2))

@@ -23,7 +23,7 @@ def box(text: str, trust: str, more: Sequence[str] = ()) -> str:
 def table(rows: Sequence[tuple[str, str]]) -> str:
     """Names and values, in the type of a terminal."""
     lines = "\n".join(f"{name:>16}  {value}" for name, value in rows)
-    return f'<pre style="font: 12px/1.35 monospace">{html.escape(lines)}</pre>'
+    return f'<pre style="font: 12px/1.35 monospace; word-break: normal">{html.escape(lines)}</pre>'
 
 
 def embedded(kind: str, data: bytes, alt: str, style: str = "max-width: 480px") -> str:

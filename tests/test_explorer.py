@@ -1,7 +1,7 @@
 """The explorer: its logic through the real widgets without a browser, and in a real browser, in Voilà and JupyterLab.
 
 The browser tests need ``apt-get install chromium`` and ``pip install voila jupyterlab playwright``, and run with
-``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOTS=folder each leaves a picture of what it saw last.
+``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOTS=folder each leaves pictures of what it saw last, wide and narrow.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ import torch
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt import exact
+from sculpt import exact, plots
 from sculpt.apps.demos.discs import HALF_WIDTH, Exact, discs, log_densities
 from sculpt.apps.explorer import Notice
 from sculpt.apps.explorer.beside import known, so_far
@@ -36,6 +36,8 @@ from sculpt.model import BaseModel
 pytest.importorskip("ipywidgets")
 
 CHROMIUM = "/usr/bin/chromium"
+NARROW = 420
+"""How wide the window of a telephone is."""
 
 
 def explorer(models, classifier=None, n=20, steps=4):
@@ -158,7 +160,7 @@ def test_a_classifier_opens_the_guided_roads():
         correct = ", correct=True" if road == "corrected" else ""
         assert f".sample(20, sculpt.Guided(classifier{correct}), generator=" in run.code
         assert torch.equal(run.samples.x, again(run.code, p=p, q=q, classifier=classifier).x)
-    assert view.odds[0].disabled and "odds cannot be turned here" in view.reasons.value
+    assert view.odds[0].disabled and "odds cannot be turned here: Odds need a classifier" in view.reasons.value
     view.road.value = "tracked"
     assert not view.odds[0].disabled
     view.odds[0].value = 0.3
@@ -305,6 +307,26 @@ def test_densities_that_the_caller_knows_give_the_exact_answer_in_the_plane():
         fine = Exact(composition).density
         assert float((density.max() - fine.max()).abs() / fine.max()) < 0.05
     assert known(models, None, HALF_WIDTH) is None
+
+
+def test_samples_and_base_models_are_drawn_on_one_square(monkeypatch):
+    squares, draw = [], plots.points2d
+    monkeypatch.setattr(
+        plots, "points2d", lambda x, *, half_width: squares.append(half_width) or draw(x, half_width=half_width)
+    )
+    for models in (grid(), discs()[:2]):
+        run = Session(models).start(Settings(n=2, steps=4))  # of so few, none need be at the edge of the grid
+        assert run.wait(120) and run.state == "done", run.error
+        assert len(set(squares[-3:])) == 1 and run.beside
+        if not run.samples.x.is_floating_point():
+            assert squares[-1] == 3.0  # of 6 cells a side
+
+
+def test_a_posterior_of_many_models_is_said_by_the_names_that_were_given():
+    session = Session(dict(zip(("a model", "q", "r"), grid(3), strict=True)))
+    assert session.said(Settings(labels=(0, 1))) == "p(x | y1=a model, y2=q; a model, q, r)"
+    assert session.said(Settings(labels=(0, 1, 2))) == "a model & q & r"
+    assert session.expression(Settings(labels=(0, 1, 2))) == "a_model & q & r"
 
 
 def test_a_run_shows_what_it_has_so_far(monkeypatch):
@@ -728,8 +750,11 @@ def page(tmp_path, request):
         page.on("console", hear)
         page.on("pageerror", lambda error: problems.append(str(error)))
         yield page
-        if folder := os.environ.get("SCULPT_SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+        for width, height in ((1200, 1500), (NARROW, 2400)):
+            if folder := os.environ.get("SCULPT_SCREENSHOTS"):
+                page.set_viewport_size({"width": width, "height": height})
+                page.wait_for_timeout(500)
+                page.screenshot(path=Path(folder) / f"{request.node.name}-{width}.png")
         browser.close()
     assert not problems
 
@@ -789,6 +814,51 @@ def test_in_voila_every_kind_of_model_is_shown_with_its_base_models(serve, page,
     assert page.locator(".sculpt-explore .widget-label").evaluate_all(cut) == []
     box = page.locator(".sculpt-explore textarea")
     assert box.evaluate("node => node.scrollHeight <= node.clientHeight + 1")
+    pictures = page.locator(".sculpt-explore img").evaluate_all("nodes => nodes.map(node => node.alt)")
+    assert pictures and all(pictures)
+    page.set_viewport_size({"width": NARROW, "height": 900})
+    inside = "nodes => nodes.filter(node => node.getBoundingClientRect().right > innerWidth).map(node => node.outerHTML)"
+    parts = ".sculpt-explore :is(button, input, select, textarea, img, .widget-readout, [role=status])"
+    assert page.locator(parts).evaluate_all(inside) == []
+
+
+@pytest.mark.slow
+def test_in_voila_the_keyboard_reaches_and_turns_every_knob(serve, page):
+    page.goto(serve("voila", "--Voila.ip=127.0.0.1") + "/voila/render/explore.ipynb")
+    seen(page, "p & q")
+    name = "node => node.labels?.[0]?.innerText || node.innerText || node.title || node.role"
+
+    def walk(to):
+        """Go to a control; the names of those that were passed, with it."""
+        names = []
+        while to not in names:
+            assert len(names) < 60, names
+            page.keyboard.press("Tab")
+            names.append(page.locator(":focus").evaluate(name).strip())
+        return names
+
+    labels = ["labels", "p", "q", "none", "p", "q", "none", "p", "q"]
+    knobs = ["slider", "0.50", "road", "slider", "32", "slider", "2000", "seed", "another"]
+    ways = ["sample when something changes", "base models beside the samples", "sample"]
+    assert walk("copy as code") == [*labels, *knobs, *ways, "the code for these samples", "copy as code"]
+    page.locator(".sculpt-explore [role=tab]").first.focus()
+    walk("none")
+    walk("p")
+    page.keyboard.press("Enter")
+    seen(page, "p - q")
+    walk("slider")
+    page.keyboard.press("ArrowRight")
+    seen(page, "contrast(p, q, odds=0.55)")
+    walk("seed")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Tab")
+    page.wait_for_function("() => document.querySelector('.sculpt-explore textarea').value.includes('manual_seed(1)')")
+    page.locator(".sculpt-explore [role=tab]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert walk("clear")[-3:] == [")", "⌫", "clear"]
+    page.keyboard.press("Enter")
+    page.get_by_text("is not complete").wait_for()
 
 
 @pytest.mark.slow

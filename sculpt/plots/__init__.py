@@ -73,7 +73,8 @@ def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Fig
         axes.imshow(counts.T.numpy(), origin="lower", cmap=colours(), vmin=0, interpolation="nearest")
         axes.set(xticks=range(0, side, -(-side // 8)), yticks=range(0, side, -(-side // 8)))
         frame(axes)
-    axes.set(xlabel="x0", ylabel="x1")
+    axes.set_xlabel("x0", fontsize=8, color=INK)
+    axes.set_ylabel("x1", fontsize=8, color=INK)
     return figure
 
 

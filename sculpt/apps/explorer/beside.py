@@ -47,6 +47,7 @@ def drawn(samples: Samples, half_width: float, most: int = 64, ticks: bool = Tru
         return own.picture(most)
     x = samples.x[:, :2]
     figure = plots.points2d(x.float() if x.is_floating_point() else x, half_width=half_width)
+    figure.set_size_inches(3.4, 3.4)  # there is no title to make room for
     if not ticks:
         figure.axes[0].set(xticks=[], yticks=[], xlabel="", ylabel="")
     return "png", plots.png(figure)

@@ -144,7 +144,7 @@ class Session:
         turned = replace(settings, odds=(0.3, *[0.7 / (len(operands) - 1)] * (len(operands) - 1)))
         model = self.composition(turned)
         reason = self._reason(settings.road, model) if isinstance(model, Composition) else ""
-        return reason and f"odds cannot be turned here: {reason}"
+        return reason and "odds cannot be turned here: " + re.sub(r"\([\d., ]+\) ", "", reason)  # nobody chose the numbers
 
     def _read(self, settings: Settings) -> tuple[str, BaseModel, list[str]]:
         """The composition in text, itself, and the models that odds belong to."""

@@ -252,7 +252,8 @@ class View:
         self.rows.value = run.listed
         self.others.value = _row(run.beside)
         self.verdict.value = preview.box(str(verdict), verdict.trust, run.notes)
-        self.diagnostics.value = preview.table(samples.diagnostics.rows())
+        # Its formula has the models' own names; the line above has it with those that were given.
+        self.diagnostics.value = preview.table([row for row in samples.diagnostics.rows() if row[0] != "formula"])
         self.code.value = run.code
         self.code.rows = 1 + sum(1 + len(line) // 60 for line in run.code.splitlines())  # long lines wrap
         self.copy.value = (
@@ -272,11 +273,13 @@ def _large(kind: str, data: bytes, alt: str) -> str:
 def _row(shown: Sequence[tuple[str, str, bytes]]) -> str:
     """Pictures side by side, each below its title."""
     figures = "".join(
-        f'<figure style="margin: 0; flex: 1 1 150px; max-width: 260px"><figcaption style="{preview.SMALL}">{html.escape(title)}</figcaption>'
+        f'<figure style="margin: 0"><figcaption style="{preview.SMALL}">{html.escape(title)}</figcaption>'
         f"{preview.embedded(kind, data, title, 'max-width: 100%')}</figure>"
         for title, kind, data in shown
     )
-    return figures and f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{figures}</div>'
+    # The width is of a box of its own: a grid that has it is never narrower.
+    grid = "display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px"
+    return figures and f'<div style="max-width: {260 * len(shown)}px"><div style="{grid}">{figures}</div></div>'
 
 
 def _ipywidgets() -> Any:

@@ -216,6 +216,7 @@ def test_molecules_are_drawn():
     view.go.click()
     run = ended(view)
     assert "data:image/svg+xml;" in view.picture.value
+    assert run.picture == run.samples.picture()  # which shows a few, with their scores
     assert run.code.splitlines()[1].startswith("# seh, sa: the models")
 
 
@@ -658,6 +659,13 @@ sculpt.explore({"a red circle": circle, "a blue square": circle.with_condition(p
 seh, sa = (sculpt.load(PRETRAINED / "smiles" / name, prompt=f"<{name}:16>", name=name) for name in ("seh", "sa"))
 sculpt.explore([seh, sa])
 """,
+    "words": f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from token_models import recurrent_models
+
+sculpt.explore(recurrent_models(2))
+""",
 }
 """What else is explored, after its imports."""
 IMPORTS = """
@@ -723,8 +731,9 @@ def page(tmp_path, request):
     quiet = (
         "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
     )
-    # What Voilà's page sends when it is left, its server refuses; JupyterLab asks for language servers that nobody installed.
-    theirs = re.compile("/voila/api/shutdown|/lsp/status")
+    # What Voilà's page sends when it is left, its server refuses, and while it loads it is told of widgets that it has yet to
+    # ask for; JupyterLab asks for language servers that nobody installed.
+    theirs = re.compile("/voila/api/shutdown|Comm not found|/lsp/status")
     problems: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch_persistent_context(
@@ -744,7 +753,7 @@ def page(tmp_path, request):
         page.set_default_timeout(300_000)
 
         def hear(message):
-            if message.type == "error" and not theirs.search(message.location["url"]):
+            if message.type == "error" and not theirs.search(f"{message.location['url']} {message.text}"):
                 problems.append(message.text)
 
         page.on("console", hear)

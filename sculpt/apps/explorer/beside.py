@@ -7,7 +7,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from sculpt.gflownet.model import GFlowNet
 from sculpt.model import BaseModel
 from sculpt.samples import Samples, in_plane
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Known", "LogDensities", "Shown", "beside", "drawn", "known", "so_far", "width_of"]
 
 Shown = tuple[str, str, bytes]
@@ -32,25 +35,29 @@ FINE, CELLS = 96, 20_000
 """Cells a side of an exact answer in the plane, and how many states of a graph are counted."""
 
 
-def drawn(samples: Samples, half_width: float, most: int = 64, ticks: bool = True) -> tuple[str, bytes]:
+def drawn(samples: Samples, half_width: float, most: int | None = None, ticks: bool = True) -> tuple[str, bytes]:
     """The kind of a picture of samples, and its bytes. It has no title: the page says what it shows, by the names that it was given.
 
     Args:
         samples: of any model.
         half_width: of the square that is shown, of samples in the plane.
-        most: images to show.
+        most: images or molecules to show, by default as many as the samples show themselves.
         ticks: whether axes in the plane have numbers.
     """
     if not _plane(samples):
         own = copy.copy(samples)  # and keeps the scores of its molecules
         own.diagnostics = replace(samples.diagnostics, formula="")
-        return own.picture(most)
+        return own.picture() if most is None else own.picture(most)
     x = samples.x[:, :2]
     figure = plots.points2d(x.float() if x.is_floating_point() else x, half_width=half_width)
-    figure.set_size_inches(3.4, 3.4)  # there is no title to make room for
     if not ticks:
         figure.axes[0].set(xticks=[], yticks=[], xlabel="", ylabel="")
-    return "png", plots.png(figure)
+    return "png", _without_title(figure)
+
+
+def _without_title(figure: Figure) -> bytes:
+    figure.set_size_inches(3.4, 3.4)  # and no room for one
+    return plots.png(figure)
 
 
 def so_far(model: BaseModel, progress: Progress, most: int, half_width: float = 0.0) -> tuple[str, bytes] | None:
@@ -97,7 +104,8 @@ class Known:
         """
         density = self._log_density(model, models).exp()
         side = math.isqrt(len(density))
-        return plots.png(plots.density2d(density.view(side, side), self.half_width))
+        figure = plots.density2d(density.view(side, side), self.half_width)
+        return _without_title(figure)
 
     def _log_density(self, model: BaseModel, models: Sequence[BaseModel]) -> Tensor:
         if not isinstance(model, Composition):

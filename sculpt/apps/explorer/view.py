@@ -277,9 +277,10 @@ def _row(shown: Sequence[tuple[str, str, bytes]]) -> str:
         f"{preview.embedded(kind, data, title, 'max-width: 100%')}</figure>"
         for title, kind, data in shown
     )
+    least, most = (300, 360) if any(kind == "svg+xml" for _, kind, _ in shown) else (150, 260)  # scores of molecules are read
+    grid = f"display: grid; grid-template-columns: repeat(auto-fit, minmax({least}px, 1fr)); gap: 12px"
     # The width is of a box of its own: a grid that has it is never narrower.
-    grid = "display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px"
-    return figures and f'<div style="max-width: {260 * len(shown)}px"><div style="{grid}">{figures}</div></div>'
+    return figures and f'<div style="max-width: {most * len(shown)}px"><div style="{grid}">{figures}</div></div>'
 
 
 def _ipywidgets() -> Any:

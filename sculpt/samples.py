@@ -288,7 +288,7 @@ class Samples:
 
     def _repr_html_(self) -> str:
         try:
-            body = preview.embedded(*self.picture(), alt=f"samples of {self.diagnostics.formula}")
+            body = preview.embedded(*self.picture(), alt=f"samples of {printable(self.diagnostics.formula, 80)}")
         except ValueError as error:
             body = f"<i>{html.escape(str(error))}</i>"
         return f"{body}{self.diagnostics._repr_html_()}"

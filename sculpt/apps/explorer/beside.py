@@ -148,8 +148,8 @@ def beside(alone: Mapping[str, Samples], exact: bytes | None, half_width: float)
     """
     shown: list[Shown] = [] if exact is None else [("exact", "png", exact)]
     for name, own in alone.items():
-        read = hasattr(own, "smiles") or hasattr(own, "text")  # and not looked at: a few will do
-        shown.append((name, *drawn(own, half_width, 4 if read else 16, ticks=False)))
+        most = 4 if hasattr(own, "smiles") else 12 if hasattr(own, "text") else 16  # molecules need room
+        shown.append((name, *drawn(own, half_width, most, ticks=False)))
     return shown
 
 

@@ -780,6 +780,15 @@ def second_label(page, name):
     row.get_by_role("button", name=name, exact=True).click()
 
 
+def fits(page):
+    """On a telephone every part is as wide as its place, or less."""
+    page.set_viewport_size({"width": NARROW, "height": 900})
+    place = "(node.closest('.jp-OutputArea-output') ?? document.body).getBoundingClientRect().right + 1"
+    wider = f"nodes => nodes.filter(node => node.getBoundingClientRect().right > {place}).map(node => node.outerHTML)"
+    parts = ".sculpt-explore :is(button, input, select, textarea, img, .widget-readout, [role=status])"
+    assert page.locator(parts).evaluate_all(wider) == []
+
+
 def start_and_cancel(page):
     """Start a run of many steps and cancel it."""
     steps = page.locator(".sculpt-explore .widget-readout").nth(1)
@@ -825,10 +834,7 @@ def test_in_voila_every_kind_of_model_is_shown_with_its_base_models(serve, page,
     assert box.evaluate("node => node.scrollHeight <= node.clientHeight + 1")
     pictures = page.locator(".sculpt-explore img").evaluate_all("nodes => nodes.map(node => node.alt)")
     assert all(pictures) and bool(pictures) == (kind != "words")
-    page.set_viewport_size({"width": NARROW, "height": 900})
-    inside = "nodes => nodes.filter(node => node.getBoundingClientRect().right > innerWidth).map(node => node.outerHTML)"
-    parts = ".sculpt-explore :is(button, input, select, textarea, img, .widget-readout, [role=status])"
-    assert page.locator(parts).evaluate_all(inside) == []
+    fits(page)
 
 
 @pytest.mark.slow
@@ -888,3 +894,5 @@ def test_in_jupyterlab_a_label_changes_the_samples_and_a_reload_loses_nothing(se
     page.get_by_text("| Idle").wait_for()
     second_label(page, "q")  # answered by the kernel, which has lived on
     seen(page, "p & q")
+    page.keyboard.press("Control+b")  # without the list of files
+    fits(page)

@@ -32,9 +32,9 @@ class View:
         self._operands: list[str] = []
         left = w.VBox(
             [self._formulas(), *self._knobs()],
-            layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px"),
+            layout=w.Layout(flex="1 1 340px", min_width="min(300px, 100%)", max_width="440px", padding="4px"),
         )
-        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px"))
+        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="min(320px, 100%)", padding="4px"))
         self.box = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
         self.box.add_class("sculpt-explore")
         for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed, self.beside):
@@ -278,7 +278,7 @@ def _row(shown: Sequence[tuple[str, str, bytes]]) -> str:
         for title, kind, data in shown
     )
     least, most = (300, 360) if any(kind == "svg+xml" for _, kind, _ in shown) else (150, 260)  # scores of molecules are read
-    grid = f"display: grid; grid-template-columns: repeat(auto-fit, minmax({least}px, 1fr)); gap: 12px"
+    grid = f"display: grid; grid-template-columns: repeat(auto-fit, minmax(min({least}px, 100%), 1fr)); gap: 12px"
     # The width is of a box of its own: a grid that has it is never narrower.
     return figures and f'<div style="max-width: {most * len(shown)}px"><div style="{grid}">{figures}</div></div>'
 

@@ -27,7 +27,7 @@ from sculpt.stored import FORMAT, Stored
 if TYPE_CHECKING:
     from sculpt.model import BaseModel
 
-__all__ = ["Samples", "check_name", "pixels"]
+__all__ = ["Samples", "check_name", "in_plane", "pixels"]
 
 S = TypeVar("S", bound="Samples")
 
@@ -280,7 +280,7 @@ class Samples:
             shown = shown.float()
         if isinstance(shown, Tensor) and shown.ndim == 4 and shown.shape[1] in (1, 3):
             return "png", plots.png(plots.image_grid(shown[:most], title=title))
-        if isinstance(shown, Tensor) and shown.ndim == 2 and shown.shape[1] >= 2 and _in_plane(shown):
+        if isinstance(shown, Tensor) and shown.ndim == 2 and shown.shape[1] >= 2 and in_plane(shown):
             of = title if shown.shape[1] == 2 else f"the first two of {shown.shape[1]} coordinates"
             return "png", plots.png(plots.points2d(shown[:, :2], of))
         rows = Counter(str(x.tolist()) if isinstance(x, Tensor) else str(x) for x in shown).most_common(12)
@@ -288,7 +288,7 @@ class Samples:
 
     def _repr_html_(self) -> str:
         try:
-            body = preview.embedded(*self.picture())
+            body = preview.embedded(*self.picture(), alt=f"samples of {printable(self.diagnostics.formula, 80)}")
         except ValueError as error:
             body = f"<i>{html.escape(str(error))}</i>"
         return f"{body}{self.diagnostics._repr_html_()}"
@@ -306,7 +306,7 @@ def check_name(path: Path, endings: Sequence[str]) -> None:
         raise ValueError(f"Cannot write {path.name}: expected a name that ends in {', '.join(endings)}.")
 
 
-def _in_plane(x: Tensor) -> bool:
+def in_plane(x: Tensor) -> bool:
     """Vectors, and the cells of a grid in two dimensions."""
     return x.is_floating_point() or (x.shape[1] == 2 and int(x.min()) >= 0 and int(x.max()) < SIDE)
 

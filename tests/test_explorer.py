@@ -1,7 +1,7 @@
 """The explorer: its logic through the real widgets without a browser, and in a real browser, in Voilà and JupyterLab.
 
 The browser tests need ``apt-get install chromium`` and ``pip install voila jupyterlab playwright``, and run with
-``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOTS=folder each leaves a picture of what it saw last.
+``pytest tests/test_explorer.py -m slow``. With SCULPT_SCREENSHOTS=folder each leaves pictures of what it saw last, wide and narrow.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ import torch
 from molecule_models import molecule_classifier, molecule_model
 
 import sculpt
-from sculpt import exact
+from sculpt import exact, plots
 from sculpt.apps.demos.discs import HALF_WIDTH, Exact, discs, log_densities
 from sculpt.apps.explorer import Notice
 from sculpt.apps.explorer.beside import known, so_far
@@ -36,6 +36,8 @@ from sculpt.model import BaseModel
 pytest.importorskip("ipywidgets")
 
 CHROMIUM = "/usr/bin/chromium"
+NARROW = 420
+"""How wide the window of a telephone is."""
 
 
 def explorer(models, classifier=None, n=20, steps=4):
@@ -81,7 +83,7 @@ def test_changing_a_label_samples_another_composition():
     both = ended(view)
     assert "samples of p &amp; q" in view.status.value
     assert "sound" in view.verdict.value and "log Z" in view.diagnostics.value
-    assert view.image.format == "png" and bytes(view.image.value).startswith(b"\x89PNG")
+    assert '<img alt="20 samples of p &amp; q"' in view.picture.value and "data:image/png;" in view.picture.value
     view.labels[1].value = 0
     only = ended(view)
     assert only is not both
@@ -158,7 +160,7 @@ def test_a_classifier_opens_the_guided_roads():
         correct = ", correct=True" if road == "corrected" else ""
         assert f".sample(20, sculpt.Guided(classifier{correct}), generator=" in run.code
         assert torch.equal(run.samples.x, again(run.code, p=p, q=q, classifier=classifier).x)
-    assert view.odds[0].disabled and "odds cannot be turned here" in view.reasons.value
+    assert view.odds[0].disabled and "odds cannot be turned here: Odds need a classifier" in view.reasons.value
     view.road.value = "tracked"
     assert not view.odds[0].disabled
     view.odds[0].value = 0.3
@@ -213,7 +215,8 @@ def test_molecules_are_drawn():
     view = explorer([molecule_model(0, "seh"), molecule_model(1, "sa")])
     view.go.click()
     run = ended(view)
-    assert view.image.format == "svg+xml" and b"<svg" in bytes(view.image.value)
+    assert "data:image/svg+xml;" in view.picture.value
+    assert run.picture == run.samples.picture()  # which shows a few, with their scores
     assert run.code.splitlines()[1].startswith("# seh, sa: the models")
 
 
@@ -223,7 +226,7 @@ def test_samples_without_a_picture_are_counted():
     view = explorer(perfect(ENVIRONMENTS["bits"](), 2))
     view.go.click()
     ended(view)
-    assert "×" in view.text.value and view.image.layout.display == "none"
+    assert "×" in view.picture.value and "<img" not in view.picture.value
 
 
 def test_models_in_a_list_and_by_name_are_unpacked_in_the_code():
@@ -307,6 +310,26 @@ def test_densities_that_the_caller_knows_give_the_exact_answer_in_the_plane():
     assert known(models, None, HALF_WIDTH) is None
 
 
+def test_samples_and_base_models_are_drawn_on_one_square(monkeypatch):
+    squares, draw = [], plots.points2d
+    monkeypatch.setattr(
+        plots, "points2d", lambda x, *, half_width: squares.append(half_width) or draw(x, half_width=half_width)
+    )
+    for models in (grid(), discs()[:2]):
+        run = Session(models).start(Settings(n=2, steps=4))  # of so few, none need be at the edge of the grid
+        assert run.wait(120) and run.state == "done", run.error
+        assert len(set(squares[-3:])) == 1 and run.beside
+        if not run.samples.x.is_floating_point():
+            assert squares[-1] == 3.0  # of 6 cells a side
+
+
+def test_a_posterior_of_many_models_is_said_by_the_names_that_were_given():
+    session = Session(dict(zip(("a model", "q", "r"), grid(3), strict=True)))
+    assert session.said(Settings(labels=(0, 1))) == "p(x | y1=a model, y2=q; a model, q, r)"
+    assert session.said(Settings(labels=(0, 1, 2))) == "a model & q & r"
+    assert session.expression(Settings(labels=(0, 1, 2))) == "a_model & q & r"
+
+
 def test_a_run_shows_what_it_has_so_far(monkeypatch):
     monkeypatch.setattr("sculpt.apps.explorer.session.LOOK", 0.0)
     p, q, _ = discs()
@@ -340,13 +363,13 @@ def test_molecules_and_texts_are_listed():
     view = explorer([molecule_model(0, "seh"), molecule_model(1, "sa")])
     view.go.click()
     ended(view)
-    for column in ("SMILES", "MW", "logP", "TPSA", "qed", "alerts"):
+    for column in ("SMILES", "MW", "logP", "TPSA", "QED", "alerts"):
         assert f"<th>{column}</th>" in view.rows.value
     models = recurrent_models(2)
     view = explorer(models)
     view.go.click()
     ended(view)
-    assert "<th>text</th><th>length</th><th>log p: " in view.rows.value and not view.text.value
+    assert "<th>text</th><th>length</th><th>log p: " in view.rows.value and not view.picture.value
 
 
 # ---------------------------------------------------------------------------------------------- what it tells of its runs
@@ -494,7 +517,7 @@ def test_a_cancelled_run_leaves_the_samples_and_the_next_one_works():
     network.go.set()
     view.go.click()
     first = ended(view)
-    shown = view.image.value
+    shown = view.picture.value
     network.go.clear()
     network.called.clear()
     view.seed.value = 1
@@ -504,7 +527,7 @@ def test_a_cancelled_run_leaves_the_samples_and_the_next_one_works():
     network.go.set()
     assert ended(view, "cancelled").samples is None
     assert "Cancelled" in view.status.value and "still those of p &amp; q" in view.status.value
-    assert view.image.value == shown and view.code.value == first.code
+    assert view.picture.value == shown and view.code.value == first.code
     assert view.stop.disabled
     view.go.click()
     assert "seed(1)" in ended(view).code
@@ -636,6 +659,13 @@ sculpt.explore({"a red circle": circle, "a blue square": circle.with_condition(p
 seh, sa = (sculpt.load(PRETRAINED / "smiles" / name, prompt=f"<{name}:16>", name=name) for name in ("seh", "sa"))
 sculpt.explore([seh, sa])
 """,
+    "words": f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from token_models import recurrent_models
+
+sculpt.explore(recurrent_models(2))
+""",
 }
 """What else is explored, after its imports."""
 IMPORTS = """
@@ -701,6 +731,9 @@ def page(tmp_path, request):
     quiet = (
         "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
     )
+    # What Voilà's page sends when it is left, its server refuses, and while it loads it is told of widgets that it has yet to
+    # ask for; JupyterLab asks for language servers that nobody installed.
+    theirs = re.compile("/voila/api/shutdown|Comm not found|/lsp/status")
     problems: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch_persistent_context(
@@ -720,15 +753,17 @@ def page(tmp_path, request):
         page.set_default_timeout(300_000)
 
         def hear(message):
-            # What Voilà's page sends when it is left, its server refuses; that is theirs.
-            if message.type == "error" and "/voila/api/shutdown" not in message.location["url"]:
+            if message.type == "error" and not theirs.search(f"{message.location['url']} {message.text}"):
                 problems.append(message.text)
 
         page.on("console", hear)
         page.on("pageerror", lambda error: problems.append(str(error)))
         yield page
-        if folder := os.environ.get("SCULPT_SCREENSHOTS"):
-            page.screenshot(path=Path(folder) / f"{request.node.name}.png", full_page=True)
+        for width, height in ((1200, 1500), (NARROW, 2400)):
+            if folder := os.environ.get("SCULPT_SCREENSHOTS"):
+                page.set_viewport_size({"width": width, "height": height})
+                page.wait_for_timeout(500)
+                page.screenshot(path=Path(folder) / f"{request.node.name}-{width}.png")
         browser.close()
     assert not problems
 
@@ -743,6 +778,15 @@ def second_label(page, name):
     """Click the second observation's label."""
     row = page.locator(".sculpt-explore .widget-toggle-buttons").nth(1)
     row.get_by_role("button", name=name, exact=True).click()
+
+
+def fits(page):
+    """On a telephone every part is as wide as its place, or less."""
+    page.set_viewport_size({"width": NARROW, "height": 900})
+    place = "(node.closest('.jp-OutputArea-output') ?? document.body).getBoundingClientRect().right + 1"
+    wider = f"nodes => nodes.filter(node => node.getBoundingClientRect().right > {place}).map(node => node.outerHTML)"
+    parts = ".sculpt-explore :is(button, input, select, textarea, img, .widget-readout, [role=status])"
+    assert page.locator(parts).evaluate_all(wider) == []
 
 
 def start_and_cancel(page):
@@ -788,6 +832,48 @@ def test_in_voila_every_kind_of_model_is_shown_with_its_base_models(serve, page,
     assert page.locator(".sculpt-explore .widget-label").evaluate_all(cut) == []
     box = page.locator(".sculpt-explore textarea")
     assert box.evaluate("node => node.scrollHeight <= node.clientHeight + 1")
+    pictures = page.locator(".sculpt-explore img").evaluate_all("nodes => nodes.map(node => node.alt)")
+    assert all(pictures) and bool(pictures) == (kind != "words")
+    fits(page)
+
+
+@pytest.mark.slow
+def test_in_voila_the_keyboard_reaches_and_turns_every_knob(serve, page):
+    page.goto(serve("voila", "--Voila.ip=127.0.0.1") + "/voila/render/explore.ipynb")
+    seen(page, "p & q")
+    name = "node => node.labels?.[0]?.innerText || node.innerText || node.title || node.role"
+
+    def walk(to):
+        """Go to a control; the names of those that were passed, with it."""
+        names = []
+        while to not in names:
+            assert len(names) < 60, names
+            page.keyboard.press("Tab")
+            names.append(page.locator(":focus").evaluate(name).strip())
+        return names
+
+    labels = ["labels", "p", "q", "none", "p", "q", "none", "p", "q"]
+    knobs = ["slider", "0.50", "road", "slider", "32", "slider", "2000", "seed", "another"]
+    ways = ["sample when something changes", "base models beside the samples", "sample"]
+    assert walk("copy as code") == [*labels, *knobs, *ways, "the code for these samples", "copy as code"]
+    page.locator(".sculpt-explore [role=tab]").first.focus()
+    walk("none")
+    walk("p")
+    page.keyboard.press("Enter")
+    seen(page, "p - q")
+    walk("slider")
+    page.keyboard.press("ArrowRight")
+    seen(page, "contrast(p, q, odds=0.55)")
+    walk("seed")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Tab")
+    page.wait_for_function("() => document.querySelector('.sculpt-explore textarea').value.includes('manual_seed(1)')")
+    page.locator(".sculpt-explore [role=tab]").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert walk("clear")[-3:] == [")", "⌫", "clear"]
+    page.keyboard.press("Enter")
+    page.get_by_text("is not complete").wait_for()
 
 
 @pytest.mark.slow
@@ -808,3 +894,5 @@ def test_in_jupyterlab_a_label_changes_the_samples_and_a_reload_loses_nothing(se
     page.get_by_text("| Idle").wait_for()
     second_label(page, "q")  # answered by the kernel, which has lived on
     seen(page, "p & q")
+    page.keyboard.press("Control+b")  # without the list of files
+    fits(page)

@@ -209,7 +209,8 @@ def test_whatever_models_are_called_their_samples_are_kept_and_shown(tmp_path, n
     assert again == said or name == "\ud800"  # half a character: no file of text can hold it
     samples.save(tmp_path / "kept.npz")
     page, text = samples._repr_html_(), f"{samples!r}\n{samples.diagnostics}"
-    assert "data:image/png" in page and "<b>" not in page and len(page) < 10**6 and page.encode()
+    assert "data:image/png" in page and '<img alt="samples of ' in page
+    assert "<b>" not in page and len(page) < 10**6 and page.encode()
     assert all(c.isprintable() or c == "\n" for c in text) and text.encode() and len(text) < 10_000
     assert len(text.splitlines()) == 2 * len(str(samples.diagnostics).splitlines()) + 1
 

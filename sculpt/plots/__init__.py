@@ -57,7 +57,7 @@ def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Fig
     Args:
         x: the samples ``(n, 2)``.
         title: above them.
-        half_width: of points, show the square of side ``2 * half_width`` around the origin; by default the least that has all.
+        half_width: show the square of side ``2 * half_width``, of points around the origin; by default the least that has all.
     """
     figure, axes = one(3.4, 3.6, title)
     x = x.cpu()
@@ -68,12 +68,13 @@ def points2d(x: Tensor, title: str = "", half_width: float | None = None) -> Fig
         axes.set(xlim=(-half_width, half_width), ylim=(-half_width, half_width), aspect="equal")
         frame(axes)
     else:
-        side = int(x.max()) + 1
+        side = round(2 * half_width) if half_width else int(x.max()) + 1
         counts = torch.bincount(x[:, 0] * side + x[:, 1], minlength=side**2).view(side, side)
         axes.imshow(counts.T.numpy(), origin="lower", cmap=colours(), vmin=0, interpolation="nearest")
         axes.set(xticks=range(0, side, -(-side // 8)), yticks=range(0, side, -(-side // 8)))
         frame(axes)
-    axes.set(xlabel="x0", ylabel="x1")
+    axes.set_xlabel("x0", fontsize=8, color=INK)
+    axes.set_ylabel("x1", fontsize=8, color=INK)
     return figure
 
 

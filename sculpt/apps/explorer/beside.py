@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -17,9 +19,12 @@ from sculpt.composition import Composition
 from sculpt.diagnostics import Diagnostics
 from sculpt.gflownet.model import GFlowNet
 from sculpt.model import BaseModel
-from sculpt.samples import Samples
+from sculpt.samples import Samples, in_plane
 
-__all__ = ["Known", "LogDensities", "Shown", "beside", "known", "so_far", "width_of"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Known", "LogDensities", "Shown", "beside", "drawn", "known", "so_far", "width_of"]
 
 Shown = tuple[str, str, bytes]
 """A title, the kind of a picture, and its bytes."""
@@ -30,13 +35,39 @@ FINE, CELLS = 96, 20_000
 """Cells a side of an exact answer in the plane, and how many states of a graph are counted."""
 
 
-def so_far(model: BaseModel, progress: Progress, most: int) -> tuple[str, bytes] | None:
+def drawn(samples: Samples, half_width: float, most: int | None = None, ticks: bool = True) -> tuple[str, bytes]:
+    """The kind of a picture of samples, and its bytes. It has no title: the page says what it shows, by the names that it was given.
+
+    Args:
+        samples: of any model.
+        half_width: of the square that is shown, of samples in the plane.
+        most: images or molecules to show, by default as many as the samples show themselves.
+        ticks: whether axes in the plane have numbers.
+    """
+    if not _plane(samples):
+        own = copy.copy(samples)  # and keeps the scores of its molecules
+        own.diagnostics = replace(samples.diagnostics, formula="")
+        return own.picture() if most is None else own.picture(most)
+    x = samples.x[:, :2]
+    figure = plots.points2d(x.float() if x.is_floating_point() else x, half_width=half_width)
+    if not ticks:
+        figure.axes[0].set(xticks=[], yticks=[], xlabel="", ylabel="")
+    return "png", _without_title(figure)
+
+
+def _without_title(figure: Figure) -> bytes:
+    figure.set_size_inches(3.4, 3.4)  # and no room for one
+    return plots.png(figure)
+
+
+def so_far(model: BaseModel, progress: Progress, most: int, half_width: float = 0.0) -> tuple[str, bytes] | None:
     """A picture of a run that goes on: denoised samples, or what has been written; ``None`` where there is none to see.
 
     Args:
         model: that is sampled.
         progress: of its run.
         most: particles to show.
+        half_width: of the square that is shown, at least.
     """
     state = progress.state
     x = getattr(state, "states", None)
@@ -47,7 +78,8 @@ def so_far(model: BaseModel, progress: Progress, most: int) -> tuple[str, bytes]
         return None
     # A preview is a courtesy: half of a molecule has no picture, and that is no error.
     with contextlib.suppress(Exception):
-        return model.result(x[:most], None, Diagnostics("", f"{model}, so far")).picture()
+        samples = model.result(x[:most], None, Diagnostics(""))
+        return drawn(samples, max(half_width, width_of(samples)))
     return None
 
 
@@ -72,7 +104,8 @@ class Known:
         """
         density = self._log_density(model, models).exp()
         side = math.isqrt(len(density))
-        return plots.png(plots.density2d(density.view(side, side), self.half_width))
+        figure = plots.density2d(density.view(side, side), self.half_width)
+        return _without_title(figure)
 
     def _log_density(self, model: BaseModel, models: Sequence[BaseModel]) -> Tensor:
         if not isinstance(model, Composition):
@@ -105,37 +138,35 @@ def known(models: Sequence[BaseModel], log_p: LogDensities | None, half_width: f
     return None
 
 
-def beside(samples: Samples, alone: Mapping[str, Samples], exact: bytes | None, half_width: float) -> list[Shown]:
+def beside(alone: Mapping[str, Samples], exact: bytes | None, half_width: float) -> list[Shown]:
     """Pictures in one row: the exact answer and the base models, on the scale of the samples.
 
     Args:
-        samples: of the composition.
         alone: samples of the base models, by name.
         exact: a picture.
         half_width: of the square of the plane that is shown.
     """
     shown: list[Shown] = [] if exact is None else [("exact", "png", exact)]
     for name, own in alone.items():
-        if _plane(samples):
-            shown.append((name, "png", plots.png(plots.points2d(own.x[:, :2].float(), half_width=half_width))))
-        else:
-            read = hasattr(own, "smiles") or hasattr(own, "text")  # and not looked at: a few will do
-            shown.append((name, *own.picture(4 if read else 16)))
+        most = 4 if hasattr(own, "smiles") else 12 if hasattr(own, "text") else 16  # molecules need room
+        shown.append((name, *drawn(own, half_width, most, ticks=False)))
     return shown
 
 
-def width_of(samples: Samples, alone: Mapping[str, Samples]) -> float:
-    """Half the side of a square around the origin that has all points.
+def width_of(*samples: Samples) -> float:
+    """Half the side of the square that has all points, or all cells of a grid; zero for what is no picture in the plane.
 
     Args:
-        samples: of the composition.
-        alone: samples of the base models, by name.
+        samples: of one composition and its base models.
     """
-    if not _plane(samples):
-        return 1.0
-    return 1.05 * max(float(part.x[:, :2].abs().max()) for part in (samples, *alone.values()) if len(part))
+    widths = [0.0]
+    for x in (part.x[:, :2] for part in samples if _plane(part)):
+        widths.append(1.05 * float(x.abs().max().clamp(min=1e-6)) if x.is_floating_point() else (int(x.max()) + 1) / 2)
+    return max(widths)
 
 
 def _plane(samples: Samples) -> bool:
-    x = samples.decode()
-    return isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] >= 2 and x.is_floating_point()
+    x = samples.x
+    return (
+        type(samples) is Samples and samples.decoder is None and len(x) > 0 and x.ndim == 2 and x.shape[1] >= 2 and in_plane(x)
+    )

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from sculpt.apps.explorer.beside import LogDensities, Shown, beside, known, so_far, width_of
+from sculpt.apps.explorer.beside import LogDensities, Shown, beside, drawn, known, so_far, width_of
 from sculpt.apps.explorer.names import named, variables
 from sculpt.apps.explorer.tables import listed
 from sculpt.apps.formulas import compose
@@ -111,7 +111,7 @@ class Session:
         self.shape, self.takes_steps = values[0].shape, values[0].default_steps is not None
         # Images cost much and points little; what is read has few rows.
         self.usual = 16 if len(self.shape) == 3 else 2000 if values[0].samples_class is Samples else 200
-        self.log_p, self._alone = log_p, dict[tuple[int, int, int | None], Samples]()
+        self.log_p, self._alone, self._half_width = log_p, dict[tuple[int, int, int | None], Samples](), 0.0
         self.run: Run | None = None
         self._turn = threading.Lock()
 
@@ -127,8 +127,10 @@ class Session:
 
     def said(self, settings: Settings) -> str:
         """The composition as a person names it."""
-        given = dict(zip(self.names, self.given, strict=True))
-        return re.sub(r"\w+", lambda word: given.get(word[0], word[0]), self.expression(settings))
+        given, (text, model, _) = dict(zip(self.names, self.given, strict=True)), self._read(settings)
+        if text.startswith("posterior(") and settings.formula is None and isinstance(model, Composition):
+            return model.formula.write(self.given)
+        return re.sub(r"\w+", lambda word: given.get(word[0], word[0]), text)
 
     def operands(self, settings: Settings) -> list[str]:
         """The models of the formula that odds belong to, in its order: chains of ``&`` or of ``-`` over base models have odds."""
@@ -142,7 +144,7 @@ class Session:
         turned = replace(settings, odds=(0.3, *[0.7 / (len(operands) - 1)] * (len(operands) - 1)))
         model = self.composition(turned)
         reason = self._reason(settings.road, model) if isinstance(model, Composition) else ""
-        return reason and f"odds cannot be turned here: {reason}"
+        return reason and "odds cannot be turned here: " + re.sub(r"\([\d., ]+\) ", "", reason)  # nobody chose the numbers
 
     def _read(self, settings: Settings) -> tuple[str, BaseModel, list[str]]:
         """The composition in text, itself, and the models that odds belong to."""
@@ -259,7 +261,7 @@ class Session:
                 now = time.monotonic()
                 run.seconds = now - began
                 if now > next_look:
-                    run.preview = so_far(model, run.progress, min(run.settings.n, SHOWN)) or run.preview
+                    run.preview = so_far(model, run.progress, min(run.settings.n, SHOWN), self._half_width) or run.preview
                     next_look = time.monotonic() + max(LOOK, 4 * (time.monotonic() - now))  # a fifth of the time at most
                 if now - told > 0.2:
                     told = now
@@ -267,7 +269,8 @@ class Session:
         if run.progress is None or run.progress.samples is None:
             raise RuntimeError("the run ended without samples.")
         run.samples = run.progress.samples
-        run.listed, run.picture = listed(run.samples), run.samples.picture()
+        run.listed = listed(run.samples)  # first: molecules are drawn with the scores of their table
+        run.picture = drawn(run.samples, max(self._half_width, width_of(run.samples)))
 
     def _look_beside(self, run: Run) -> None:
         """Sample the base models of the formula alone, each once, and ask for the exact answer. Whatever fails here is left out."""
@@ -282,10 +285,13 @@ class Session:
                     if (found := self._by_itself(leaf, settings, run._stop)) is None:
                         return
                     alone[given] = found
-            half_width = width_of(run.samples, alone)
-            answer = known(models, self.log_p, half_width)
+            self._half_width = width_of(*alone.values())
+            half_width = max(self._half_width, width_of(run.samples))
+            if answer := known(models, self.log_p, half_width):
+                half_width = answer.half_width
             exact = None if answer is None else answer.picture(model, models)
-            run.beside = beside(run.samples, alone, exact, half_width)
+            run.beside = beside(alone, exact, half_width)
+            run.picture = drawn(run.samples, half_width) if half_width else run.picture
         if run.beside:
             run.notify(run)
 
@@ -330,6 +336,8 @@ def _takes_odds(model: BaseModel) -> bool:
 def _posterior(names: Sequence[str], labels: Sequence[int], odds: Sequence[float] | None) -> str:
     if len(labels) == 1:
         return names[labels[0]]
+    if odds is None and tuple(labels) == tuple(range(len(names))):
+        return " & ".join(names)
     if len(names) == len(labels) == 2:
         i, j = labels[0], 1 - labels[0]
         function, operator = ("contrast", "-") if labels[0] == labels[1] else ("harmonic_mean", "&")

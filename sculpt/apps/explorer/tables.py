@@ -13,7 +13,8 @@ __all__ = ["listed"]
 MOST = 12
 STYLE = (
     "<style>.sculpt-rows td, .sculpt-rows th { text-align: left; padding: 1px 10px 1px 0; font-size: 12px; line-height: 1.4; "
-    "vertical-align: top; overflow-wrap: anywhere; } .sculpt-rows td + td { white-space: nowrap; }</style>"
+    "vertical-align: top; } .sculpt-rows td { min-width: 180px; overflow-wrap: anywhere; } "
+    ".sculpt-rows th, .sculpt-rows td + td { min-width: 0; white-space: nowrap; }</style>"
 )
 
 
@@ -40,12 +41,12 @@ def _texts(samples: Any) -> dict[str, Sequence[Any]]:
 
 def _molecules(samples: Any) -> dict[str, Sequence[Any]]:
     from sculpt.molecules.druglike import alerts, properties
-    from sculpt.molecules.scores import at_hand
+    from sculpt.molecules.scores import at_hand, title
 
     table = samples[: 2 * MOST].table(at_hand(), progress=False)
     smiles = table["smiles"][:MOST].tolist()
     columns = {"SMILES": smiles} | {
-        name: values[:MOST] for name, values in table.items() if name not in ("smiles", "count", "weight")
+        title(name): values[:MOST] for name, values in table.items() if name not in ("smiles", "count", "weight")
     }
     told, found = properties(smiles), alerts(smiles)
     columns |= {"MW": told["mw"], "logP": told["logp"], "TPSA": told["tpsa"]}
@@ -58,7 +59,8 @@ def _table(columns: Mapping[str, Sequence[Any]]) -> str:
         f"<tr>{''.join(f'<td>{html.escape(_said(value))}</td>' for value in row)}</tr>"
         for row in zip(*columns.values(), strict=True)
     )
-    return f'{STYLE}<table class="sculpt-rows"><tr>{head}</tr>{rows}</table>'
+    # What is wider than the window is scrolled, by the arrow keys too.
+    return f'{STYLE}<div tabindex="0" style="overflow-x: auto"><table class="sculpt-rows"><tr>{head}</tr>{rows}</table></div>'
 
 
 def _said(value: Any) -> str:

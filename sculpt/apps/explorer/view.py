@@ -32,9 +32,9 @@ class View:
         self._operands: list[str] = []
         left = w.VBox(
             [self._formulas(), *self._knobs()],
-            layout=w.Layout(flex="1 1 340px", min_width="300px", max_width="440px", padding="4px"),
+            layout=w.Layout(flex="1 1 340px", min_width="min(300px, 100%)", max_width="440px", padding="4px"),
         )
-        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="320px", padding="4px"))
+        right = w.VBox(self._results(), layout=w.Layout(flex="2 1 420px", min_width="min(320px, 100%)", padding="4px"))
         self.box = w.HBox([left, right], layout=w.Layout(flex_flow="row wrap"))
         self.box.add_class("sculpt-explore")
         for widget in (*self.labels, self.formula, *self.odds, self.steps, self.road, self.n, self.seed, self.beside):
@@ -48,11 +48,16 @@ class View:
         models = [(name, i) for i, name in enumerate(given)]
         self.labels = [
             w.ToggleButtons(
-                options=[("none", -1), *models] if k else models, value=k if k < 2 else -1, style={"button_width": "auto"}
+                options=[("none", -1), *models] if k else models,
+                tooltips=[f"y{k + 1}: {name}" for name in (["none", *given] if k else given)],
+                value=k if k < 2 else -1,
+                style={"button_width": "auto"},
             )
             for k in range(self.session.observations)
         ]
-        self.formula = w.Text(value=f"{names[0]} & {names[1]}", continuous_update=False, layout=w.Layout(width="98%"))
+        self.formula = w.Text(
+            value=f"{names[0]} & {names[1]}", continuous_update=False, tooltip="the formula", layout=w.Layout(width="98%")
+        )
         words = [*zip(given, names, strict=True), *((sign, sign) for sign in "|&-()")]
         self.words = [self._button(said, functools.partial(self._append, word), tooltip=word) for said, word in words]
         self.back = self._button("⌫", self._erase, tooltip="take the last word back")
@@ -67,9 +72,9 @@ class View:
 
     def _knobs(self) -> list[Any]:
         w, session = self.widgets, self.session
-        knob = {"style": {"description_width": "64px"}, "layout": w.Layout(width="98%")}
         # Names may be long: a description as wide as it needs to be is not cut.
-        slider = {"style": {"description_width": "initial"}, "layout": w.Layout(width="98%"), "continuous_update": False}
+        knob = {"style": {"description_width": "initial"}, "layout": w.Layout(width="98%")}
+        slider = knob | {"continuous_update": False}
         if len(session.names) == 2:
             self.odds = [w.FloatSlider(value=0.5, min=0.05, max=0.95, step=0.05, description="odds α", **slider)]
         else:
@@ -98,13 +103,12 @@ class View:
         """Progress, and what came out, which is hidden until there is something."""
         w = self.widgets
         self.bar = w.IntProgress(min=0, max=1, layout=w.Layout(width="98%", height="12px", visibility="hidden"))
-        self.status, self.text, self.rows, self.verdict, self.diagnostics, self.others, self.copy, self.preview = (
+        self.status, self.picture, self.rows, self.verdict, self.diagnostics, self.others, self.copy, self.preview = (
             w.HTML() for _ in range(8)
         )
-        self.image = w.Image(layout=w.Layout(max_width="100%", object_fit="contain"))
-        self.code = w.Textarea(rows=4, layout=w.Layout(width="98%"))
+        self.code = w.Textarea(rows=4, tooltip="the code for these samples", layout=w.Layout(width="98%"))
         caption = self._caption("as code: it gives the samples above again")
-        looks = [self.image, self.text, self.verdict, self.rows, self.others, self.diagnostics]
+        looks = [self.picture, self.verdict, self.rows, self.others, self.diagnostics]
         self.result = w.VBox([*looks, caption, self.code, self.copy], layout=w.Layout(display="none"))
         return [self.bar, self.status, self.preview, self.result]
 
@@ -209,7 +213,7 @@ class View:
         self.formula.value = re.sub(r"\s*(\w+|\S)\s*$", "", self.formula.value)
 
     def _say(self, text: str, color: str = "inherit") -> None:
-        self.status.value = f'<div style="color: {color}; line-height: 1.4">{html.escape(text)}</div>'
+        self.status.value = f'<div role="status" style="color: {color}; line-height: 1.4">{html.escape(text)}</div>'
 
     def _show(self, run: Run) -> None:
         """What a run has to tell, from its thread. One that was replaced by another has nothing to tell any more."""
@@ -219,7 +223,7 @@ class View:
         self.stop.disabled = not working
         self.bar.layout.visibility = "visible" if working else "hidden"
         looking = working and run.preview is not None
-        self.preview.value = preview.embedded(*run.preview) if looking and run.preview else ""
+        self.preview.value = _large(*run.preview, alt="what there is so far") if looking and run.preview else ""
         self.result.layout.display = "none" if looking or self.shown is None else "flex"
         if working:
             self._show_progress(run)
@@ -245,15 +249,13 @@ class View:
 
     def _show_samples(self, run: Run, samples: Samples, kind: str, data: bytes) -> None:
         self.shown, verdict = run, samples.verdict
-        self.image.layout.display = "none" if kind == "text" else "block"
-        self.image.layout.max_height = "620px" if kind == "svg+xml" else "460px"  # the scores below molecules are small
+        said = f"{len(samples)} samples of {self.session.said(run.settings)}"
+        self.picture.value = "" if kind == "text" and run.listed else _large(kind, data, said)
         self.rows.value = run.listed
         self.others.value = _row(run.beside)
-        self.text.value = preview.embedded(kind, data) if kind == "text" and not run.listed else ""
-        if kind != "text":
-            self.image.format, self.image.value = kind, data
         self.verdict.value = preview.box(str(verdict), verdict.trust, run.notes)
-        self.diagnostics.value = preview.table(samples.diagnostics.rows())
+        # Its formula has the models' own names; the line above has it with those that were given.
+        self.diagnostics.value = preview.table([row for row in samples.diagnostics.rows() if row[0] != "formula"])
         self.code.value = run.code
         self.code.rows = 1 + sum(1 + len(line) // 60 for line in run.code.splitlines())  # long lines wrap
         self.copy.value = (
@@ -261,17 +263,26 @@ class View:
             "copy as code</button>"
         )
         self.result.layout.display = "flex"
-        self._say(f"{len(samples)} samples of {self.session.said(run.settings)} in {run.seconds:.1f} s")
+        self._say(f"{said} in {run.seconds:.1f} s")
+
+
+def _large(kind: str, data: bytes, alt: str) -> str:
+    """The picture of a run."""
+    height = 620 if kind == "svg+xml" else 460  # the scores below molecules are small
+    return preview.embedded(kind, data, alt, f"display: block; margin: auto; max-width: 100%; max-height: {height}px")
 
 
 def _row(shown: Sequence[tuple[str, str, bytes]]) -> str:
     """Pictures side by side, each below its title."""
     figures = "".join(
-        f'<figure style="margin: 0; flex: 1 1 150px; max-width: 260px"><figcaption style="{preview.SMALL}">{html.escape(title)}</figcaption>'
-        f"{preview.embedded(kind, data, '100%')}</figure>"
+        f'<figure style="margin: 0"><figcaption style="{preview.SMALL}">{html.escape(title)}</figcaption>'
+        f"{preview.embedded(kind, data, title, 'max-width: 100%')}</figure>"
         for title, kind, data in shown
     )
-    return figures and f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{figures}</div>'
+    least, most = (300, 360) if any(kind == "svg+xml" for _, kind, _ in shown) else (150, 260)  # scores of molecules are read
+    grid = f"display: grid; grid-template-columns: repeat(auto-fit, minmax(min({least}px, 100%), 1fr)); gap: 12px"
+    # The width is of a box of its own: a grid that has it is never narrower.
+    return figures and f'<div style="max-width: {most * len(shown)}px"><div style="{grid}">{figures}</div></div>'
 
 
 def _ipywidgets() -> Any:

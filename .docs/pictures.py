@@ -84,7 +84,9 @@ def main(*names: str) -> None:
         if draw.__name__ in names or not names:
             picture = Image.open(io.BytesIO(plots.png(draw()))).convert("RGB")
             edges = ImageOps.invert(picture).getbbox()  # the room for captions that are not there
-            ImageOps.expand(picture.crop(edges), 6, "white").quantize(96).save(HERE / "_static" / f"{draw.__name__}.png", optimize=True)
+            ImageOps.expand(picture.crop(edges), 6, "white").quantize(96).save(
+                HERE / "_static" / f"{draw.__name__}.png", optimize=True
+            )
 
 
 if __name__ == "__main__":

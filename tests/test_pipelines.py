@@ -406,6 +406,21 @@ def test_half_precision_is_as_good_as_its_numbers(kind, dtype):
     assert exact == {"SD 1.5": {-6.5, 7.5}, "SD3": {-6.0, 7.0}, "Flux": {1.0}, "Wan 2.1": {5.0, -4.0}}[kind]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["SD 1.5", "SD3", "Flux", "Wan 2.1"])
+def test_a_model_that_moves_to_a_precision_moves_its_encoders_and_its_conditions(kind, dtype):
+    pipe, call = built(kind)
+    model = Diffusion.from_pipeline(pipe, prompt="a dog", **call)
+    assert model.to(dtype) is model and model.dtype == dtype
+    cat = model.with_condition(prompt="a cat")
+    assert (model & cat).sample(1, steps=2, progress=False).x.isfinite().all()
+    # In half a precision the dog's embeddings are better than the pipeline's: they were made before.
+    for own, prompt in [(cat, "a cat"), (model, "a dog")][: 1 if dtype is torch.bfloat16 else 2]:
+        steps, _ = own_run(pipe, {"prompt": prompt, **call})
+        bound = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)  # times stay rounded as they were
+        assert max(off(own, pipe.scheduler, step) for step in steps[1:]) < bound
+
+
 # Starts other than noise ------------------------------------------------------------------------------------------------------------
 
 

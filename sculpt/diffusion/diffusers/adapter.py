@@ -35,6 +35,7 @@ from sculpt.diffusion.diffusers.schedules import schedule_of
 from sculpt.diffusion.diffusers.switches import Switches, adapters_of
 from sculpt.diffusion.networks import device_of, dtype_of, is_a, unwrapped
 from sculpt.distillation import Student
+from sculpt.habits import move
 from sculpt.identity import digest
 from sculpt.model import BaseModel
 
@@ -122,6 +123,8 @@ class Diffusion(Denoiser):
         return tuple(dict.fromkeys(call.network for call in self._calls() if isinstance(call.network, nn.Module)))
 
     def place(self, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        if self.pipeline is not None:  # other conditions are made by its encoders
+            move([part for part in self.pipeline.pipe.components.values() if isinstance(part, nn.Module)], device, dtype)
         super().place(device, dtype)
         self._probe()
 
@@ -134,18 +137,12 @@ class Diffusion(Denoiser):
     def key(self) -> str:
         """A hash of the weights, the schedule and the condition, or of the name of a callable without weights."""
         guidance = (self.guidance_scale, self.null_condition) if self.extrapolated else None
+        own = [self.schedule.identity, self.shape, self.condition, guidance, *self._begun]
         if self._learned is None:
-            return digest(
-                self._known(self.model, self._switches),
-                self.schedule.identity,
-                self.shape,
-                self.condition,
-                guidance,
-                *self._begun,
-            )
+            return digest(self._known(self.model, self._switches), *own)
         known = [self._known(call.network, call.switches) for call in {id(c.network): c for c in self._calls()}.values()]
         if self._learned.plain:
-            return digest(*known, self.schedule.identity, self.shape, self.condition, guidance, *self._begun)
+            return digest(*known, *own)
         return digest(known, self.schedule.identity, self.shape, [stage.described for stage in self._stages], *self._begun)
 
     @property

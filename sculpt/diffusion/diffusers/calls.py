@@ -35,6 +35,8 @@ class Call:
     """by keyword; trees of sources"""
     positional: tuple[Any, ...] = ()
     switches: Switches = field(default_factory=Switches)
+    dtype: torch.dtype | None = None
+    """of the network when its inputs were kept: by default that of now"""
     tree: dict[Any, Any] = field(init=False)
     """all of them, positional ones by number"""
     sources: dict[Path, Source] = field(init=False)
@@ -43,6 +45,7 @@ class Call:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tree", {**dict(enumerate(self.positional)), **self.inputs})
         object.__setattr__(self, "sources", dict(entries(self.tree)))
+        object.__setattr__(self, "dtype", self.dtype or dtype_of(self.network))
 
     @functools.cached_property
     def condition(self) -> dict[str, Any]:
@@ -226,9 +229,19 @@ def _together(strands: Sequence[Strand], x: Tensor, t: Tensor) -> list[Tensor]:
             else:
                 whose = strands if source.axis is not None else strands[:1]
                 each = [strand.calls[stage].sources[path] for strand in whose]
-                values[path] = joined([one.value(x if _exact(one) else own, t) for one in each], source.axis)
+                value = joined([one.value(x if _exact(one) else own, t) for one in each], source.axis)
+                values[path] = value if isinstance(source, Time) else _followed(value, call.dtype, own.dtype)
         outs.append(call(values))
     return list(strands[0].answer.rows(outs[-1]).chunk(len(strands)))
+
+
+def _followed(value: Any, before: torch.dtype | None, now: torch.dtype) -> Any:
+    """What was kept in the precision of a network, in the one to which the network has moved."""
+    if before is now:
+        return value
+    if isinstance(value, list):
+        return [_followed(one, before, now) for one in value]
+    return value.to(now) if isinstance(value, Tensor) and value.dtype is before else value
 
 
 def _exact(source: Source) -> bool:

@@ -171,6 +171,9 @@ def kind_of(folder: Path) -> str:
                 f"What is trained in {folder} is not finished. Call sculpt.fit or sculpt.distill with the same arguments and "
                 f"checkpoint={str(folder)!r} to continue."
             )
+        below = sorted(path.name for path in folder.iterdir() if path.is_dir() and next(path.glob("*.json"), None))
+        if below:
+            raise ValueError(f"{folder} is a folder of checkpoints. Load one of them: {', '.join(below):.300}.")
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise ValueError(f"{folder} is no checkpoint that sculpt knows; it has {inside:.200}. {_EXPECTED}")
 

@@ -1,5 +1,6 @@
 """The demos: what they write and print, and that their exact models are exact. Those of shipped models are tested with the models."""
 
+import importlib
 import math
 import re
 import sys
@@ -123,3 +124,11 @@ def test_the_demo_of_molecules_compares_both_roads_with_the_policies(tmp_path, c
     assert (tmp_path / "molecules.md").read_text().strip() in capsys.readouterr().out
     for name in ("molecules-bind-and-can-be-made.png", "molecules-scores-before-and-after.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("demo", ["discs", "digits", "molecules"])
+def test_what_the_page_offers_next_runs(demo, tmp_path, monkeypatch):
+    (tmp_path / "pretrained").symlink_to(PRETRAINED)
+    monkeypatch.chdir(tmp_path)
+    exec(importlib.import_module(f"sculpt.apps.demos.{demo}").MORE, {})

@@ -121,6 +121,8 @@ def test_wrong_kinds_are_refused_at_once(folders, unchecked):
     p, q = (sculpt.load(folders / f"grid-{name}") for name in "pq")
     with pytest.raises(TypeError, match="n=10.5"):
         p.sample(10.5)
+    with pytest.raises(TypeError, match=r"Got 'pair' where a road belongs.* loaded first: sculpt.load\('pair'\)"):
+        (p & q).sample(3, "pair")
     with pytest.raises(TypeError, match=r"Got GFlowNet\('p', .*where a road belongs"):
         (p & q).sample(5, p)
     for one in (p, p & q):

@@ -291,6 +291,10 @@ def test_a_checkpoint_of_another_kind_says_what_it_is(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="no checkpoint that sculpt knows; it has nothing"):
         sculpt.load(tmp_path)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a folder of checkpoints. Load one of them: one"):
+        sculpt.load(tmp_path)
 
 
 def test_an_unfinished_training_says_how_to_continue(tmp_path):

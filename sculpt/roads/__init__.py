@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from sculpt.classifier.guide import Guide
@@ -21,7 +22,8 @@ def as_road(road: Any) -> Road:
         return Guided(road)
     if isinstance(road, Road):
         return road
+    hint = f" What is saved is loaded first: sculpt.load({road!r:.200})." if isinstance(road, str | Path) else ""
     raise TypeError(
         f"Got {road!r:.200} where a road belongs: pass a classifier, sculpt.Guided(classifier, ...), sculpt.Tracked(...) or "
-        "sculpt.Rejection(...)."
+        "sculpt.Rejection(...)." + hint
     )

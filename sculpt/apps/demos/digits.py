@@ -37,9 +37,11 @@ NOTE = (
 MORE = """
 import sculpt
 
-cyan, zero_one = (sculpt.load(f"pretrained/digits/{name}") for name in ("cyan", "zero-one"))
-(cyan & zero_one).sample(16, steps=24).save("both.png")                  # nothing trained: tracked densities
-print(sculpt.overlap([cyan, zero_one], sculpt.load("pretrained/digits/triple"), n=64, steps=24))
+models = [sculpt.load(f"pretrained/digits/{name}") for name in ("cyan", "zero-one", "zero-two")]
+classifier = sculpt.load("pretrained/digits/triple")
+road = sculpt.Guided(classifier, correct=True, particles=64)
+sculpt.posterior(models, labels=(1, 0)).sample(16, road, steps=24).save("both.png")
+print(sculpt.overlap(models, classifier, n=64, steps=24))
 """
 
 

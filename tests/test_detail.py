@@ -294,7 +294,7 @@ def test_log_densities_follow_the_path_of_a_solver(name, monkeypatch):
     class Watched(Remembering):
         def _followed(self, z, v, D):
             ell, S = super()._followed(z, v, D)
-            true = torch.stack([model.log_prob(z, float(v) ** 0.5) for model in self.models], -1)
+            true = torch.stack([model.log_prob(z, float(v) ** 0.5) for model in self.operands], -1)
             off.append((ell[:, 0] - ell[:, 1]) - (true[:, 0] - true[:, 1]))
             return ell, S
 

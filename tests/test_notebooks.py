@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONG = ("1_gaussian_mixtures", "6_prompts_and_loras", "7_tokens")
+LONG = ("1_gaussian_mixtures", "2_digits", "4_molecules", "6_prompts_and_loras", "7_tokens")
 """half a minute and more, and run by `make test-all`"""
 
 
